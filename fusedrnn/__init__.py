@@ -1,0 +1,3 @@
+from . import reference
+from .functional import recurrence, rnn
+__all__ = ["recurrence", "reference", "rnn"]
