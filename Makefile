@@ -1,0 +1,77 @@
+# From a bare clone, with python3 (3.10 to 3.14), g++ and make:
+#   make demo     trains the character model, loop against fusedrnn
+#   make test     runs the tests (SLOW=1: all of them; ARGS="-k name": some)
+#   make lint     checks formatting, lint and types; `make format` mends
+#   make bench    times fusedrnn against its peers (ARGS="--set wide")
+#   make clean    removes what was built; `make distclean` also .venv
+# Another interpreter: make PYTHON=python3.12 (after make distclean).
+
+PYTHON ?= python3
+CXX ?= g++
+export CXX
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)  # where torch's build looks for ninja
+
+CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu')
+
+.DEFAULT_GOAL := test
+.PHONY: demo test bench lint format build clean distclean check-tools
+
+demo: build
+	$(BIN)/python -m fusedrnn charlm $(ARGS)
+
+# Workers of one torch thread each (tests/conftest.py), as many as there are cores.
+test: build
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+	  $(if $(SLOW),,-m "not slow") $(ARGS)
+
+bench: build
+	$(BIN)/python bench/bench_rnn.py $(ARGS)
+
+lint: $(VENV)/pins
+	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run -Werror $(CPP_FILES))
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/pins
+	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Always asked, since ninja knows best what has changed: two seconds when nothing has.
+# Objects stay in build/; `pip install -e .` would compile everything anew each time.
+build: $(VENV)/pins
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+# Installed once, and again when the pins change. The .pth file makes the checkout importable.
+$(VENV)/pins: .ci/requirements.txt
+	@$(MAKE) --no-print-directory check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r $<
+	@$(BIN)/python -c 'import pathlib, sysconfig; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "fusedrnn.pth").write_text("$(CURDIR)\n")'
+	@touch $@
+
+check-tools:
+	@command -v $(firstword $(CXX)) > /dev/null || { \
+	  echo "fusedrnn: no C++ compiler '$(CXX)'; install g++ (Debian: apt-get install g++)" >&2; exit 1; }
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "fusedrnn: no '$(PYTHON)'; install Python 3.10 to 3.14" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { \
+	  echo "fusedrnn: needs Python 3.10 to 3.14, but $(PYTHON) is" \
+	    "$$($(PYTHON) -V 2>&1); choose one with make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	  echo "fusedrnn: $(PYTHON) has no venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	  echo "fusedrnn: $(PYTHON) has no headers (Debian: apt-get install python3-dev)" >&2; exit 1; }
+
+clean:
+	rm -rf build dist *.egg-info fusedrnn/*.so fusedrnn/_build_info.py
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)
