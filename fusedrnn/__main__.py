@@ -1,0 +1,131 @@
+"""The command line: ``python -m fusedrnn charlm`` and ``python -m fusedrnn info``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from . import charlm, info
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and leave with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argument type: a whole number, at least ``low`` and at most ``high``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, not {value}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """An argument type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
+    return value
+
+
+def parser() -> Parser:
+    """The parser of the whole command line."""
+    top = Parser(
+        prog="python -m fusedrnn",
+        description="fusedrnn: a fused drop-in replacement for torch.nn.RNN.",
+    )
+    commands = top.add_subparsers(dest="command", title="commands", metavar="")
+
+    summary = "train a character model with and without fusedrnn, side by side"
+    demo = commands.add_parser(
+        "charlm",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}: first the model of the blog post that this "
+        "project began with, against its Python loop; then its sequence form, against a Python "
+        "loop and torch.nn.RNN. All start from the same weights and see the same batches.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    text = demo.add_argument_group("text")
+    model = demo.add_argument_group("model")
+    training = demo.add_argument_group("training")
+    output = demo.add_argument_group("output")
+    machine = demo.add_argument_group("machine")
+    # fmt: off
+    text.add_argument("--text", metavar="FILE", default=argparse.SUPPRESS,
+        help="a UTF-8 text file (default: the Python language reference, which CPython carries)")
+    text.add_argument("--chars", metavar="N", type=whole(1),
+        help="use at most the first N characters")
+    model.add_argument("--hidden", metavar="N", type=whole(1), help="hidden units")
+    model.add_argument("--embedding", metavar="N", type=whole(1), help="numbers per character")
+    model.add_argument("--dtype", choices=["float32", "float64"],
+        help="float64 shows that the losses differ by rounding alone")
+    training.add_argument("--epochs", metavar="N", type=whole(1), help="times to read the text")
+    training.add_argument("--lr", metavar="X", type=positive, help="Adam's learning rate")
+    training.add_argument("--context", metavar="N", type=whole(1),
+        help="part 1: characters that predict the next one")
+    training.add_argument("--batch", metavar="N", type=whole(1), help="part 1: windows in a batch")
+    training.add_argument("--chunk", metavar="N", type=whole(1),
+        help="part 2: characters between two updates; gradients end there, the state does not")
+    training.add_argument("--streams", metavar="N", type=whole(1),
+        help="part 2: places of the text that are read side by side")
+    training.add_argument("--seed", metavar="N", type=whole(0),
+        help="of the weights, the order of the batches, and the samples")
+    output.add_argument("--sample", metavar="N", type=whole(0),
+        help="characters to write after training")
+    output.add_argument("--temperature", metavar="X", type=positive,
+        help="of the samples: low is timid, 1 is what the model believes")
+    machine.add_argument("--threads", metavar="N", type=whole(1, 1024), default=argparse.SUPPRESS,
+        help="threads to compute with (default: torch's)")
+    # fmt: on
+    demo.set_defaults(**{k: v for k, v in vars(charlm.Settings()).items() if v is not None})
+
+    commands.add_parser("info", help="print versions, instruction sets, and what was built")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    cli = parser()
+    options = vars(cli.parse_args(arguments))
+    command = options.pop("command")
+    try:
+        if command == "charlm":
+            charlm.demonstrate(charlm.Settings(**options))
+        elif command == "info":
+            return info.main()
+        else:
+            cli.print_help()
+    except charlm.CharlmError as error:
+        print(f"python -m fusedrnn charlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What is installed here, what was built, and why not the rest: ``python -m fusedrnn info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+# What decides between the kernels, as Linux names it: x86 first, then Arm.
+INSTRUCTION_SETS = (
+    "avx2 fma f16c avx512f avx512bw avx512vl avx512_bf16 avx512_fp16 amx_tile amx_bf16 "
+    "asimd asimdhp sve sve2 bf16"
+).split()
+
+
+def report() -> tuple[list[tuple[str, str]], bool]:
+    """The lines to print, each a label and a text, and whether the extension could be loaded."""
+    threads = f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"
+    model, flags = cpu()
+    lines = [
+        ("fusedrnn", version()),
+        ("Python", f"{platform.python_version()} ({platform.python_implementation()})"),
+        ("torch", str(torch.__version__)),
+        ("platform", platform.platform()),
+        ("CPU", f"{model}, {usable_cores()} cores to use"),
+        ("instructions", " ".join(i for i in INSTRUCTION_SETS if i in flags) or "unknown"),
+        ("threads", threads),
+    ]
+    try:
+        from ._ops import build_info
+
+        built = build_info()
+    except ImportError as error:
+        return [*lines, ("CPU engine", f"not loaded: {error}")], False
+    compiled = built["isa_compiled"]
+    kernels = ", ".join([compiled] if isinstance(compiled, str) else compiled)
+    return [
+        *lines,
+        ("built with", f"torch {built['torch_built']}, {built['compiler']}"),
+        ("CPU engine", f"built: kernels for {kernels}; this machine runs {built['isa_chosen']}"),
+        ("CUDA engine", str(built["cuda"])),
+    ], True
+
+
+def version() -> str:
+    """The installed version and where it is."""
+    where = Path(__file__).parent
+    try:
+        return f"{importlib.metadata.version('fusedrnn')} in {where}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed; used from {where}"
+
+
+def cpu() -> tuple[str, set[str]]:
+    """The processor's name and its flags; where there is no /proc/cpuinfo, what Python knows."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    found = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = found.get("flags") or found.get("Features", "")
+    return found.get("model name", platform.machine()), set(flags.split())
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def main() -> int:
+    """Print the report; 1 if the extension could not be loaded."""
+    lines, loaded = report()
+    for label, text in lines:
+        print(f"{label:<13} {text}")
+    return 0 if loaded else 1
