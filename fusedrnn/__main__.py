@@ -54,15 +54,16 @@ def parser() -> Parser:
         prog="python -m fusedrnn",
         description="fusedrnn: a fused drop-in replacement for torch.nn.RNN.",
     )
-    commands = top.add_subparsers(dest="command", title="commands", metavar="")
+    commands = top.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
-    summary = "train a character model with and without fusedrnn, side by side"
+    summary = "train a character model with fusedrnn and without, side by side"
     demo = commands.add_parser(
         "charlm",
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}: first the model of the blog post that this "
-        "project began with, against its Python loop; then its sequence form, against a Python "
-        "loop and torch.nn.RNN. All start from the same weights and see the same batches.",
+        description="Train a character model with fusedrnn and without: first the model of the "
+        "blog post that this project began with, against its Python loop; then its sequence form, "
+        "against a Python loop and torch.nn.RNN. All start from the same weights and see the same "
+        "batches.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     text = demo.add_argument_group("text")

@@ -1,4 +1,4 @@
-"""The character model this project began with, and what becomes of it: ``python -m fusedrnn charlm``.
+"""The character model this project began with, fused: ``python -m fusedrnn charlm``.
 
 Part 1 is the blog post's model. Eight characters predict the next one; `CharLoopModel` walks over
 them with a Python loop, `CharFusedModel` hands the same walk to `fusedrnn.recurrence`.
@@ -60,20 +60,26 @@ class CharLoopModel(nn.Module):
 class CharFusedModel(CharLoopModel):
     """The same parameters and the same function; the loop is one call.
 
-    A linear layer distributes over the addition. With ``v = relu(l_in(e(c)))`` and l_hidden's W, b::
+    A linear layer distributes over the addition. With W and b of l_hidden, and
+    ``v = relu(l_in(e(c)))``::
 
         l_hidden(hidden + v)  =  hidden @ W.T + u      where  u = v @ W.T + b = l_hidden(v)
 
-    Nothing in u waits for a hidden state, so it leaves the loop. It depends on the character alone,
-    so it is computed once for each of the V characters there are, and looked up.
+    Nothing in u waits for a hidden state, so it leaves the loop. As it depends on the character
+    alone, it is computed once for each different character of the batch, however often that occurs.
     """
 
     def forward(self, *cs: Tensor) -> Tensor:
         """Characters, T tensors of shape [B], to the log probabilities of the next one, [B, V]."""
-        v = F.relu(self.l_in(self.e.weight))  # [V, H], a row for each character
-        u = F.embedding(torch.stack(cs), self.l_hidden(v))  # [T, B, H]
-        _, hidden = recurrence(u, u.new_zeros(u.shape[1:]), self.l_hidden.weight)
+        different, which = torch.stack(cs).unique(return_inverse=True)  # [D] and, in them, [T, B]
+        v = F.relu(self.l_in(self.e(different)))  # [D, H]
+        u = F.embedding(which, self.l_hidden(v))  # [T, B, H]
+        h0 = u.new_zeros(u.shape[1:])
+        _, hidden = recurrence(u, h0, self.l_hidden.weight)
         return F.log_softmax(self.l_out(hidden), dim=-1)
+
+
+RNNMaker = Callable[[int, int], nn.RNNBase]
 
 
 class CharSequenceModel(nn.Module):
@@ -82,7 +88,7 @@ class CharSequenceModel(nn.Module):
     ``hidden = tanh(W_ih @ e(c) + b_ih + W_hh @ hidden + b_hh)``, and each hidden state predicts.
     """
 
-    def __init__(self, vocab_size: int, n_in: int, h: int, rnn: type[nn.RNNBase] = nn.RNN) -> None:
+    def __init__(self, vocab_size: int, n_in: int, h: int, rnn: RNNMaker = nn.RNN) -> None:
         super().__init__()
         self.e = nn.Embedding(vocab_size, n_in)
         self.rnn = rnn(n_in, h)
@@ -145,7 +151,7 @@ def sequence_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Mean negative log likelihood of every next character, and the state to carry on with.
 
-    The state is detached: gradients stop at the chunk's edge (truncated BPTT), memory does not.
+    The state is detached: gradients stop at the chunk's edge (truncated BPTT), memory goes on.
     """
     cs, following = batch
     log_p, hidden = model(cs, hidden)
@@ -202,7 +208,7 @@ def train_epoch(
 
 
 class Progress:
-    """A bar on a terminal; elsewhere (a log file) a line every ten seconds."""
+    """A bar on a terminal; elsewhere (a log file) a line every fifteen seconds."""
 
     def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
         self.label = label
@@ -223,7 +229,7 @@ class Progress:
             room = max(shutil.get_terminal_size().columns - len(self.label) - len(tail) - 4, 5)
             bar = "#" * round(room * share)
             self.stream.write(f"\r{self.label} [{bar:.<{room}}]{tail}")
-        elif now - self.spoken >= 10:
+        elif now - self.spoken >= 15:
             self.spoken = now
             self.stream.write(f"{self.label}: {share:.0%} done, {left:.0f} s left\n")
         self.stream.flush()
@@ -327,17 +333,17 @@ class Settings:
     """What ``python -m fusedrnn charlm`` can be told. Part 1 has windows, part 2 streams."""
 
     text: str | None = None
-    chars: int = 500_000
-    epochs: int = 8
+    chars: int = 400_000
+    epochs: int = 4
     hidden: int = 256
     embedding: int = 42
     context: int = 8
-    batch: int = 32
+    batch: int = 16
     chunk: int = 64
-    streams: int = 16
+    streams: int = 4
     lr: float = 1e-3
     sample: int = 400
-    temperature: float = 0.5
+    temperature: float = 0.6
     dtype: str = "float32"
     seed: int = 0
     threads: int | None = None

@@ -11,9 +11,10 @@ import torch
 
 # What decides between the kernels, as Linux names it: x86 first, then Arm.
 INSTRUCTION_SETS = (
-    "avx2 fma f16c avx512f avx512bw avx512vl avx512_bf16 avx512_fp16 amx_tile amx_bf16 "
-    "asimd asimdhp sve sve2 bf16"
-).split()
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
+    *("asimd", "asimdhp", "sve", "sve2", "bf16"),
+)
 
 
 def report() -> tuple[list[tuple[str, str]], bool]:
