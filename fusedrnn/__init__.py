@@ -1,3 +1,5 @@
 from . import reference
 from .functional import recurrence, rnn
-__all__ = ["recurrence", "reference", "rnn"]
+from .modules import RNN, RNNCell, replace
+
+__all__ = ["RNN", "RNNCell", "recurrence", "reference", "replace", "rnn"]

@@ -1,0 +1,366 @@
+"""Drop-in replacements for ``torch.nn.RNN`` and ``torch.nn.RNNCell``.
+
+Parameters, state, constructor checks and texts are those of torch, by inheritance; only what
+happens between input and output is new. ``RNN`` derives from ``nn.RNNBase`` and not from ``nn.RNN``
+because ``torch.compile`` refuses every subclass of the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+from .functional import rnn, rnn_cell
+
+_NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
+
+
+def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """Attributes of ``module``, most of them parameters.
+
+    Finding a parameter with ``getattr`` costs 0.4 us; but a parametrized weight, or one that was
+    replaced by a plain tensor, is found nowhere else.
+    """
+    parameters = module._parameters
+    return [parameters[n] if n in parameters else getattr(module, n) for n in names]  # type: ignore[misc]
+
+
+class RNN(nn.RNNBase):
+    r"""An Elman RNN of one or more layers: ``torch.nn.RNN``, computed by one fused kernel a layer.
+
+    Each layer computes, for every time step t,
+
+    .. math::
+        h_t = \tanh(x_t W_{ih}^T + b_{ih} + h_{t-1} W_{hh}^T + b_{hh})
+
+    where :math:`x_t` is the input, or the :math:`h_t` of the layer below; with
+    ``nonlinearity="relu"``, ReLU stands in place of tanh.
+
+    Args:
+        input_size: Number of features in the input, I.
+        hidden_size: Number of features in the hidden state, H.
+        num_layers: Number of layers stacked on one another, L.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: Whether there are ``b_ih`` and ``b_hh``.
+        batch_first: Input and output are ``[B, T, ...]`` and not ``[T, B, ...]``. Says nothing of
+            ``hx`` and ``h_n``, and is ignored for unbatched and packed input.
+        dropout: Probability of zeroing an element of the output of every layer but the last, in
+            training.
+        bidirectional: Whether a second set of weights runs from the last step to the first. D is
+            then 2, otherwise 1.
+        device: Where the parameters are made.
+        dtype: What the parameters are made of.
+
+    Inputs:
+        input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
+            ``PackedSequence``.
+        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; None is zeros.
+
+    Outputs:
+        output: Every state of the last layer, shaped as the input but with D*H features. A packed
+            input gives a packed output.
+        h_n: The last state of every layer and direction, ``[L*D, B, H]``, unbatched ``[L*D, H]``.
+
+    Parameters for each layer k, and again with the suffix ``_reverse`` for the second direction:
+    ``weight_ih_l{k}`` ``[H, I]`` (above the first layer ``[H, D*H]``), ``weight_hh_l{k}``
+    ``[H, H]``, ``bias_ih_l{k}`` and ``bias_hh_l{k}`` ``[H]``. All start as draws from
+    :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, the same as ``nn.RNN``'s under the same seed.
+
+    Raises, from the constructor:
+        ValueError: A size that is not positive, an unknown nonlinearity, a dropout outside [0, 1],
+            ``proj_size``.
+        TypeError: A size that is not an int, a ``bias`` or ``batch_first`` that is not a bool, an
+            argument that is unknown or missing.
+
+    Raises, from a call:
+        ValueError: ``input`` is neither 2-D nor 3-D, or of another dtype than the weights.
+        RuntimeError: ``hx`` does not go with ``input``, ``input`` does not have ``input_size``
+            features, there is no time step, or tensors are on different devices.
+
+    Differences to ``nn.RNN``:
+        - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true.
+        - The constructor's signature is a real one, so ``torch.nn.utils.skip_init`` works.
+        - ``_flat_weights`` is looked up when it is asked for; assigning it does nothing.
+          ``flatten_parameters`` does nothing on any device: no kernel wants one chunk of memory.
+        - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
+
+    Example::
+
+        >>> rnn = fusedrnn.RNN(10, 20, num_layers=2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **unknown: NoReturn,  # nn.RNNBase refuses them, in the words of nn.RNN
+    ) -> None:
+        if "proj_size" in unknown:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        self.nonlinearity = nonlinearity  # before super(): a subclass's reset_parameters may ask
+        super().__init__(
+            "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            **unknown,
+        )
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: object) -> None:
+        # nn.RNNBase keeps a list here, in step with the weights. Computed on demand it is never
+        # out of step, whoever swaps the weights: functional_call, a parametrization, weight drop.
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels take the weights as they lie."""
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run every layer over the sequence; see the class."""
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            output, h_n = self._run_layers(data, hx, batch_sizes)
+            return (
+                PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
+                self.permute_hidden(h_n, unsorted_indices),
+            )
+
+        dim = input.dim()
+        if dim not in (2, 3):
+            raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dim}D tensor instead")
+        if hx is not None and hx.dim() != dim:
+            raise RuntimeError(
+                f"For {'batched' if dim == 3 else 'unbatched'} {dim}-D input, "
+                f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
+            )
+        if dim == 2:
+            hx = None if hx is None else hx.unsqueeze(1)
+            output, h_n = self._run_layers(input.unsqueeze(1), hx)
+            return output.squeeze(1), h_n.squeeze(1)
+        if self.batch_first:
+            output, h_n = self._run_layers(input.transpose(0, 1), hx)
+            return output.transpose(0, 1), h_n
+        return self._run_layers(input, hx)
+
+    def _run_layers(
+        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x [T, B, I]``, or packed ``[N, I]``, and ``hx [L*D, B, H]`` to ``output, h_n``."""
+        weights = [_tensors(self, names) for names in self._all_weights]
+        self._check(x, hx, batch_sizes, weights[0][0])
+
+        nonlinearity = _NONLINEARITIES[self.mode]
+        if len(weights) == 1:  # the loop below would do, but costs 0.7 us more
+            output, h = rnn(
+                x,
+                *weights[0],
+                h0=None if hx is None else hx[0],
+                nonlinearity=nonlinearity,
+                batch_sizes=batch_sizes,
+            )  # type: ignore[misc]  # of two or four weights
+            return output, h.unsqueeze(0)
+
+        directions = 2 if self.bidirectional else 1
+        h0s = [None] * len(weights) if hx is None else hx.unbind(0)
+        h_n: list[Tensor] = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout and self.training:
+                x = torch.dropout(x, self.dropout, True)
+            outputs: list[Tensor] = []
+            for direction in range(directions):
+                i = layer * directions + direction
+                output, h = rnn(
+                    x,
+                    *weights[i],
+                    h0=h0s[i],
+                    nonlinearity=nonlinearity,
+                    reverse=direction == 1,
+                    batch_sizes=batch_sizes,
+                )  # type: ignore[misc]
+                outputs.append(output)
+                h_n.append(h)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        return x, torch.stack(h_n)
+
+    def _check(
+        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor
+    ) -> None:
+        """Raise what nn.RNN raises, in its order. In one go, for every call costs 0.1 us."""
+        dim = 3 if batch_sizes is None else 2
+        if x.dtype != weight.dtype or x.size(-1) != self.input_size or x.dim() != dim:
+            self.check_input(x, batch_sizes)  # returns if it is the dtype and autocast is on
+        if hx is not None:
+            if batch_sizes is None:
+                batch = x.size(1)
+            elif torch.compiler.is_compiling():  # a number that only the op will know
+                batch = hx.size(1)
+            else:
+                batch = int(batch_sizes[0])
+            self.check_hidden_size(hx, (len(self._all_weights), batch, self.hidden_size))
+            _check_device(x, hx, "hidden")
+        _check_device(x, weight, "parameter")
+        if x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def _check_device(x: Tensor, other: Tensor, name: str) -> None:
+    if x.device != other.device:
+        raise RuntimeError(
+            f"Input and {name} tensors are not at the same device, "
+            f"found input tensor at {x.device} and {name} tensor at {other.device}"
+        )
+
+
+class RNNCell(nn.RNNCell):
+    r"""One step of an Elman RNN: ``torch.nn.RNNCell``, computed by one fused kernel.
+
+    .. math::
+        h' = \tanh(x W_{ih}^T + b_{ih} + h W_{hh}^T + b_{hh})
+
+    With ``nonlinearity="relu"``, ReLU stands in place of tanh.
+
+    Args:
+        input_size: Number of features in the input, I.
+        hidden_size: Number of features in the hidden state, H.
+        bias: Whether there are ``b_ih`` and ``b_hh``.
+        nonlinearity: ``"tanh"`` or ``"relu"``; checked by the call, as nn.RNNCell does.
+        device: Where the parameters are made.
+        dtype: What the parameters are made of.
+
+    Inputs:
+        input: ``[B, I]``, or unbatched ``[I]``.
+        hx: ``[B, H]``, or unbatched ``[H]``; None is zeros.
+
+    Outputs:
+        h': ``[B, H]``, or unbatched ``[H]``.
+
+    Raises, from a call:
+        ValueError: ``input`` or ``hx`` is neither 1-D nor 2-D.
+        RuntimeError: Sizes do not go together, or the nonlinearity is unknown.
+
+    Parameters are ``weight_ih`` ``[H, I]``, ``weight_hh`` ``[H, H]``, ``bias_ih`` and ``bias_hh``
+    ``[H]``, with the initial values of nn.RNNCell under the same seed.
+
+    Example::
+
+        >>> cell = fusedrnn.RNNCell(10, 20)
+        >>> h = None
+        >>> for x in torch.randn(6, 3, 10):
+        ...     h = cell(x, h)
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Advance the state by one step; see the class."""
+        dim = input.dim()
+        if dim not in (1, 2):
+            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {dim}D instead")
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        w_ih, w_hh, b_ih, b_hh = _tensors(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        x = input if dim == 2 else input.unsqueeze(0)
+        rows, features = x.shape
+        if features != w_ih.size(1):
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {features} expected {w_ih.size(1)}"
+            )
+        if hx is None:
+            h = x.new_zeros(rows, self.hidden_size)
+        else:
+            h = hx if dim == 2 else hx.unsqueeze(0)
+            if h.size(0) != rows:
+                raise RuntimeError(
+                    f"Input batch size {rows} doesn't match hidden0 batch size {h.size(0)}"
+                )
+            if h.size(1) != w_hh.size(1):
+                raise RuntimeError(
+                    f"hidden0 has inconsistent hidden_size: got {h.size(1)}, "
+                    f"expected {w_hh.size(1)}"
+                )
+        h = rnn_cell(x, h, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
+        return h if dim == 2 else h.squeeze(0)
+
+
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
+
+
+def replace(model: nn.Module) -> nn.Module:
+    """Turn every ``nn.RNN`` and ``nn.RNNCell`` in ``model`` into this package's, in place.
+
+    Nothing is copied: a module keeps its identity and only changes its class, so parameters (and
+    an optimizer that holds them), buffers, hooks, parametrizations, training mode and whoever else
+    refers to the module all stay as they are. Other modules are left alone, among them subclasses
+    of ``nn.RNN``, whose code may count on what they derive from.
+
+    Args:
+        model: Any module; may itself be an ``nn.RNN`` or ``nn.RNNCell``.
+
+    Returns:
+        ``model``.
+
+    Example::
+
+        >>> model = fusedrnn.replace(model)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        replacement = _REPLACEMENTS.get(parametrize.type_before_parametrizations(module))
+        if replacement is None:
+            continue
+        if parametrize.is_parametrized(module):
+            replacement = _rebase(type(module), replacement)
+        module.__class__ = replacement
+        module.__dict__.pop("_flat_weights", None)  # nn.RNNBase's list, here a property
+    return model
+
+
+def _rebase(parametrized: type, base: type) -> type:
+    """The class that ``torch.nn.utils.parametrize`` made for one module, on another base."""
+    own = {k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")}
+    return type(parametrized.__name__, (base,), own)
