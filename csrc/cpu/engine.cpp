@@ -1,0 +1,531 @@
+// The CPU engine: one parallel region for a whole sequence. Each thread owns some rows of the
+// batch and some hidden units, and walks through time with them.
+#include "engine.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "plan.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+constexpr int64_t kCacheLine = 64;
+
+// A barrier for threads that expect each other within a microsecond. They spin, and give their
+// core away if that was wrong: the machine may be shared.
+class SpinBarrier {
+ public:
+  // Each thread counts its own visits in `visits`.
+  void wait(int threads, int64_t& visits) {
+    if (threads == 1) return;
+    const int64_t full = ++visits * threads;
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 >= full) return;
+    for (int spins = 0; arrived_.load(std::memory_order_acquire) < full; ++spins) {
+      if (spins < 4000) {
+#ifdef __x86_64__
+        _mm_pause();
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  alignas(kCacheLine) std::atomic<int64_t> arrived_{0};
+};
+
+// Scratch memory, in aligned pieces.
+template <class C>
+class Scratch {
+ public:
+  C* take(int64_t numbers) {
+    const auto bytes = size_t((numbers * int64_t(sizeof(C)) + kCacheLine - 1) & -kCacheLine);
+    void* piece = std::aligned_alloc(kCacheLine, bytes ? bytes : kCacheLine);
+    if (!piece) throw std::bad_alloc();
+    pieces_.emplace_back(piece, &std::free);
+    return static_cast<C*>(piece);
+  }
+  C* take_zeros(int64_t numbers) {
+    C* piece = take(numbers);
+    std::memset(piece, 0, size_t(numbers) * sizeof(C));
+    return piece;
+  }
+
+ private:
+  std::vector<std::unique_ptr<void, decltype(&std::free)>> pieces_;
+};
+
+constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// The i-th of `parts` nearly equal pieces of [0, n).
+constexpr int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
+
+template <class C>
+class Run {
+ public:
+  Run(const Problem& problem, const Kernels<C>& kernels, const StorageKernels<C>& stored,
+      int64_t stored_size, int threads)
+      : p_(problem),
+        k_(kernels),
+        stored_(stored),
+        size_(stored_size),
+        widened_(stored_size != int64_t(sizeof(C))),
+        vectors_(ceil_div(p_.H, k_.lanes)),
+        width_(vectors_ * k_.lanes),
+        // rows a multiple of 2 KB apart would share cache sets
+        state_row_(width_ + (width_ * int64_t(sizeof(C)) % 2048 == 0 ? k_.lanes : 0)) {
+    const bool adjoint = p_.pass == Pass::adjoint;
+    plan_ = make_plan({p_.T, p_.B, p_.I, p_.H, int64_t(sizeof(C)), k_.lanes, k_.rows, k_.vectors,
+                       threads, /*weights_fit=*/!adjoint || !widened_});
+    offsets_.resize(size_t(p_.T) + 1);
+    for (int64_t t = 0; t < p_.T; ++t) offsets_[size_t(t) + 1] = offsets_[size_t(t)] + alive(t);
+
+    if (plan_.pack || adjoint) w_state_ = scratch_.take(width_ * p_.H);
+    if (plan_.pack && p_.I) w_input_ = scratch_.take(width_ * p_.I);
+    zeros_ = scratch_.take_zeros(width_);
+    state_[0] = scratch_.take_zeros(p_.B * state_row_);
+    state_[1] = scratch_.take(p_.B * state_row_);
+    if (adjoint) carry_ = scratch_.take_zeros(p_.B * state_row_);
+    if (p_.b_ih || p_.b_hh) bias_ = sum(p_.b_ih, p_.b_hh);
+    if (p_.alpha) alpha_ = sum(p_.alpha, nullptr);
+    if (p_.first.data) {
+      for (int64_t b = 0; b < p_.B; ++b)
+        stored_.load(at(p_.first.data, b * p_.first.row), p_.H,
+                     (adjoint ? carry_ : state_[0]) + b * state_row_);
+    }
+    // Rows that start later (packed, descending) find their first state in either buffer.
+    if (p_.batch_sizes) std::memcpy(state_[1], state_[0], size_t(p_.B * state_row_) * sizeof(C));
+
+    tile_row_ = plan_.pack ? k_.vectors * k_.lanes : width_;
+    groups_.reset(new SpinBarrier[size_t(plan_.batch_groups)]);
+    workers_.reserve(size_t(plan_.threads()));
+    for (int i = 0; i < plan_.threads(); ++i) workers_.emplace_back(*this, i);
+  }
+
+  // False if the runtime gave fewer threads than planned: nothing has been done then.
+  bool run() {
+    const int threads = plan_.threads();
+    if (threads == 1) {
+      workers_[0].run();
+      return true;
+    }
+#ifdef _OPENMP
+    bool complete = true;
+#pragma omp parallel num_threads(threads)
+    {
+      if (omp_get_num_threads() == threads) {
+        workers_[size_t(omp_get_thread_num())].run();
+      } else if (omp_get_thread_num() == 0) {
+        complete = false;
+      }
+    }
+    return complete;
+#else
+    return false;
+#endif
+  }
+
+ private:
+  const void* at(const void* base, int64_t offset) const {
+    return static_cast<const char*>(base) + offset * size_;
+  }
+  void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
+
+  // Rows of the batch at time t.
+  int64_t alive(int64_t t) const { return p_.batch_sizes ? p_.batch_sizes[t] : p_.B; }
+
+  int64_t place(const Series& s, int64_t t, int64_t b) const {
+    return p_.batch_sizes ? (offsets_[size_t(t)] + b) * s.row : t * s.step + b * s.row;
+  }
+
+  bool kept(int64_t t, int64_t b) const { return p_.keep[offsets_[size_t(t)] + b]; }
+
+  C* sum(const void* a, const void* b) {
+    C* total = scratch_.take_zeros(2 * width_);
+    C* part = total + width_;
+    for (const void* vector : {a, b}) {
+      if (!vector) continue;
+      stored_.load(vector, p_.H, part);
+      for (int64_t j = 0; j < p_.H; ++j) total[j] += part[j];
+    }
+    return total;
+  }
+
+  struct Panel {
+    int64_t column, columns;  // hidden units
+    int vectors;
+    int64_t width;
+    const C* w_state;
+    int64_t w_state_stride;
+    const C* w_input;
+  };
+
+  // What one thread does.
+  class Worker {
+   public:
+    Worker(Run& run, int index)
+        : r_(run),
+          p_(run.p_),
+          plan_(run.plan_),
+          index_(index),
+          group_(index / plan_.hidden_groups),
+          row0_(cut(p_.B, plan_.batch_groups, group_)),
+          row1_(cut(p_.B, plan_.batch_groups, group_ + 1)) {
+      const int member = index % plan_.hidden_groups;
+      const int64_t vector0 = cut(r_.vectors_, plan_.hidden_groups, member);
+      const int64_t vector1 = cut(r_.vectors_, plan_.hidden_groups, member + 1);
+      column0_ = vector0 * r_.k_.lanes;
+      column1_ = vector1 * r_.k_.lanes;
+      const int64_t count = ceil_div(vector1 - vector0, r_.k_.vectors);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t v0 = vector0 + cut(vector1 - vector0, count, i);
+        const int64_t v1 = vector0 + cut(vector1 - vector0, count, i + 1);
+        Panel panel{};
+        panel.column = v0 * r_.k_.lanes;
+        panel.vectors = int(v1 - v0);
+        panel.width = panel.vectors * r_.k_.lanes;
+        panel.columns = std::min(panel.width, p_.H - panel.column);
+        if (lies_in_panels(panel)) {
+          panel.w_state = static_cast<const C*>(p_.w_hh) + panel.column;
+          panel.w_state_stride = p_.w_hh_row;
+        } else {
+          panel.w_state = r_.w_state_ + panel.column * p_.H;
+          panel.w_state_stride = panel.width;
+        }
+        panel.w_input = r_.w_input_ + panel.column * p_.I;
+        panels_.push_back(panel);
+      }
+
+      const int64_t rows = plan_.chunk * (row1_ - row0_);
+      tile_ = r_.scratch_.take_zeros(kMaxRows * r_.tile_row_);
+      if (p_.I) inputs_.resize(size_t(rows));
+      if (p_.I && r_.widened_) widened_ = r_.scratch_.take(rows * p_.I);
+      if (plan_.project_ahead) projected_ = r_.scratch_.take(rows * (column1_ - column0_));
+    }
+
+    void run() {
+      pack();
+      r_.everyone_.wait(plan_.threads(), visits_everyone_);
+      for (int64_t s = 0; s < p_.T; ++s) {
+        if (p_.I && s % plan_.chunk == 0) prepare_inputs(s);
+        step(s);
+      }
+      finish();
+    }
+
+   private:
+    // The t of the s-th step.
+    int64_t time(int64_t s) const { return p_.descending ? p_.T - 1 - s : s; }
+
+    int64_t rows_at(int64_t t) const {
+      return std::max<int64_t>(0, std::min(row1_, r_.alive(t)) - row0_);
+    }
+
+    // The adjoint multiplies by W_hh itself, whose rows are panels already.
+    bool lies_in_panels(const Panel& panel) const {
+      return p_.pass == Pass::adjoint && !plan_.pack && panel.columns == panel.width;
+    }
+    bool multiplies_by_dot() const { return p_.pass != Pass::adjoint && !plan_.pack; }
+
+    // Threads with the same hidden units share their panels, and the packing of them.
+    void pack() {
+      if (multiplies_by_dot()) return;
+      for (size_t i = size_t(group_); i < panels_.size(); i += size_t(plan_.batch_groups)) {
+        const Panel& panel = panels_[i];
+        if (lies_in_panels(panel)) continue;
+        const bool adjoint = p_.pass == Pass::adjoint;
+        C* w_state = r_.w_state_ + panel.column * p_.H;
+        r_.stored_.pack(r_.at(p_.w_hh, panel.column * (adjoint ? 1 : p_.w_hh_row)),
+                        adjoint ? p_.w_hh_row : 1, adjoint ? 1 : p_.w_hh_row, p_.H, panel.columns,
+                        panel.width, w_state);
+        if (p_.I)
+          r_.stored_.pack(r_.at(p_.w_ih, panel.column * p_.w_ih_row), 1, p_.w_ih_row, p_.I,
+                          panel.columns, panel.width, r_.w_input_ + panel.column * p_.I);
+      }
+    }
+
+    // Lists the input rows of the next chunk of steps, widened, and multiplies them if planned.
+    void prepare_inputs(int64_t s0) {
+      const int64_t s1 = std::min(s0 + plan_.chunk, p_.T);
+      int64_t n = 0;
+      for (int64_t s = s0; s < s1; ++s) {
+        const int64_t t = time(s), rows = rows_at(t);
+        for (int64_t i = 0; i < rows; ++i, ++n) {
+          const void* x = r_.at(p_.x.data, r_.place(p_.x, t, row0_ + i));
+          if (widened_) r_.stored_.load(x, p_.I, widened_ + n * p_.I);
+          inputs_[size_t(n)] = widened_ ? widened_ + n * p_.I : static_cast<const C*>(x);
+        }
+      }
+      chunk_row_ = 0;
+      if (!plan_.project_ahead) return;
+      for (const Panel& panel : panels_)
+        for_blocks(n, r_.k_.rows, [&](int64_t first, int64_t count) {
+          Product<C> product{};
+          product.input = inputs_.data() + first;
+          product.input_size = p_.I;
+          product.w_input = panel.w_input;
+          product.w_stride = panel.width;
+          product.init = r_.bias_ ? r_.bias_ + panel.column : nullptr;
+          product.tile_row = column1_ - column0_;
+          product.tile = projected_ + first * product.tile_row + (panel.column - column0_);
+          r_.k_.product[count - 1][panel.vectors - 1](product);
+        });
+    }
+
+    // Calls f(first, count) for [0, n) in blocks of at most `most`, nearly equal.
+    template <class F>
+    static void for_blocks(int64_t n, int64_t most, const F& f) {
+      const int64_t blocks = ceil_div(n, most);
+      for (int64_t i = 0; i < blocks; ++i) f(cut(n, blocks, i), cut(n, blocks, i + 1) - cut(n, blocks, i));
+    }
+
+    // Does row b, on its way to the s-th step, keep what it carries?
+    bool keeps(int64_t s, int64_t b) const {
+      if (!p_.keep) return true;
+      if (p_.pass != Pass::adjoint) return r_.kept(time(s), b);
+      // Backward, the cut lies where the step came from: before the step after.
+      return s == 0 || b >= r_.alive(time(s - 1)) || r_.kept(time(s - 1), b);
+    }
+
+    void step(int64_t s) {
+      const int64_t t = time(s), rows = rows_at(t);
+      const C* from = r_.state_[s & 1];
+      C* to = r_.state_[(s + 1) & 1];
+      // At first there is nothing to multiply, unless a first state was given.
+      const bool zero_state = s == 0 && (p_.pass == Pass::adjoint || !p_.first.data);
+      const auto states_of = [&](const C* states, int64_t first, int64_t count, const C** list) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t b = row0_ + first + i;
+          list[i] = keeps(s, b) ? states + b * r_.state_row_ : r_.zeros_;
+        }
+      };
+      const C* states[kMaxRows];
+      const C* carries[kMaxRows];
+      if (multiplies_by_dot()) {
+        for_blocks(rows, kMaxDotRows, [&](int64_t first, int64_t count) {
+          states_of(from, first, count, states);
+          DotProduct<C> dot{};
+          dot.state = states;
+          dot.state_size = zero_state ? 0 : p_.H;
+          dot.w_state = r_.at(p_.w_hh, column0_ * p_.w_hh_row);
+          dot.w_state_row = p_.w_hh_row;
+          dot.input = inputs_.data() + chunk_row_ + first;
+          dot.input_size = p_.I;
+          dot.w_input = r_.at(p_.w_ih, column0_ * p_.w_ih_row);
+          dot.w_input_row = p_.w_ih_row;
+          dot.init = r_.bias_ ? r_.bias_ + column0_ : nullptr;
+          dot.rows = count;
+          dot.columns = std::min(column1_, p_.H) - column0_;
+          dot.tile = tile_;
+          dot.tile_row = r_.tile_row_;
+          r_.stored_.dot(dot);
+          epilogue(t, first, count, column0_, dot.columns, states, to);
+        });
+      } else {
+        for (const Panel& panel : panels_)
+          for_blocks(rows, r_.k_.rows, [&](int64_t first, int64_t count) {
+            states_of(from, first, count, states);
+            Product<C> product{};
+            product.state = states;
+            product.state_size = zero_state ? 0 : p_.H;
+            product.w_state = panel.w_state;
+            product.w_stride = panel.w_state_stride;
+            if (plan_.project_ahead) {
+              product.init_row = column1_ - column0_;
+              product.init = projected_ + (chunk_row_ + first) * product.init_row +
+                             (panel.column - column0_);
+            } else {
+              product.input = inputs_.data() + chunk_row_ + first;
+              product.input_size = p_.I;
+              product.w_input = panel.w_input;
+              product.init = r_.bias_ ? r_.bias_ + panel.column : nullptr;
+            }
+            product.tile = tile_;
+            product.tile_row = r_.tile_row_;
+            r_.k_.product[count - 1][panel.vectors - 1](product);
+            if (p_.pass == Pass::adjoint) states_of(r_.carry_, first, count, carries);
+            epilogue(t, first, count, panel.column, panel.columns,
+                     p_.pass == Pass::adjoint ? carries : states, to);
+          });
+      }
+      chunk_row_ += rows;
+
+      // Rows that end here leave their state in both buffers: nobody will write it again.
+      if (p_.batch_sizes && s + 1 < p_.T) {
+        for (int64_t b = std::max(row0_, r_.alive(time(s + 1))); b < row0_ + rows; ++b)
+          std::memcpy(r_.state_[s & 1] + b * r_.state_row_ + column0_,
+                      to + b * r_.state_row_ + column0_, size_t(column1_ - column0_) * sizeof(C));
+      }
+      meet();
+    }
+
+    void epilogue(int64_t t, int64_t first, int64_t count, int64_t column, int64_t columns,
+                  const C* const* states, C* to) {
+      const C* at_column[kMaxRows];
+      for (int64_t i = 0; i < count; ++i) at_column[i] = states[i] + column;
+      const int64_t b = row0_ + first;
+      Step<C> step{};
+      step.rows = count;
+      step.columns = columns;
+      step.tile = tile_;
+      step.tile_row = r_.tile_row_;
+      step.state = at_column;
+      step.next = to + b * r_.state_row_ + column;
+      if (r_.carry_) step.carry = r_.carry_ + b * r_.state_row_ + column;
+      step.state_row = r_.state_row_;
+      if (r_.alpha_) step.alpha = r_.alpha_ + column;
+      const auto locate = [&](const Series& series) {
+        return series.data ? r_.at(series.data, r_.place(series, t, b) + column) : nullptr;
+      };
+      for (int i = 0; i < 2; ++i) {
+        step.in[i] = locate(p_.in[i]);
+        step.in_row[i] = p_.in[i].row;
+        step.out[i] = locate(p_.out[i]);
+        step.out_row[i] = p_.out[i].row;
+      }
+      step.gate = locate(p_.gate);
+      step.gate_row = p_.gate.row;
+      r_.stored_.step[int(p_.pass)][int(p_.nonlinearity)](step);
+    }
+
+    // Waits for the threads that own other hidden units of these rows.
+    void meet() { r_.groups_[group_].wait(plan_.hidden_groups, visits_group_); }
+
+    // Each row's last state; backward, one more product leads to the state before its first step.
+    void finish() {
+      if (!p_.last.data) return;
+      const C* last = r_.state_[p_.T & 1];
+      if (p_.pass != Pass::adjoint) {
+        for (int64_t b = row0_; b < row1_; ++b)
+          r_.stored_.store(last + b * r_.state_row_ + column0_, std::min(column1_, p_.H) - column0_,
+                           r_.at(p_.last.data, b * p_.last.row + column0_));
+        return;
+      }
+      for (const Panel& panel : panels_)
+        for_blocks(row1_ - row0_, r_.k_.rows, [&](int64_t first, int64_t count) {
+          const C* states[kMaxRows];
+          for (int64_t i = 0; i < count; ++i) states[i] = last + (row0_ + first + i) * r_.state_row_;
+          Product<C> product{};
+          product.state = states;
+          product.state_size = p_.H;
+          product.w_state = panel.w_state;
+          product.w_stride = panel.w_state_stride;
+          product.tile = tile_;
+          product.tile_row = r_.tile_row_;
+          r_.k_.product[count - 1][panel.vectors - 1](product);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t b = row0_ + first + i;
+            C* row = tile_ + i * r_.tile_row_;
+            const C* carry = r_.carry_ + b * r_.state_row_ + panel.column;
+            const bool keep = !p_.keep || r_.kept(last_time(b), b);
+            for (int64_t j = 0; j < panel.columns; ++j) row[j] = keep ? row[j] + carry[j] : C(0);
+            r_.stored_.store(row, panel.columns,
+                             r_.at(p_.last.data, b * p_.last.row + panel.column));
+          }
+        });
+    }
+
+    // Where the walk of row b ended.
+    int64_t last_time(int64_t b) const {
+      int64_t t = time(p_.T - 1);
+      while (r_.alive(t) <= b) --t;
+      return t;
+    }
+
+    Run& r_;
+    const Problem& p_;
+    const Plan& plan_;
+    int index_;
+    int group_;
+    int64_t row0_, row1_;        // of the batch
+    int64_t column0_, column1_;  // hidden units, the last ones padded
+    std::vector<Panel> panels_;
+    C* tile_;
+    std::vector<const C*> inputs_;  // x of a chunk's steps, row by row
+    C* widened_ = nullptr;
+    C* projected_ = nullptr;
+    int64_t chunk_row_ = 0;  // rows of the chunk that came before this step
+    int64_t visits_everyone_ = 0, visits_group_ = 0;
+  };
+
+  const Problem& p_;
+  const Kernels<C>& k_;
+  const StorageKernels<C>& stored_;
+  const int64_t size_;
+  const bool widened_;       // numbers are computed wider than they are stored
+  const int64_t vectors_;    // across H
+  const int64_t width_;      // H, padded to vectors
+  const int64_t state_row_;  // distance of rows in state_ and carry_
+  int64_t tile_row_;
+  Plan plan_;
+  Scratch<C> scratch_;
+  std::vector<int64_t> offsets_;  // rows before time t
+  C *w_state_ = nullptr, *w_input_ = nullptr;
+  C *bias_ = nullptr, *alpha_ = nullptr;
+  C* zeros_;
+  C* state_[2];  // e before and after a step, in turns
+  C* carry_ = nullptr;
+  std::vector<Worker> workers_;
+  SpinBarrier everyone_;
+  std::unique_ptr<SpinBarrier[]> groups_;  // one for each batch group
+};
+
+template <class C>
+void run_stored(const Problem& p, const Kernels<C>* kernels, const StorageKernels<C>* stored,
+                int64_t stored_size, int threads) {
+  if (!Run<C>(p, *kernels, *stored, stored_size, threads).run())
+    Run<C>(p, *kernels, *stored, stored_size, 1).run();
+}
+
+const InstructionSet& choose_instruction_set() {
+  const InstructionSet* all[] = {
+#ifdef __x86_64__
+      &kAvx512, &kAvx2,
+#endif
+      &kBaseline};
+  const char* wanted = std::getenv("FUSEDRNN_ISA");
+  for (const InstructionSet* set : all)
+    if (set->supported() && (!wanted || std::string(wanted) == set->name)) return *set;
+  throw std::runtime_error("FUSEDRNN_ISA=" + std::string(wanted) +
+                           ": this machine has no such instruction set; choose avx512, avx2 or "
+                           "baseline");
+}
+
+}  // namespace
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = choose_instruction_set();
+  return chosen;
+}
+
+void run(const Problem& p, int threads) {
+#ifdef _OPENMP
+  if (omp_in_parallel()) threads = 1;
+#else
+  threads = 1;
+#endif
+  const InstructionSet& set = instruction_set();
+  switch (p.storage) {
+    case Storage::f32: return run_stored(p, set.f32, set.stored_f32, 4, threads);
+    case Storage::f64: return run_stored(p, set.f64, set.stored_f64, 8, threads);
+    case Storage::bf16: return run_stored(p, set.f32, set.stored_bf16, 2, threads);
+    case Storage::f16: return run_stored(p, set.f32, set.stored_f16, 2, threads);
+  }
+}
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,106 @@
+// What an instruction set provides: a table of kernels, torch-free. The engine (engine.cpp) is
+// compiled once and calls through these pointers; kernels_*.cpp fill one table each.
+#pragma once
+
+#include <cstdint>
+
+#include "../recurrence.h"
+
+namespace fusedrnn::cpu {
+
+constexpr int kMaxRows = 6;     // rows of the register tile, at most
+constexpr int kMaxVectors = 4;  // vectors across the register tile, at most
+constexpr int kMaxDotRows = 4;  // rows of the tile of `dot`, at most
+
+// tile[i][:] = state[i] · w_state + init[i] + input[i] · w_input
+// for `rows` rows and one panel of columns. Weights are packed: row k of a panel is `width` wide.
+// Rows come as pointers, so that a forgotten state is a pointer to zeros.
+template <class C>
+struct Product {
+  const C* const* state;
+  int64_t state_size;  // may be 0
+  const C* w_state;
+  const C* const* input;
+  int64_t input_size;  // may be 0
+  const C* w_input;
+  int64_t w_stride;    // elements between rows of the panels
+  const C* init;       // optional
+  int64_t init_row;    // 0: the same for every row
+  C* tile;
+  int64_t tile_row;
+};
+
+// The same product with weights as they lie: tile[i][j] = state[i] · w_state[j] + ..., j < columns.
+template <class C>
+struct DotProduct {
+  const C* const* state;
+  int64_t state_size;
+  const void* w_state;
+  int64_t w_state_row;
+  const C* const* input;
+  int64_t input_size;
+  const void* w_input;
+  int64_t w_input_row;
+  const C* init;  // [columns], optional
+  int64_t rows, columns;
+  C* tile;
+  int64_t tile_row;
+};
+
+// One panel of one step: what Problem calls in, gate and out, moved to the first row and column.
+template <class C>
+struct Step {
+  int64_t rows, columns;
+  const C* tile;
+  int64_t tile_row;
+  const C* const* state;  // k of each row, at the panel's first column
+  C* next;                // e[t], at the panel's first row and column
+  C* carry;               // adjoint: written
+  int64_t state_row;      // of next and carry
+  const C* alpha;         // optional
+  const void* in[2];
+  int64_t in_row[2];
+  const void* gate;
+  int64_t gate_row;
+  void* out[2];
+  int64_t out_row[2];
+};
+
+// Kernels for one storage type; they compute in C.
+template <class C>
+struct StorageKernels {
+  // panel[k * width + j] = w[k * k_stride + j * j_stride] for j < columns, 0 up to width
+  void (*pack)(const void* w, int64_t k_stride, int64_t j_stride, int64_t size, int64_t columns,
+               int64_t width, C* panel);
+  void (*load)(const void* from, int64_t n, C* to);
+  void (*store)(const C* from, int64_t n, void* to);
+  void (*dot)(const DotProduct<C>&);
+  void (*step[kPasses][kNonlinearities])(const Step<C>&);
+};
+
+template <class C>
+struct Kernels {
+  int lanes;         // numbers in a vector
+  int rows;          // rows of the register tile
+  int vectors;       // vectors across it
+  void (*product[kMaxRows][kMaxVectors])(const Product<C>&);  // by rows - 1, vectors - 1
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+  const StorageKernels<float>* stored_f32;
+  const StorageKernels<double>* stored_f64;
+  const StorageKernels<float>* stored_bf16;
+  const StorageKernels<float>* stored_f16;
+};
+
+extern const InstructionSet kBaseline;
+#ifdef __x86_64__
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+#endif
+
+}  // namespace fusedrnn::cpu

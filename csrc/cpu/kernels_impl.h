@@ -1,0 +1,238 @@
+// The kernels of one instruction set, filled into a table. Included by kernels_*.cpp, which says
+// for which: FUSEDRNN_ISA, FUSEDRNN_VECTOR_BYTES, FUSEDRNN_TILE_ROWS, FUSEDRNN_TILE_VECTORS.
+#include "kernels.h"
+#include "simd.h"
+// after simd.h: its functors use Vec's functions
+#include "../epilogues.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+// ---- the product ----
+
+// acc += rows · panel. `Split` sums run side by side where a tile is too small to hide the
+// latency of an FMA; they are added in a fixed order, so that the bits do not depend on timing.
+template <int Rows, int Vectors, int Split, class C>
+FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const* rows,
+                                    int64_t size, const C* w, int64_t w_stride) {
+  constexpr int L = Vec<C>::lanes;
+  const C* row[Rows];
+  for (int i = 0; i < Rows; ++i) row[i] = rows[i];
+
+  int64_t k = 0;
+  if constexpr (Split > 1) {
+    Vec<C> part[Split][Rows][Vectors];
+    for (int s = 0; s < Split; ++s)
+      for (int i = 0; i < Rows; ++i)
+        for (int j = 0; j < Vectors; ++j) part[s][i][j] = Vec<C>(C(0));
+    for (; k + Split <= size; k += Split, w += Split * w_stride)
+#pragma GCC unroll 8
+      for (int s = 0; s < Split; ++s) {
+        Vec<C> column[Vectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) column[j] = load<C>(w + s * w_stride + j * L);
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < Vectors; ++j)
+            part[s][i][j] = fma(Vec<C>(row[i][k + s]), column[j], part[s][i][j]);
+      }
+    for (int s = 0; s < Split; ++s)
+      for (int i = 0; i < Rows; ++i)
+        for (int j = 0; j < Vectors; ++j) acc[i][j] = acc[i][j] + part[s][i][j];
+  }
+#pragma GCC unroll 2
+  for (; k < size; ++k, w += w_stride) {
+    Vec<C> column[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) column[j] = load<C>(w + j * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j)
+        acc[i][j] = fma(Vec<C>(row[i][k]), column[j], acc[i][j]);
+  }
+}
+
+template <int Rows, int Vectors, class C>
+void product(const Product<C>& p) {
+  constexpr int L = Vec<C>::lanes;
+  // 8 sums keep two FMA units of latency 4 busy.
+  constexpr int Split = Rows * Vectors >= 8 ? 1 : Rows * Vectors >= 4 ? 2 * 8 / (2 * Rows * Vectors)
+                                                                      : 4;
+  Vec<C> acc[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j)
+      acc[i][j] = p.init ? load<C>(p.init + i * p.init_row + j * L) : Vec<C>(C(0));
+  if (p.input_size)
+    multiply<Rows, Vectors, Split>(acc, p.input, p.input_size, p.w_input, p.w_stride);
+  if (p.state_size)
+    multiply<Rows, Vectors, Split>(acc, p.state, p.state_size, p.w_state, p.w_stride);
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) store<C>(p.tile + i * p.tile_row + j * L, acc[i][j]);
+}
+
+template <int Rows, int Columns, class C, class S>
+FUSEDRNN_FORCE_INLINE void dot_accumulate(Vec<C> (&acc)[Rows][Columns], const C* const* rows,
+                                          int64_t size, const S* w, int64_t w_row) {
+  for (int64_t k = 0; k < size; k += Vec<C>::lanes) {
+    Vec<C> a[Rows];
+    for (int i = 0; i < Rows; ++i) a[i] = load<C>(rows[i] + k, size - k);
+#pragma GCC unroll 4
+    for (int j = 0; j < Columns; ++j) {
+      const Vec<C> b = load<C>(w + j * w_row + k, size - k);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) acc[i][j] = fma(a[i], b, acc[i][j]);
+    }
+  }
+}
+
+template <int Rows, int Columns, class S, class C>
+void dot_tile(const DotProduct<C>& p, int64_t first_column) {
+  Vec<C> acc[Rows][Columns];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Columns; ++j) acc[i][j] = Vec<C>(C(0));
+  dot_accumulate<Rows, Columns>(acc, p.input, p.input_size,
+                                static_cast<const S*>(p.w_input) + first_column * p.w_input_row,
+                                p.w_input_row);
+  dot_accumulate<Rows, Columns>(acc, p.state, p.state_size,
+                                static_cast<const S*>(p.w_state) + first_column * p.w_state_row,
+                                p.w_state_row);
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Columns; ++j)
+      p.tile[i * p.tile_row + first_column + j] =
+          acc[i][j].sum() + (p.init ? p.init[first_column + j] : C(0));
+}
+
+template <int Rows, class S, class C>
+void dot_rows(const DotProduct<C>& p) {
+  int64_t j = 0;
+  for (; j + 4 <= p.columns; j += 4) dot_tile<Rows, 4, S>(p, j);
+  for (; j < p.columns; ++j) dot_tile<Rows, 1, S>(p, j);
+}
+
+template <class S, class C>
+void dot(const DotProduct<C>& p) {
+  switch (p.rows) {
+    case 1: return dot_rows<1, S>(p);
+    case 2: return dot_rows<2, S>(p);
+    case 3: return dot_rows<3, S>(p);
+    default: return dot_rows<4, S>(p);
+  }
+}
+
+// ---- the step ----
+
+template <Pass pass, class F, class S, class C>
+void step(const Step<C>& s) {
+  using V = Vec<C>;
+  const bool leaky = s.alpha != nullptr;
+  const auto at = [](const void* p, int64_t offset) { return static_cast<const S*>(p) + offset; };
+  const auto out_at = [](void* p, int64_t offset) { return static_cast<S*>(p) + offset; };
+  for (int64_t i = 0; i < s.rows; ++i) {
+    for (int64_t j = 0; j < s.columns; j += V::lanes) {
+      const int64_t n = s.columns - j;
+      const auto optional = [&](int which) {
+        return s.in[which] ? load<C>(at(s.in[which], i * s.in_row[which] + j), n) : V(C(0));
+      };
+      const V acc = load<C>(s.tile + i * s.tile_row + j);
+      const V alpha = leaky ? load<C>(s.alpha + j) : V(C(1));
+      V first, second, next;
+      if constexpr (pass == Pass::activation) {
+        activation<F>(acc + optional(0), load<C>(s.state[i] + j), leaky, alpha, first, second);
+        next = first;
+      } else {
+        const V p = gate<F>(load<C>(at(s.gate, i * s.gate_row + j), n), leaky, alpha);
+        if constexpr (pass == Pass::tangent) {
+          const V k = load<C>(s.state[i] + j);
+          tangent(acc, optional(0), optional(1), p, k, leaky, alpha, first, second);
+        } else {
+          V carry = load<C>(s.state[i] + j);
+          adjoint(acc, optional(0), optional(1), p, carry, leaky, alpha, second, first);
+          store<C>(s.carry + i * s.state_row + j, carry);
+        }
+        next = first;
+      }
+      store<C>(s.next + i * s.state_row + j, next);
+      store<C>(out_at(s.out[0], i * s.out_row[0] + j), first, n);
+      if (s.out[1]) store<C>(out_at(s.out[1], i * s.out_row[1] + j), second, n);
+    }
+  }
+}
+
+// ---- moving data ----
+
+template <class S, class C>
+void pack(const void* w, int64_t k_stride, int64_t j_stride, int64_t size, int64_t columns,
+          int64_t width, C* panel) {
+  const S* from = static_cast<const S*>(w);
+  // In blocks of lanes: reads run along whichever index is dense, writes stay in L1.
+  constexpr int64_t block = 16;
+  for (int64_t k0 = 0; k0 < size; k0 += block) {
+    const int64_t k1 = k0 + block < size ? k0 + block : size;
+    if (j_stride == 1) {
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t j = 0; j < columns; ++j) panel[k * width + j] = widen(from[k * k_stride + j]);
+    } else {
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t k = k0; k < k1; ++k)
+          panel[k * width + j] = widen(from[k * k_stride + j * j_stride]);
+    }
+    for (int64_t k = k0; k < k1; ++k)
+      for (int64_t j = columns; j < width; ++j) panel[k * width + j] = C(0);
+  }
+}
+
+template <class S, class C>
+void load_numbers(const void* from, int64_t n, C* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(static_cast<const S*>(from)[i]);
+}
+
+template <class S, class C>
+void store_numbers(const C* from, int64_t n, void* to) {
+  for (int64_t i = 0; i < n; ++i) narrow(from[i], static_cast<S*>(to)[i]);
+}
+
+// ---- the table ----
+
+template <class S, class C>
+constexpr StorageKernels<C> stored_as() {
+#define FUSEDRNN_STEP(F) step<Pass::activation, F, S, C>,
+#define FUSEDRNN_TANGENT(F) step<Pass::tangent, F, S, C>,
+#define FUSEDRNN_ADJOINT(F) step<Pass::adjoint, F, S, C>,
+  return {pack<S, C>,
+          load_numbers<S, C>,
+          store_numbers<S, C>,
+          dot<S, C>,
+          {{FUSEDRNN_FOR_EACH_NONLINEARITY(FUSEDRNN_STEP)},
+           {FUSEDRNN_FOR_EACH_NONLINEARITY(FUSEDRNN_TANGENT)},
+           {FUSEDRNN_FOR_EACH_NONLINEARITY(FUSEDRNN_ADJOINT)}}};
+#undef FUSEDRNN_STEP
+#undef FUSEDRNN_TANGENT
+#undef FUSEDRNN_ADJOINT
+}
+
+template <class C, int Rows, int Vectors>
+constexpr void add_products(Kernels<C>& kernels) {
+  kernels.product[Rows - 1][Vectors - 1] = product<Rows, Vectors, C>;
+  if constexpr (Vectors > 1) {
+    add_products<C, Rows, Vectors - 1>(kernels);
+  } else if constexpr (Rows > 1) {
+    add_products<C, Rows - 1, FUSEDRNN_TILE_VECTORS>(kernels);
+  }
+}
+
+template <class C>
+constexpr Kernels<C> kernels() {
+  Kernels<C> all{Vec<C>::lanes, FUSEDRNN_TILE_ROWS, FUSEDRNN_TILE_VECTORS, {}};
+  add_products<C, FUSEDRNN_TILE_ROWS, FUSEDRNN_TILE_VECTORS>(all);
+  return all;
+}
+
+constexpr Kernels<float> kF32 = kernels<float>();
+constexpr Kernels<double> kF64 = kernels<double>();
+constexpr StorageKernels<float> kStoredF32 = stored_as<float, float>();
+constexpr StorageKernels<double> kStoredF64 = stored_as<double, double>();
+constexpr StorageKernels<float> kStoredBf16 = stored_as<bf16, float>();
+constexpr StorageKernels<float> kStoredF16 = stored_as<f16, float>();
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA

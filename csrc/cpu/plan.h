@@ -1,0 +1,94 @@
+// How the CPU engine divides a recurrence among threads: a pure function, tested as a table.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fusedrnn::cpu {
+
+struct PlanInput {
+  int64_t T, B, I, H;   // I = 0: no input product
+  int64_t number_size;  // bytes of the numbers that are computed with
+  int lanes, tile_rows, tile_vectors;
+  int threads;
+  bool weights_fit;  // the kernels can read the weights as they lie
+};
+
+struct Plan {
+  // The batch is split among groups of threads, which never meet; within a group the hidden units
+  // are split, and the group meets at a barrier after each step.
+  int batch_groups = 1;
+  int hidden_groups = 1;
+  bool pack = true;            // copy the weights into panels first
+  bool project_ahead = false;  // multiply the input of several steps at once, before their chain
+  int64_t chunk = 1;           // of so many steps
+
+  int threads() const { return batch_groups * hidden_groups; }
+};
+
+// Cycles, for a core with two vector FMAs and two vector loads a cycle. The figures need to rank
+// plans, not to predict times; they were fitted on AVX-512 machines with 1 and 2 MB of L2.
+struct CostModel {
+  static constexpr double kRegion = 12000;   // waking the thread pool and joining it
+  static constexpr double kBarrier = 700;    // two threads meeting
+  static constexpr double kCall = 60;        // one tile: two calls through pointers
+  static constexpr double kEpilogue = 12;    // nonlinearity, loads and stores of one vector
+  static constexpr double kL1 = 32 << 10, kL2 = 1 << 20;
+  static constexpr double kL2Bytes = 40, kL3Bytes = 10;  // per cycle and core
+
+  static double step(const PlanInput& in, int batch_groups, int hidden_groups) {
+    const auto parts = [](int64_t n, int64_t d) { return double((n + d - 1) / d); };
+    const double rows = parts(in.B, batch_groups);
+    const double vectors = parts(parts(in.H, in.lanes), hidden_groups);
+    const double blocks = parts(int64_t(rows), in.tile_rows);
+    const double panels = parts(int64_t(vectors), in.tile_vectors);
+    const double size = double(in.I + in.H);
+    const double multiplications = rows * vectors * size / 2;
+    const double loads = (blocks * vectors + rows * panels) * size / 2;
+    const double bytes = vectors * in.lanes * size * in.number_size;
+    const double weights = bytes <= kL1   ? 0
+                           : bytes <= kL2 ? blocks * bytes / kL2Bytes
+                                          : blocks * bytes / kL3Bytes;
+    return std::max({multiplications, loads, weights}) + rows * vectors * kEpilogue +
+           blocks * panels * kCall + (hidden_groups > 1 ? kBarrier : 0);
+  }
+
+  static double total(const PlanInput& in, int batch_groups, int hidden_groups) {
+    return (batch_groups * hidden_groups > 1 ? kRegion : 0) +
+           double(in.T) * step(in, batch_groups, hidden_groups);
+  }
+};
+
+inline Plan make_plan(const PlanInput& in) {
+  Plan plan;
+  double best = CostModel::total(in, 1, 1);
+  const auto consider = [&](int64_t batch_groups, int64_t hidden_groups) {
+    if (batch_groups * hidden_groups <= 1) return;
+    const double cost = CostModel::total(in, int(batch_groups), int(hidden_groups));
+    if (cost < best) {
+      best = cost;
+      plan.batch_groups = int(batch_groups);
+      plan.hidden_groups = int(hidden_groups);
+    }
+  };
+  const int64_t vectors = (in.H + in.lanes - 1) / in.lanes;
+  for (int64_t batch_groups = 1; batch_groups <= std::min<int64_t>(in.threads, in.B); ++batch_groups) {
+    consider(batch_groups, 1);
+    consider(batch_groups, std::min(in.threads / batch_groups, vectors));
+  }
+
+  // Packing costs about as much as multiplying 16 rows.
+  plan.pack = !in.weights_fit || in.T * in.B > 16;
+
+  // One product over several steps fills the register tile where a step has too few rows; and a
+  // group that waits at barriers should not also multiply between them.
+  const int64_t rows = (in.B + plan.batch_groups - 1) / plan.batch_groups;
+  if (in.I > 0 && plan.pack && in.T > 1 && (rows < 4 || plan.hidden_groups > 1)) {
+    plan.project_ahead = true;
+    const int64_t columns = (vectors + plan.hidden_groups - 1) / plan.hidden_groups * in.lanes;
+    plan.chunk = std::clamp<int64_t>(8192 / (rows * columns), 1, std::min<int64_t>(in.T, 64));
+  }
+  return plan;
+}
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,291 @@
+// Vec<T>: a vector of numbers, for the instruction set that the including file compiles for.
+//
+// Included once per instruction set, after `#pragma GCC target`, with FUSEDRNN_ISA naming a
+// namespace and FUSEDRNN_VECTOR_BYTES its width. The namespace keeps code for different machines
+// apart: an inline function shared between them would be linked once, compiled for any of them.
+// For the same reason nothing here calls the standard library, except for scalar libm.
+#include "../recurrence.h"
+
+namespace fusedrnn::cpu::FUSEDRNN_ISA {
+
+#define FUSEDRNN_FORCE_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int lanes = FUSEDRNN_VECTOR_BYTES / sizeof(T);
+  using Integer = typename IntegerOf<T>::type;
+  typedef T Raw __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(1), may_alias));
+  typedef Integer Mask __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+
+  Raw raw;
+
+  Vec() = default;
+  // From a Raw, or a number for every lane. One template: as overloads, gcc takes them for the same.
+  template <class X>
+  FUSEDRNN_FORCE_INLINE Vec(X x) {
+    if constexpr (sizeof(X) == sizeof(Raw)) {
+      raw = x;
+    } else {
+      raw = T(x) - Raw{};
+    }
+  }
+
+  friend FUSEDRNN_FORCE_INLINE Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Mask operator<(Vec a, Vec b) { return a.raw < b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Mask operator>(Vec a, Vec b) { return a.raw > b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Mask operator<=(Vec a, Vec b) { return a.raw <= b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Mask operator>=(Vec a, Vec b) { return a.raw >= b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a.raw : b.raw; }
+
+  // a b + c, in one rounding where the machine has FMA
+  friend FUSEDRNN_FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) return Raw(_mm512_fmadd_ps(__m512(a.raw), __m512(b.raw), __m512(c.raw)));
+    else return Raw(_mm512_fmadd_pd(__m512d(a.raw), __m512d(b.raw), __m512d(c.raw)));
+#elif FUSEDRNN_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) return Raw(_mm256_fmadd_ps(__m256(a.raw), __m256(b.raw), __m256(c.raw)));
+    else return Raw(_mm256_fmadd_pd(__m256d(a.raw), __m256d(b.raw), __m256d(c.raw)));
+#else
+    return a.raw * b.raw + c.raw;
+#endif
+  }
+
+  FUSEDRNN_FORCE_INLINE T sum() const {
+    T total = raw[0];
+    for (int i = 1; i < lanes; ++i) total += raw[i];
+    return total;
+  }
+};
+
+// ---- numbers as they are stored ----
+
+FUSEDRNN_FORCE_INLINE float widen(bf16 x) {
+  return __builtin_bit_cast(float, uint32_t(x.bits) << 16);
+}
+
+FUSEDRNN_FORCE_INLINE void narrow(float x, bf16& to) {  // round to nearest even, NaN stays NaN
+  const uint32_t u = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  to.bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
+}
+
+FUSEDRNN_FORCE_INLINE float widen(f16 x) {
+  // Shift exponent and mantissa into place; the multiplication rebiases, denormals included.
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0;  // Inf, NaN
+  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
+  return __builtin_bit_cast(float, sign | special | __builtin_bit_cast(uint32_t, scaled));
+}
+
+FUSEDRNN_FORCE_INLINE void narrow(float x, f16& to) {  // round to nearest even
+  const uint32_t u = __builtin_bit_cast(uint32_t, x);
+  const uint32_t sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  uint32_t bits;
+  if (magnitude > 0x7f800000) {
+    bits = 0x7e00;  // NaN
+  } else if (magnitude >= 0x477ff000) {
+    bits = 0x7c00;  // at least 65520: Inf
+  } else if (magnitude < 0x38800000) {
+    // Denormal: adding 0.5 leaves the value, in units of 2^-24, in the low bits, rounded.
+    const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
+    bits = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000;
+  } else {
+    bits = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  to.bits = uint16_t(sign | bits);
+}
+
+FUSEDRNN_FORCE_INLINE float widen(float x) { return x; }
+FUSEDRNN_FORCE_INLINE double widen(double x) { return x; }
+FUSEDRNN_FORCE_INLINE void narrow(float x, float& to) { to = x; }
+FUSEDRNN_FORCE_INLINE void narrow(double x, double& to) { to = x; }
+
+template <class C, class S>
+FUSEDRNN_FORCE_INLINE Vec<C> load(const S* p) {
+  using V = Vec<C>;
+  if constexpr (sizeof(S) == sizeof(C)) {
+    return typename V::Raw(*reinterpret_cast<const typename V::Unaligned*>(p));
+  } else {
+    V v;
+    for (int i = 0; i < V::lanes; ++i) v.raw[i] = widen(p[i]);
+    return v;
+  }
+}
+
+template <class C, class S>
+FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v) {
+  using V = Vec<C>;
+  if constexpr (sizeof(S) == sizeof(C)) {
+    *reinterpret_cast<typename V::Unaligned*>(p) = v.raw;
+  } else {
+    for (int i = 0; i < V::lanes; ++i) narrow(C(v.raw[i]), p[i]);
+  }
+}
+
+// The first n numbers; the others read as 0 and are not written. No byte beyond them is touched.
+template <class C, class S>
+FUSEDRNN_FORCE_INLINE Vec<C> load(const S* p, int64_t n) {
+  using V = Vec<C>;
+  if (n >= V::lanes) return load<C>(p);
+#if FUSEDRNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == 4) return typename V::Raw(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+  if constexpr (sizeof(S) == 8) return typename V::Raw(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+#endif
+  S some[V::lanes] = {};
+  for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+  return load<C>(static_cast<const S*>(some));
+}
+
+template <class C, class S>
+FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v, int64_t n) {
+  using V = Vec<C>;
+  if (n >= V::lanes) return store<C>(p, v);
+#if FUSEDRNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v.raw));
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v.raw));
+#endif
+  S some[V::lanes];
+  store<C>(static_cast<S*>(some), v);
+  for (int64_t i = 0; i < n; ++i) p[i] = some[i];
+}
+
+// ---- exp, expm1, log1p, tanh ----
+//
+// e^y = 2^n e^r with |r| <= ln2 / 2, and e^r - 1 = r + r² P(r). Where there is FMA, tanh is within
+// 1.7 ulp in f32 (every float was tried) and odd; elsewhere these are libm's.
+
+#if FUSEDRNN_VECTOR_BYTES == 16
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> each(Vec<T> x, T (*f)(T)) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.raw[i] = f(x.raw[i]);
+  return x;
+}
+FUSEDRNN_FORCE_INLINE Vec<float> tanh(Vec<float> x) { return each<float>(x, ::tanhf); }
+FUSEDRNN_FORCE_INLINE Vec<double> tanh(Vec<double> x) { return each<double>(x, ::tanh); }
+FUSEDRNN_FORCE_INLINE Vec<float> exp(Vec<float> x) { return each<float>(x, ::expf); }
+FUSEDRNN_FORCE_INLINE Vec<double> exp(Vec<double> x) { return each<double>(x, ::exp); }
+FUSEDRNN_FORCE_INLINE Vec<float> expm1(Vec<float> x) { return each<float>(x, ::expm1f); }
+FUSEDRNN_FORCE_INLINE Vec<double> expm1(Vec<double> x) { return each<double>(x, ::expm1); }
+FUSEDRNN_FORCE_INLINE Vec<float> log1p_of_at_most_one(Vec<float> x) { return each<float>(x, ::log1pf); }
+FUSEDRNN_FORCE_INLINE Vec<double> log1p_of_at_most_one(Vec<double> x) { return each<double>(x, ::log1p); }
+#else
+
+template <class T>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float largest = 88.37f, smallest = -87.33f;  // of arguments: 2^n stays normal
+  static constexpr float tanh_is_one = 10;
+  static FUSEDRNN_FORCE_INLINE Vec<float> polynomial(Vec<float> r) {  // P, minimax (Cephes)
+    const Vec<float> r2 = r * r;
+    const Vec<float> low = fma(Vec<float>(1.6666665459e-1f), r, Vec<float>(5.0000001201e-1f));
+    const Vec<float> middle = fma(Vec<float>(8.3334519073e-3f), r, Vec<float>(4.1665795894e-2f));
+    const Vec<float> high = fma(Vec<float>(1.9875691500e-4f), r, Vec<float>(1.3981999507e-3f));
+    return fma(fma(high, r2, middle), r2, low);
+  }
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double magic = 0x1.8p52;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double log2e = 1.4426950408889634;
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double largest = 709.4, smallest = -708.3;
+  static constexpr double tanh_is_one = 22;
+  static FUSEDRNN_FORCE_INLINE Vec<double> polynomial(Vec<double> r) {  // Taylor's: 1 / k!
+    constexpr double inverse_factorials[] = {
+        1.0 / 2,         1.0 / 6,          1.0 / 24,          1.0 / 120,
+        1.0 / 720,       1.0 / 5040,       1.0 / 40320,       1.0 / 362880,
+        1.0 / 3628800,   1.0 / 39916800,   1.0 / 479001600,   1.0 / 6227020800,
+        1.0 / 87178291200};
+    Vec<double> p = inverse_factorials[12];
+    for (int k = 11; k >= 0; --k) p = fma(p, r, Vec<double>(inverse_factorials[k]));
+    return p;
+  }
+};
+
+// e^y = scale (1 + rest)
+template <class T>
+FUSEDRNN_FORCE_INLINE void split_exp(Vec<T> y, Vec<T>& scale, Vec<T>& rest) {
+  using K = ExpConstants<T>;
+  using V = Vec<T>;
+  using Integer = typename V::Integer;
+  y = select(y > V(K::largest), V(K::largest), select(y < V(K::smallest), V(K::smallest), y));
+  const V shifted = fma(y, V(K::log2e), V(K::magic));
+  const V n = shifted - V(K::magic);
+  const V r = fma(n, V(-K::ln2_low), fma(n, V(-K::ln2_high), y));
+  const auto exponent = (typename V::Mask)shifted.raw + Integer(K::bias);
+  scale = (typename V::Raw)(exponent << K::mantissa);
+  rest = fma(K::polynomial(r), r * r, r);
+}
+
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> exp(Vec<T> y) {
+  Vec<T> scale, rest;
+  split_exp(y, scale, rest);
+  return fma(rest, scale, scale);
+}
+
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> expm1(Vec<T> y) {
+  Vec<T> scale, rest;
+  split_exp(y, scale, rest);
+  return fma(rest, scale, scale - Vec<T>(1));
+}
+
+// log(1 + u) for 0 <= u <= 1, as 2 artanh(s) with s = u / (2 + u) <= 1/3
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> log1p_of_at_most_one(Vec<T> u) {
+  constexpr int terms = sizeof(T) == 4 ? 9 : 18;
+  const Vec<T> s = u / (u + Vec<T>(2));
+  const Vec<T> s2 = s * s;
+  Vec<T> series = T(1) / T(2 * terms + 1);
+  for (int k = terms - 1; k > 0; --k) series = fma(series, s2, Vec<T>(T(1) / T(2 * k + 1)));
+  const Vec<T> twice = s + s;
+  return fma(twice * s2, series, twice);
+}
+
+// tanh|x| = t / (t + 2) with t = e^2|x| - 1. The quotient is corrected by its remainder, which the
+// rounding of t + 2 is part of.
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> tanh(Vec<T> x) {
+  using V = Vec<T>;
+  const V one = V(ExpConstants<T>::tanh_is_one);
+  const auto sign = (typename V::Mask)x.raw & (typename V::Mask)V(T(-0.0)).raw;
+  const V magnitude = typename V::Raw((typename V::Mask)x.raw ^ sign);
+  const V clamped = select(magnitude > one, one, magnitude);
+  const V t = expm1(clamped + clamped);
+  const V divisor = t + V(2);
+  const V divisor_rest = (V(2) - divisor) + t;
+  const V inverse = V(1) / divisor;
+  const V quotient = t * inverse;
+  const V zero = V(0);
+  const V remainder =
+      fma(zero - quotient, divisor_rest, fma(zero - quotient, divisor, t));
+  const V result = fma(remainder, inverse, quotient);
+  return typename V::Raw((typename V::Mask)result.raw | sign);
+}
+#endif
+
+}  // namespace fusedrnn::cpu::FUSEDRNN_ISA

@@ -1,0 +1,73 @@
+"""Loads the extension and tells torch about its ops: fake kernels and derivatives.
+
+The schemas stand in ``csrc/bindings.cpp``, the kernels beside them, the derivatives in
+``fusedrnn/autograd.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HERE = Path(__file__).parent
+_BUILD = "pip install --no-build-isolation"
+
+try:
+    from ._build_info import TORCH_VERSION
+except ImportError:
+    raise ImportError(
+        f"fusedrnn is not built: run `{_BUILD} -e .` in {_HERE.parent}, where its setup.py is"
+    ) from None
+
+if torch.__version__ != TORCH_VERSION:
+    raise ImportError(
+        f"fusedrnn was built with torch {TORCH_VERSION}, but this is torch {torch.__version__}: "
+        f"build it again with `{_BUILD} --force-reinstall --no-deps .` in its checkout"
+    )
+
+from . import _C  # noqa: E402  (loading it registers torch.ops.fusedrnn)
+
+activation = torch.ops.fusedrnn.activation.default
+tangent = torch.ops.fusedrnn.tangent.default
+adjoint = torch.ops.fusedrnn.adjoint.default
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built, and the instruction set that the CPU engine uses here."""
+    return {
+        "torch_built": TORCH_VERSION,
+        "cuda": "not built: fusedrnn has no CUDA engine yet",
+        **_C.build_info(),
+    }
+
+
+def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) -> int:
+    """B, which a packed sequence tells by its batch_sizes alone."""
+    if states is not None:
+        return states.size(0)
+    if batch_sizes is None:
+        return series.size(1)
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+@torch.library.register_fake("fusedrnn::activation")
+def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse):  # type: ignore[no-untyped-def]
+    size = w_hh.size(0)
+    h = x.new_empty((*x.shape[:-1], size))
+    h_n = x.new_empty((_batch(h0, x, batch_sizes), size))
+    return h, h_n, x.new_empty(0) if alpha is None else torch.empty_like(h)
+
+
+@torch.library.register_fake("fusedrnn::tangent")
+def _(w, q, s0, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, full):  # type: ignore[no-untyped-def]
+    s_n = phi.new_empty((_batch(s0, phi, batch_sizes), phi.size(-1)))
+    return phi.new_empty(phi.shape), s_n, phi.new_empty(phi.shape if full else 0)
+
+
+@torch.library.register_fake("fusedrnn::adjoint")
+def _(g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, full):  # type: ignore[no-untyped-def]
+    to_first = (_batch(g_n, phi, batch_sizes), phi.size(-1)) if to_h0 else (0,)
+    return phi.new_empty(phi.shape), phi.new_empty(to_first), phi.new_empty(phi.shape if full else 0)

@@ -1,0 +1,390 @@
+"""Backpropagation through time, written by hand, and every other derivative.
+
+The three ops of the engine (formulas in ``csrc/epilogues.h``), with ``k[t] = keep[t] * h[t-1]``
+the state that a step starts from and ``p = alpha * phi'(z)`` its gate:
+
+    activation  z[t] = u[t] + k[t] @ W.T
+                h[t] = (1 - alpha) k[t] + alpha phi(z[t])
+    tangent     m[t] = w[t] + k[t] @ W.T                      (here k[t] = keep[t] * s[t-1])
+                s[t] = q[t] + p[t] m[t] + (1 - alpha) k[t]
+    adjoint     a[t] = g[t] + keep[t+1] ((1 - alpha) a[t+1] + delta[t+1] @ W)
+                delta[t] = d[t] + p[t] a[t]
+
+``tangent`` is the derivative of ``activation`` in a direction; ``adjoint`` is the transpose of
+``tangent``. Both are linear in what drives them, so each other's derivative is all they need, and
+three ops give derivatives of every order in both modes. What is not a recurrence is a product over
+all rows at once, or elementwise: plain torch, and so differentiable by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _ops
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _where_positive(h: Tensor, yes: Tensor, no: float) -> Tensor:
+    return torch.where(h <= 0, torch.full_like(h, no), yes)
+
+
+# slope(h) = phi'(z) as a function of h = phi(z), as in csrc/epilogues.h, and its derivative.
+# Only derivatives of second and higher order come here.
+_SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tanh": (lambda h: 1 - h * h, lambda h: -2 * h),
+    "relu": (lambda h: _where_positive(h, torch.ones_like(h), 0), torch.zeros_like),
+    "identity": (torch.ones_like, torch.zeros_like),
+    "sigmoid": (lambda h: h * (1 - h), lambda h: 1 - 2 * h),
+    "softplus": (lambda h: -torch.expm1(-h), lambda h: torch.exp(-h)),
+    "retanh": (
+        lambda h: _where_positive(h, 1 - h * h, 0),
+        lambda h: _where_positive(h, -2 * h, 0),
+    ),
+    "hardtanh": (lambda h: (h.abs() < 1).to(h.dtype), torch.zeros_like),
+    "leaky_relu": (lambda h: _where_positive(h, torch.ones_like(h), 0.01), torch.zeros_like),
+    "elu": (
+        lambda h: torch.where(h <= 0, h + 1, torch.ones_like(h)),
+        lambda h: torch.where(h <= 0, torch.ones_like(h), torch.zeros_like(h)),
+    ),
+}
+
+
+class _Walk:
+    """How a recurrence walks through its rows: what comes before and after each of them."""
+
+    def __init__(self, keep: Tensor | None, batch_sizes: Tensor | None, reverse: bool) -> None:
+        self.keep = keep
+        self.batch_sizes = batch_sizes
+        self.reverse = reverse
+
+    def _neighbours(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For packed row (t, b): rows (t-1, b) and (t+1, b), or -1; and b."""
+        assert self.batch_sizes is not None
+        sizes = self.batch_sizes
+        starts = sizes.cumsum(0) - sizes
+        steps = torch.arange(sizes.size(0))
+        t = steps.repeat_interleave(sizes, output_size=rows)
+        b = torch.arange(rows) - starts[t]
+        before, after = (t - 1).clamp(min=0), (t + 1).clamp(max=sizes.size(0) - 1)
+        earlier = torch.where(t > 0, starts[before] + b, -1)
+        later = torch.where((t < after) & (b < sizes[after]), starts[after] + b, -1)
+        return (later, earlier, b) if self.reverse else (earlier, later, b)
+
+    def _kept(self, series: Tensor) -> Tensor:
+        if self.keep is None:
+            return series
+        return torch.where(self.keep.unsqueeze(-1), series, torch.zeros_like(series))
+
+    def previous(self, series: Tensor, first: Tensor | None) -> Tensor:
+        """``keep[t] * series[t-1]`` for every t, where ``series[-1]`` is ``first`` (None: 0)."""
+        if self.batch_sizes is None:
+            if first is None:
+                first = torch.zeros_like(series[0])
+            ends = first.unsqueeze(0)
+            return self._kept(
+                torch.cat([series[1:], ends] if self.reverse else [ends, series[:-1]])
+            )
+        before, _, b = self._neighbours(series.size(0))
+        if first is None:
+            padded = torch.cat([series, torch.zeros_like(series[:1])])
+            return self._kept(padded[torch.where(before < 0, series.size(0), before)])
+        padded = torch.cat([series, first])
+        return self._kept(padded[torch.where(before < 0, series.size(0) + b, before)])
+
+    def following(self, series: Tensor) -> Tensor:
+        """``keep[t+1] * series[t+1]`` for every t, 0 after the last: transposes ``previous``."""
+        series = self._kept(series)
+        if self.batch_sizes is None:
+            zeros = torch.zeros_like(series[:1])
+            return torch.cat([zeros, series[:-1]] if self.reverse else [series[1:], zeros])
+        _, after, _ = self._neighbours(series.size(0))
+        padded = torch.cat([series, torch.zeros_like(series[:1])])
+        return padded[torch.where(after < 0, series.size(0), after)]
+
+    def following_first(self, series: Tensor, batch: int) -> Tensor:
+        """``keep[t] * series[t]`` of each row's first step ``t``: what ``h0`` meets, ``[B, H]``."""
+        series = self._kept(series)
+        if self.batch_sizes is None:
+            return series[-1] if self.reverse else series[0]
+        if not self.reverse:
+            return series[:batch]
+        sizes = self.batch_sizes
+        b = torch.arange(batch)
+        lengths = (sizes.unsqueeze(1) > b).sum(0)
+        return series[(sizes.cumsum(0) - sizes)[lengths - 1] + b]
+
+    def recurrent_product(self, delta: Tensor, series: Tensor, first: Tensor | None) -> Tensor:
+        """``sum_t delta[t].T @ (keep[t] * series[t-1])``, the gradient of ``W_hh``."""
+        if self.keep is not None or self.batch_sizes is not None:
+            return _rows(delta).mT @ _rows(self.previous(series, first))
+        # the same without a copy of the series
+        if self.reverse:
+            at_first, others, before = delta[-1], delta[:-1], series[1:]
+        else:
+            at_first, others, before = delta[0], delta[1:], series[:-1]
+        if first is None:
+            return _rows(others).mT @ _rows(before)
+        product = at_first.mT @ first
+        if delta.size(0) > 1:
+            product = torch.addmm(product, _rows(others).mT, _rows(before))
+        return product
+
+
+def _rows(series: Tensor) -> Tensor:
+    return series.flatten(0, -2)
+
+
+def _sum_rows(series: Tensor) -> Tensor:
+    return _rows(series).sum(0)
+
+
+class _Op(Function):
+    """A Function that stands at the Autograd dispatch key of an op.
+
+    So whoever calls the op, eager code, a compiler or a functorch transform, meets its derivative.
+    """
+
+    @classmethod
+    def differentiate(cls, *args: Any) -> Any:
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or _forward_mode():
+            # Function.apply would look at functorch's transforms, which are above this key.
+            return super(Function, cls).apply(*args)
+        return cls.forward(*args)
+
+
+def _forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+class Activation(_Op):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.activation(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = inputs
+        h, _, phi = output
+        saved = (x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, None if alpha is None else phi)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_n: Tensor | None, g_phi: Tensor | None) -> Gradients:  # type: ignore[override]
+        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = ctx.saved_tensors
+        to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
+        if alpha is None:
+            phi, d = h, None
+        else:
+            d = None if g_phi is None else _SLOPES[ctx.nonlinearity][0](phi) * g_phi
+        if g is None and g_n is None and d is None:
+            return (None,) * 11
+        delta, dh0, a = _ops.adjoint(
+            g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
+            to_h0, to_alpha,
+        )  # fmt: skip
+        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        dx = dw_ih = db = dw_hh = dalpha = None
+        if to_x:
+            dx = delta if w_ih is None else delta @ w_ih
+        if to_w_ih:
+            dw_ih = _rows(delta).mT @ _rows(x)
+        if to_b_ih or to_b_hh:
+            db = _sum_rows(delta)
+        if to_w_hh:
+            dw_hh = walk.recurrent_product(delta, h, h0)
+        if to_alpha:
+            dalpha = _sum_rows(a * (phi - walk.previous(h, h0)))
+        return (
+            dx, dw_ih, db if to_b_ih else None, db if to_b_hh else None, dh0 if to_h0 else None,
+            dw_hh, dalpha, None, None, None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = ctx.saved_tensors
+        x_t, w_ih_t, b_ih_t, b_hh_t, h0_t, w_hh_t, alpha_t, *_ = tangents
+        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        q = None
+        if w_ih is None:
+            w = x_t
+        else:
+            w = _add(None if x_t is None else x_t @ w_ih.mT, None if w_ih_t is None else x @ w_ih_t.mT)
+        for bias_t in (b_ih_t, b_hh_t):
+            w = _add(w, None if bias_t is None else bias_t.expand_as(h))
+        if w_hh_t is not None:
+            w = _add(w, walk.previous(h, h0) @ w_hh_t.mT)
+        if alpha is None:
+            phi = h
+        elif alpha_t is not None:
+            q = alpha_t * (phi - walk.previous(h, h0))
+        s, s_n, m = _ops.tangent(
+            w, q, h0_t, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
+            alpha is not None,
+        )  # fmt: skip
+        return s, s_n, h.new_zeros(0) if alpha is None else _SLOPES[ctx.nonlinearity][0](phi) * m
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _gate(phi: Tensor, alpha: Tensor | None, nonlinearity: str) -> Tensor:
+    slope = _SLOPES[nonlinearity][0](phi)
+    return slope if alpha is None else alpha * slope
+
+
+def _gate_tangent(
+    phi: Tensor, alpha: Tensor | None, phi_t: Tensor | None, alpha_t: Tensor | None, name: str
+) -> Tensor | None:
+    """The tangent of ``p = alpha * slope(phi)``."""
+    slope, curvature = _SLOPES[name]
+    p_t = None
+    if phi_t is not None:
+        p_t = curvature(phi) * phi_t
+        p_t = p_t if alpha is None else alpha * p_t
+    return _add(p_t, None if alpha_t is None else alpha_t * slope(phi))
+
+
+class _Linear(_Op):
+    """What tangent and adjoint share: they transpose each other, so their coefficients' gradients,
+    of ``phi``, ``W_hh`` and ``alpha``, are the same function of the two sweeps' results."""
+
+    @staticmethod
+    def coefficient_gradients(
+        ctx: Any, walk: _Walk, delta: Tensor, a: Tensor, s: Tensor, s0: Tensor | None, m: Tensor
+    ) -> Gradients:
+        phi, w_hh, alpha = ctx.saved_tensors[:3]
+        _, _, _, to_phi, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
+        dphi = dw_hh = dalpha = None
+        slope, curvature = _SLOPES[ctx.nonlinearity]
+        if to_phi:
+            dphi = a * m * curvature(phi)
+            dphi = dphi if alpha is None else alpha * dphi
+        if to_w_hh:
+            dw_hh = walk.recurrent_product(delta, s, s0)
+        if to_alpha:
+            dalpha = _sum_rows(a * (m * slope(phi) - walk.previous(s, s0)))
+        return dphi, dw_hh, dalpha
+
+
+class Tangent(_Linear):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.tangent(*args[:-1], True)  # its derivative needs m
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, s0, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, _ = inputs
+        s, _, m = output
+        saved = (phi, w_hh, alpha, keep, batch_sizes, s0, s, m)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_n: Tensor | None, d: Tensor | None) -> Gradients:  # type: ignore[override]
+        if g is None and g_n is None and d is None:
+            return (None,) * 11
+        phi, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
+        to_w, to_q, to_s0, *_ = ctx.needs_input_grad
+        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        delta, ds0, a = _ops.adjoint(
+            g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
+            to_s0, True,
+        )  # fmt: skip
+        coefficients = _Linear.coefficient_gradients(ctx, walk, delta, a, s, s0, m)
+        return (
+            delta if to_w else None, a if to_q else None, ds0 if to_s0 else None, *coefficients,
+            *(None,) * 5,
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        phi, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
+        w, q, s0_t, phi_t, w_hh_t, alpha_t, *_ = tangents
+        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        if w_hh_t is not None:
+            w = _add(w, walk.previous(s, s0) @ w_hh_t.mT)
+        p_t = _gate_tangent(phi, alpha, phi_t, alpha_t, ctx.nonlinearity)
+        if p_t is not None:
+            q = _add(q, p_t * m)
+        if alpha_t is not None:
+            q = _add(q, -alpha_t * walk.previous(s, s0))
+        return _ops.tangent(
+            w, q, s0_t, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
+        )
+
+
+class Adjoint(_Linear):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.adjoint(*args[:-1], True)  # its derivative needs a
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, _ = inputs
+        delta, dh0, a = output
+        saved = (phi, w_hh, alpha, keep, batch_sizes, delta, a)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.nonlinearity, ctx.reverse, ctx.to_h0 = nonlinearity, reverse, to_h0
+        ctx.batch = dh0.size(0)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor | None, s0: Tensor | None, q: Tensor | None) -> Gradients:  # type: ignore[override]
+        if not ctx.to_h0:
+            s0 = None
+        if w is None and s0 is None and q is None:
+            return (None,) * 12
+        phi, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
+        to_g, to_d, to_g_n, *_ = ctx.needs_input_grad
+        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        s, s_n, m = _ops.tangent(
+            w, q, s0, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
+        )
+        coefficients = _Linear.coefficient_gradients(ctx, walk, delta, a, s, s0, m)
+        return (
+            s if to_g else None, m if to_d else None, s_n if to_g_n else None, *coefficients,
+            *(None,) * 6,
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        phi, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
+        g, d, g_n, phi_t, w_hh_t, alpha_t, *_ = tangents
+        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        # What a step hands to the one before it changes with W_hh and alpha themselves.
+        handed = _add(
+            None if w_hh_t is None else delta @ w_hh_t, None if alpha_t is None else -alpha_t * a
+        )
+        if handed is not None:
+            g = _add(g, walk.following(handed))
+        p_t = _gate_tangent(phi, alpha, phi_t, alpha_t, ctx.nonlinearity)
+        if p_t is not None:
+            d = _add(d, p_t * a)
+        delta_t, dh0_t, a_t = _ops.adjoint(
+            g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
+            ctx.to_h0, True,
+        )  # fmt: skip
+        if handed is not None and ctx.to_h0:
+            dh0_t = dh0_t + walk.following_first(handed, ctx.batch)
+        return delta_t, dh0_t, a_t
+
+
+_LIBRARY = torch.library.Library("fusedrnn", "IMPL")
+for _name, _function in (("activation", Activation), ("tangent", Tangent), ("adjoint", Adjoint)):
+    _LIBRARY.impl(_name, _function.differentiate, "Autograd")
