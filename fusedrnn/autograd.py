@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import Function, forward_ad
 
 from . import _ops
 
@@ -144,6 +145,21 @@ def _sum_rows(series: Tensor) -> Tensor:
     return _rows(series).sum(0)
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work, at whatever level."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _run(op: Callable[..., Any], *args: Any) -> Any:
+    """The op below the Autograd key, where its kernels are, or torch.func's next level."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if not _transformed():
+            return op(*args)
+        # A Function's forward runs without gradients. That is for its own level, not for the next.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return op(*args)
+
+
 class _Op(Function):
     """A Function that stands at the Autograd dispatch key of an op.
 
@@ -152,21 +168,22 @@ class _Op(Function):
 
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or _forward_mode():
-            # Function.apply would look at functorch's transforms, which are above this key.
+        if _transformed():
+            # torch.func has come down to this key at one of its levels: differentiate there.
+            with enable_single_level_autograd_function():
+                return super(Function, cls).apply(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            # Not Function.apply: it would bind the arguments to a signature, at 10 us.
+            return super(Function, cls).apply(*args)
+        if forward_ad._current_level >= 0:  # which no_grad does not end
             return super(Function, cls).apply(*args)
         return cls.forward(*args)
-
-
-def _forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
 
 
 class Activation(_Op):
     @staticmethod
     def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.activation(*args)
+        return _run(_ops.activation, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -280,8 +297,7 @@ class _Linear(_Op):
 class Tangent(_Linear):
     @staticmethod
     def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.tangent(*args[:-1], True)  # its derivative needs m
+        return _run(_ops.tangent, *args[:-1], True)  # its derivative needs m
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -330,8 +346,7 @@ class Tangent(_Linear):
 class Adjoint(_Linear):
     @staticmethod
     def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.adjoint(*args[:-1], True)  # its derivative needs a
+        return _run(_ops.adjoint, *args[:-1], True)  # its derivative needs a
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
