@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import fusedrnn
 
-T, B, I, H = 5, 3, 4, 6  # noqa: E741
+T, B, I, H = 5, 3, 4, 6
 LENGTHS = [3, 5, 1]  # unsorted
 
 OURS_AND_THEIRS = [
@@ -908,3 +908,36 @@ def test_hooks_run() -> None:
     ours.register_full_backward_hook(lambda m, g, h: seen.append("backward"))
     ours(sequence())[0].sum().backward()
     assert seen == ["before", "after", "backward"]
+
+
+@pytest.mark.parametrize("kind", ["batched", "unbatched", "packed"])
+def test_compiles_without_a_graph_break(kind: str) -> None:
+    """torch.compile refuses nn.RNN. Dropout stays on: the same seed gives the same numbers."""
+    torch._dynamo.reset()
+    ours = fusedrnn.RNN(I, H, 2, bidirectional=True, dropout=0.5)
+    x = INPUTS[kind]()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    for hx in (None, state_for(ours, x)):
+        torch.manual_seed(1)
+        want = ours(x, hx)
+        torch.manual_seed(1)
+        assert_close(floats(compiled(x, hx)), floats(want), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["weight_norm", "functional_call"])
+def test_compiles_with_weights_that_are_no_parameters(change: str) -> None:
+    torch._dynamo.reset()
+    ours, x = fusedrnn.RNN(I, H), torch.randn(T, B, I)
+    weights = {n: p * 2 for n, p in ours.named_parameters()}
+    if change == "weight_norm":
+        parametrizations.weight_norm(ours, "weight_hh_l0")
+
+        def function(x: Tensor) -> Any:
+            return ours(x)
+    else:
+
+        def function(x: Tensor) -> Any:
+            return torch.func.functional_call(ours, weights, (x,))
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert_close(compiled(x), function(x), rtol=0, atol=0)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import fusedrnn
 
-T, B, I, H = 5, 3, 4, 6  # noqa: E741
+T, B, I, H = 5, 3, 4, 6
 
 
 class Model(nn.Module):
