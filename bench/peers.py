@@ -1,0 +1,416 @@
+"""The problem, and everyone who solves it: nn.RNN, fusedrnn, Python loops, JAX, ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FORWARD, BACKWARD = "forward", "forward+backward"
+MODES = (FORWARD, BACKWARD)
+
+
+class Shape(NamedTuple):
+    T: int
+    B: int
+    I: int
+    H: int
+
+    def __str__(self) -> str:
+        return f"{self.T},{self.B},{self.I},{self.H}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        sizes = [int(size) for size in text.split(",")]
+        if len(sizes) != 4 or min(sizes) < 1:
+            raise ValueError
+        return cls(*sizes)
+
+
+@dataclass
+class Problem:
+    """One layer's inputs, weights and the gradient that comes back, in float64 unless cast."""
+
+    shape: Shape
+    x: Tensor  # [T, B, I]
+    weights: list[Tensor]  # w_ih [H, I], w_hh [H, H], b_ih [H], b_hh [H]
+    grad: Tensor  # [T, B, H], of the output
+    h0: Tensor | None = None  # [B, H]; None is zero, as nn.RNN has it
+    grad_input: bool = False  # whether x's gradient is asked for, too
+    threads: int = 1
+
+    @classmethod
+    def random(
+        cls, shape: Shape, dtype: torch.dtype, *, cell: bool, grad_input: bool, threads: int
+    ) -> Problem:
+        """Weights as nn.RNN initialises them; every number is one that `dtype` holds exactly."""
+        T, B, I, H = shape
+        random = torch.Generator().manual_seed(0)
+        bound = 1 / math.sqrt(H)
+
+        def exact(values: Tensor) -> Tensor:
+            return values.to(dtype).double()
+
+        def normal(*size: int) -> Tensor:
+            return exact(torch.randn(size, generator=random, dtype=torch.float64))
+
+        def uniform(*size: int) -> Tensor:
+            numbers = torch.rand(size, generator=random, dtype=torch.float64)
+            return exact((2 * numbers - 1) * bound)
+
+        return cls(
+            shape,
+            x=normal(T, B, I),
+            weights=[uniform(H, I), uniform(H, H), uniform(H), uniform(H)],
+            grad=normal(T, B, H),
+            h0=exact(normal(B, H).tanh()) if cell else None,
+            grad_input=grad_input,
+            threads=threads,
+        )
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return replace(
+            self,
+            x=self.x.to(dtype),
+            weights=[w.to(dtype) for w in self.weights],
+            grad=self.grad.to(dtype),
+            h0=None if self.h0 is None else self.h0.to(dtype),
+        )
+
+    def flops(self, mode: str) -> int:
+        T, B, I, H = self.shape
+        rows = T * B
+        if mode == FORWARD:
+            return 2 * rows * H * (I + H)
+        # The adjoint's product, dW_hh and dW_ih; dx if asked for.
+        return 2 * rows * H * (2 * I + 3 * H + (I if self.grad_input else 0))
+
+
+class Peer:
+    """One way to run the layer. Results may be in the peer's own arrays, but are finished."""
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()  # modules to import
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why this peer can't run here at all; None if it can."""
+        for module in cls.requires:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed"
+        return None
+
+    @classmethod
+    def declines(cls, problem: Problem, mode: str) -> str | None:
+        """Why this peer leaves out this problem; None if it doesn't. The problem's dtype is set."""
+        return None
+
+    def prepare(self, problem: Problem) -> None:
+        raise NotImplementedError
+
+    def forward(self) -> Any:
+        """The output, [T, B, H], without building a graph."""
+        raise NotImplementedError
+
+    def forward_backward(self) -> tuple[Any, Sequence[Any]]:
+        """The output, and the gradients of the weights (then of h0 and x, where asked for)."""
+        raise NotImplementedError
+
+    def to_torch(self, array: Any) -> Tensor:
+        return array.detach()
+
+    def call(self, mode: str) -> Callable[[], Any]:
+        return self.forward if mode == FORWARD else self.forward_backward
+
+    def results(self, mode: str) -> list[Tensor]:
+        if mode == FORWARD:
+            return [self.to_torch(self.forward())]
+        output, gradients = self.forward_backward()
+        return [self.to_torch(array) for array in (output, *gradients)]
+
+
+class TorchPeer(Peer):
+    """A peer that autograd differentiates: it has only to compute its output."""
+
+    weights: list[Tensor]
+
+    def prepare(self, problem: Problem) -> None:
+        self.problem = problem
+        self.weights = self.make_weights(problem)
+        self.x = problem.x.detach().requires_grad_(problem.grad_input)
+        wanted = list(self.weights)
+        self.h0 = None
+        if problem.h0 is not None:  # a cell's state came from the step before: it needs a gradient
+            self.h0 = problem.h0.detach().requires_grad_()
+            wanted.append(self.h0)
+        self.wanted = [*wanted, self.x] if problem.grad_input else wanted
+
+    def make_weights(self, problem: Problem) -> list[Tensor]:
+        return [w.detach().requires_grad_() for w in problem.weights]
+
+    def output(self) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.output()
+
+    def forward_backward(self) -> tuple[Tensor, Sequence[Tensor]]:
+        output = self.output()
+        return output, torch.autograd.grad(output, self.wanted, self.problem.grad)
+
+
+class ModulePeer(TorchPeer):
+    """A peer that is a module with nn.RNN's parameters in nn.RNN's order."""
+
+    def make_module(self, I: int, H: int) -> nn.Module:
+        raise NotImplementedError
+
+    def make_weights(self, problem: Problem) -> list[Tensor]:
+        module = self.make_module(problem.shape.I, problem.shape.H).to(problem.x.dtype)
+        with torch.no_grad():
+            for parameter, value in zip(module.parameters(), problem.weights):
+                parameter.copy_(value)
+        self.module = module
+        return list(module.parameters())
+
+    def output(self) -> Tensor:
+        return self.module(self.x)[0]
+
+
+class TorchRNN(ModulePeer):
+    name = "nn.RNN"
+
+    def make_module(self, I: int, H: int) -> nn.Module:
+        return nn.RNN(I, H)
+
+
+class FusedRNN(ModulePeer):
+    name = "fusedrnn"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return fusedrnn_missing()
+
+    def make_module(self, I: int, H: int) -> nn.Module:
+        import fusedrnn
+
+        return fusedrnn.RNN(I, H)
+
+
+def fusedrnn_missing() -> str | None:
+    try:
+        import fusedrnn  # noqa: F401
+    except ImportError as error:  # not built, or with another torch: the text says what to do
+        return str(error)
+    return None
+
+
+class UnbindLoop(TorchPeer):
+    """The best plain loop: one input product for all steps, and `unbind`, since the gradient of
+    indexing `u[t]` is a whole zero tensor for each step."""
+
+    name = "loop"
+
+    def output(self) -> Tensor:
+        return self.run(self.x, self.h0, *self.weights)
+
+    @staticmethod
+    def run(
+        x: Tensor, h0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+    ) -> Tensor:
+        u = F.linear(x, w_ih, b_ih + b_hh)
+        h = u.new_zeros(u.shape[1:]) if h0 is None else h0
+        states = []
+        for u_t in u.unbind(0):
+            h = torch.tanh(u_t + h @ w_hh.T)
+            states.append(h)
+        return torch.stack(states)
+
+
+class CellLoop(ModulePeer):
+    name = "RNNCell loop"
+
+    def make_module(self, I: int, H: int) -> nn.Module:
+        return nn.RNNCell(I, H)
+
+    def output(self) -> Tensor:
+        h = None
+        states = []
+        for x_t in self.x.unbind(0):
+            h = self.module(x_t, h)
+            states.append(h)
+        return torch.stack(states)
+
+
+class CompiledLoop(UnbindLoop):
+    name = "torch.compile"
+    max_T = 32  # the graph is unrolled: compiling takes a second or more a step
+
+    @classmethod
+    def declines(cls, problem: Problem, mode: str) -> str | None:
+        if problem.shape.T > cls.max_T:
+            return f"T > {cls.max_T}: the loop is unrolled, and compiling takes minutes"
+        return None
+
+    def prepare(self, problem: Problem) -> None:
+        super().prepare(problem)
+        torch.compiler.reset()  # or the eighth shape would quietly run uncompiled
+        self.compiled = torch.compile(self.run, fullgraph=True, dynamic=False)
+
+    def output(self) -> Tensor:
+        return self.compiled(self.x, self.h0, *self.weights)
+
+
+class JaxScan(Peer):
+    """`lax.scan` over the projected input, jitted whole; gradients by `jax.vjp`, jitted too."""
+
+    name = "JAX scan"
+    requires = ("jax",)
+
+    def prepare(self, problem: Problem) -> None:
+        jax = import_jax(problem.threads)
+        jnp = jax.numpy
+        wide = problem.x.dtype == torch.float64
+        jax.config.update("jax_enable_x64", wide)
+        dtype = str(problem.x.dtype).removeprefix("torch.")
+
+        def array(tensor: Tensor) -> Any:  # by way of float32, which holds the small types exactly
+            return jnp.asarray((tensor if wide else tensor.float()).numpy(), dtype=dtype)
+
+        self.x = array(problem.x)
+        self.weights = [array(w) for w in problem.weights]
+        self.grad = array(problem.grad)
+
+        def layer(x: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
+            def step(h: Any, u_t: Any) -> tuple[Any, Any]:
+                h = jnp.tanh(u_t + h @ w_hh.T)
+                return h, h
+
+            u = x @ w_ih.T + (b_ih + b_hh)
+            return jax.lax.scan(step, jnp.zeros_like(u[0]), u)[1]
+
+        def layer_and_gradients(x: Any, weights: Any, grad: Any) -> Any:
+            if problem.grad_input:
+                output, pull = jax.vjp(lambda *args: layer(args[-1], *args[:-1]), *weights, x)
+            else:
+                output, pull = jax.vjp(lambda *args: layer(x, *args), *weights)
+            return output, pull(grad)
+
+        self.layer = jax.jit(layer)
+        self.layer_and_gradients = jax.jit(layer_and_gradients)
+        self.ready = jax.block_until_ready
+
+    def forward(self) -> Any:
+        return self.ready(self.layer(self.x, *self.weights))
+
+    def forward_backward(self) -> tuple[Any, Sequence[Any]]:
+        return self.ready(self.layer_and_gradients(self.x, self.weights, self.grad))
+
+    def to_torch(self, array: Any) -> Tensor:
+        import numpy as np
+
+        wide = array.dtype == np.float64
+        return torch.from_numpy(np.array(array, dtype=np.float64 if wide else np.float32))
+
+
+def import_jax(threads: int) -> Any:
+    # XLA sizes its pool once, by NPROC; --xla_cpu_multi_thread_eigen no longer has any effect.
+    os.environ["NPROC"] = str(threads)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
+    return jax
+
+
+class OnnxRuntime(Peer):
+    name = "ONNX Runtime"
+    requires = ("onnx", "onnxruntime")
+
+    @classmethod
+    def declines(cls, problem: Problem, mode: str) -> str | None:
+        if mode != FORWARD:
+            return "it runs forward only"
+        if problem.x.dtype != torch.float32:
+            return "its RNN is float32 only"
+        return None
+
+    def prepare(self, problem: Problem) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = problem.threads
+        options.inter_op_num_threads = 1
+        # Its threads must not spin on into the next peer's turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.session = onnxruntime.InferenceSession(
+            self.model(problem).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self.x = problem.x.numpy()
+
+    @staticmethod
+    def model(problem: Problem) -> Any:
+        from onnx import TensorProto, helper, numpy_helper
+
+        T, B, I, H = problem.shape
+        w_ih, w_hh, b_ih, b_hh = problem.weights
+        node = helper.make_node("RNN", ["x", "w", "r", "b"], ["y"], hidden_size=H)
+        graph = helper.make_graph(
+            [node],
+            "rnn",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [T, B, I])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [T, 1, B, H])],
+            [
+                numpy_helper.from_array(w_ih[None].numpy(), "w"),
+                numpy_helper.from_array(w_hh[None].numpy(), "r"),
+                numpy_helper.from_array(torch.cat([b_ih, b_hh])[None].numpy(), "b"),
+            ],
+        )
+        opset = helper.make_opsetid("", 14)
+        return helper.make_model(graph, opset_imports=[opset], ir_version=8)
+
+    def forward(self) -> Any:
+        return self.session.run(None, {"x": self.x})[0]
+
+    def to_torch(self, array: Any) -> Tensor:
+        return torch.from_numpy(array).squeeze(1)
+
+
+class TorchCell(ModulePeer):
+    name = "nn.RNNCell"
+
+    def prepare(self, problem: Problem) -> None:
+        super().prepare(replace(problem, x=problem.x[0], grad=problem.grad[0]))
+
+    def make_module(self, I: int, H: int) -> nn.Module:
+        return nn.RNNCell(I, H)
+
+    def output(self) -> Tensor:
+        return self.module(self.x, self.h0)
+
+
+class FusedCell(TorchCell):
+    name = "fusedrnn.RNNCell"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return fusedrnn_missing()
+
+    def make_module(self, I: int, H: int) -> nn.Module:
+        import fusedrnn
+
+        return fusedrnn.RNNCell(I, H)
+
+
+# The first is the baseline of every ratio, the second the one this is all about.
+LAYER_PEERS: list[type[Peer]] = [
+    TorchRNN, FusedRNN, UnbindLoop, CellLoop, CompiledLoop, JaxScan, OnnxRuntime,
+]  # fmt: skip
+CELL_PEERS: list[type[Peer]] = [TorchCell, FusedCell]
