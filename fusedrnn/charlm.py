@@ -343,7 +343,7 @@ class Settings:
     streams: int = 4
     lr: float = 1e-3
     sample: int = 400
-    temperature: float = 0.6
+    temperature: float = 0.8
     dtype: str = "float32"
     seed: int = 0
     threads: int | None = None

@@ -40,7 +40,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
     kernels = ", ".join([compiled] if isinstance(compiled, str) else compiled)
     return [
         *lines,
-        ("built with", f"torch {built['torch_built']}, {built['compiler']}"),
+        ("built with", f"torch {built['torch_built']}, compiler {built['compiler']}"),
         ("CPU engine", f"built: kernels for {kernels}; this machine runs {built['isa_chosen']}"),
         ("CUDA engine", str(built["cuda"])),
     ], True

@@ -148,7 +148,7 @@ def test_info_says_what_was_built(monkeypatch, capsys):
     ops = ModuleType("fusedrnn._ops")
     ops.build_info = lambda: {
         "torch_built": "2.13.0",
-        "compiler": "g++ 12.2",
+        "compiler": "g++ 12.2.0",
         "isa_compiled": ["baseline", "avx2"],
         "isa_chosen": "avx2",
         "cuda": "not built: no nvcc",
@@ -159,7 +159,7 @@ def test_info_says_what_was_built(monkeypatch, capsys):
     for line in [
         f"torch         {torch.__version__}",
         f"threads       {torch.get_num_threads()} ",
-        "built with    torch 2.13.0, g++ 12.2",
+        "built with    torch 2.13.0, compiler g++ 12.2.0",
         "CPU engine    built: kernels for baseline, avx2; this machine runs avx2",
         "CUDA engine   not built: no nvcc",
     ]:
