@@ -32,6 +32,8 @@ def _has_kernel(x: Tensor) -> bool:
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Like torch's own rule for RNNs: everything runs in the low precision."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
@@ -42,9 +44,14 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None,
 def _alpha_per_unit(alpha: Tensor | float | None, like: Tensor) -> Tensor | None:
     if alpha is None:
         return None
+    size = like.size(0)
     if not isinstance(alpha, Tensor):
         alpha = torch.full((), float(alpha), dtype=like.dtype, device=like.device)
-    return alpha.to(like.dtype).expand(like.size(0))
+    if alpha.dim() > 0 and alpha.shape != (size,):
+        raise ValueError(
+            f"fusedrnn: alpha must be a number or a tensor [] or [{size}], got {list(alpha.shape)}"
+        )
+    return alpha.to(like.dtype).expand(size)
 
 
 def rnn(
@@ -61,8 +68,49 @@ def rnn(
     keep: Tensor | None = None,
     alpha: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled(x.device.type):
-        x, w_ih, w_hh, b_ih, b_hh, h0 = _autocast(x.device.type, x, w_ih, w_hh, b_ih, b_hh, h0)
+    r"""Run one layer of an RNN in one direction, as one call of the engine.
+
+    .. math::
+        k_t &= keep_t \, h_{t-1} \\
+        h_t &= (1 - \alpha) k_t
+               + \alpha \, \phi(x_t W_{ih}^T + b_{ih} + k_t W_{hh}^T + b_{hh})
+
+    With T steps, B batch rows, I inputs and H hidden units:
+
+    Args:
+        x: Input, ``[T, B, I]`` with any strides; packed, ``[N, I]``.
+        w_ih: Input weight, ``[H, I]``; None where ``x`` is ``[T, B, H]`` and drives the units as
+            it is (:func:`recurrence`).
+        w_hh: Recurrent weight, ``[H, H]``.
+        b_ih, b_hh: Biases, ``[H]``, or None.
+        h0: State before the first step, ``[B, H]``; None is zeros.
+        nonlinearity: The function phi: ``"tanh"``, ``"relu"``, ``"identity"``, ``"sigmoid"``,
+            ``"softplus"``, ``"retanh"`` (relu of tanh), ``"hardtanh"``, ``"leaky_relu"`` (slope
+            0.01) or ``"elu"``.
+        reverse: Walk from the last step to the first; ``h0`` then comes before the last.
+        batch_sizes: For packed input, how many rows are alive at each step, ``[T]``, int64 on the
+            CPU: that of a ``torch.nn.utils.rnn.PackedSequence``, whose ``data`` is ``x``.
+        keep: Bool, ``[T, B]`` or packed ``[N]``: False forgets a row's state before that step (an
+            episode starts there). None keeps all.
+        alpha: Leak in (0, 1], ``dt / tau`` of a continuous-time RNN: a number, or a tensor ``[]``
+            or ``[H]``, which may be learned. None is 1.
+
+    Returns:
+        ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``, and each row's last one,
+        ``[B, H]``, memory of its own.
+
+    All tensors are float32, float64, bfloat16 or float16, alike; the last two are computed in
+    float32. Everything but ``keep`` and ``batch_sizes`` has derivatives of every order, in reverse
+    and forward mode (``fusedrnn/autograd.py``). Other dtypes and devices run as a plain loop, and a
+    warning says so once.
+
+    Raises:
+        RuntimeError: Sizes, dtypes or devices do not go together, or T is 0.
+        ValueError: An unknown nonlinearity, or an ``alpha`` of another shape.
+    """
+    device = x.device.type
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+        x, w_ih, w_hh, b_ih, b_hh, h0 = _autocast(device, x, w_ih, w_hh, b_ih, b_hh, h0)
     if not _has_kernel(x):
         return reference.rnn(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, reverse=reverse,
@@ -86,6 +134,11 @@ def recurrence(
     keep: Tensor | None = None,
     alpha: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The bare engine: :func:`rnn` driven by ``u [T, B, H]`` itself, whatever made it.
+
+    ``h[t] = (1 - alpha) k + alpha * phi(u[t] + k @ w_hh.T)`` with ``k = keep[t] * h[t-1]``; see
+    :func:`rnn` for the arguments, the results and the errors.
+    """
     return rnn(
         u, None, w_hh, None, None, h0, nonlinearity=nonlinearity, reverse=reverse,
         batch_sizes=batch_sizes, keep=keep, alpha=alpha,
@@ -101,4 +154,5 @@ def rnn_cell(
     b_hh: Tensor | None,
     nonlinearity: str = "tanh",
 ) -> Tensor:
+    """One step: the state after ``h [B, H]`` with input ``x [B, I]``."""
     return rnn(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, h, nonlinearity=nonlinearity)[1]

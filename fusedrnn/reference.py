@@ -75,7 +75,7 @@ def recurrence(
 
 def rnn(
     x: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -87,8 +87,11 @@ def rnn(
     keep: Tensor | None = None,
     alpha: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One layer in one direction: :func:`recurrence` driven by ``u = x @ w_ih.T + b_ih + b_hh``."""
-    u = x @ w_ih.T
+    """One layer in one direction: :func:`recurrence` driven by ``u = x @ w_ih.T + b_ih + b_hh``.
+
+    Without ``w_ih``, ``x`` stands for the product already.
+    """
+    u = x if w_ih is None else x @ w_ih.T
     if b_ih is not None:
         u = u + b_ih
     if b_hh is not None:

@@ -6,8 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <stdexcept>
-#include <string>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -492,25 +491,30 @@ void run_stored(const Problem& p, const Kernels<C>* kernels, const StorageKernel
     Run<C>(p, *kernels, *stored, stored_size, 1).run();
 }
 
-const InstructionSet& choose_instruction_set() {
-  const InstructionSet* all[] = {
+const InstructionSet* const kBestFirst[] = {
 #ifdef __x86_64__
-      &kAvx512, &kAvx2,
+    &kAvx512, &kAvx2,
 #endif
-      &kBaseline};
-  const char* wanted = std::getenv("FUSEDRNN_ISA");
-  for (const InstructionSet* set : all)
-    if (set->supported() && (!wanted || std::string(wanted) == set->name)) return *set;
-  throw std::runtime_error("FUSEDRNN_ISA=" + std::string(wanted) +
-                           ": this machine has no such instruction set; choose avx512, avx2 or "
-                           "baseline");
-}
+    &kBaseline};
+
+std::atomic<const InstructionSet*> in_use{nullptr};
 
 }  // namespace
 
 const InstructionSet& instruction_set() {
-  static const InstructionSet& chosen = choose_instruction_set();
-  return chosen;
+  if (const InstructionSet* set = in_use) return *set;
+  for (const InstructionSet* set : kBestFirst)
+    if (set->supported()) return *(in_use = set);
+  return kBaseline;
+}
+
+bool use_instruction_set(const std::string& name) {
+  for (const InstructionSet* set : kBestFirst)
+    if (name == set->name && set->supported()) {
+      in_use = set;
+      return true;
+    }
+  return false;
 }
 
 void run(const Problem& p, int threads) {

@@ -1,0 +1,115 @@
+"""Problems for the tests of the engine, and what is expected of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fusedrnn import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer in one direction. With ``lengths`` the batch is packed and B is their number."""
+
+    T: int = 5
+    B: int = 3
+    I: int = 4
+    H: int = 7
+    nonlinearity: str = "tanh"
+    reverse: bool = False
+    lengths: tuple[int, ...] | None = None
+    keep: bool = False
+    alpha: bool = False
+    bias: bool = True
+    h0: bool = True
+    dtype: torch.dtype = torch.float64
+
+    def __str__(self) -> str:
+        default = Case()
+        return " ".join(
+            f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)
+        ) or "default"  # fmt: skip
+
+    @property
+    def batch_sizes(self) -> Tensor | None:
+        if self.lengths is None:
+            return None
+        longest = max(self.lengths)
+        return torch.tensor([sum(n > t for n in self.lengths) for t in range(longest)])
+
+    def arguments(self, requires_grad: bool = False) -> dict[str, Tensor]:
+        """Everything that has a gradient, by the name that ``rnn`` calls it."""
+        torch.manual_seed(0)
+        rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
+        batch = self.B if self.lengths is None else len(self.lengths)
+        scale = self.H**-0.5
+        found = {
+            "x": torch.randn(*rows, self.I, dtype=torch.float64),
+            "w_ih": torch.randn(self.H, self.I, dtype=torch.float64) * self.I**-0.5,
+            "w_hh": torch.randn(self.H, self.H, dtype=torch.float64) * scale,
+        }
+        if self.bias:
+            found["b_ih"] = torch.randn(self.H, dtype=torch.float64)
+            found["b_hh"] = torch.randn(self.H, dtype=torch.float64)
+        if self.h0:
+            found["h0"] = torch.randn(batch, self.H, dtype=torch.float64)
+        if self.alpha:
+            found["alpha"] = torch.rand(self.H, dtype=torch.float64) * 0.9 + 0.05
+        return {k: v.to(self.dtype).requires_grad_(requires_grad) for k, v in found.items()}
+
+    def flags(self) -> dict[str, object]:
+        rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
+        generator = torch.Generator().manual_seed(1)
+        return {
+            "nonlinearity": self.nonlinearity,
+            "reverse": self.reverse,
+            "batch_sizes": self.batch_sizes,
+            "keep": torch.rand(rows, generator=generator) > 0.3 if self.keep else None,
+        }
+
+    def with_(self, **changes: object) -> Case:
+        return replace(self, **changes)
+
+
+def oracle(case: Case, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The reference in float64."""
+    wide = {k: v.double() for k, v in arguments.items()}
+    return reference.rnn(**wide, **case.flags())  # type: ignore[arg-type]
+
+
+# Cases that differ in kind. Sizes straddle the tiles of every instruction set.
+SIZES = [
+    Case(T=1, B=1, I=1, H=1),
+    Case(T=1, B=5, I=3, H=17),
+    Case(T=3, B=1, I=1, H=3),
+    Case(T=9, B=2, I=33, H=31),
+    Case(T=40, B=1, I=17, H=33),
+    Case(T=70, B=3, I=5, H=129),
+    Case(T=6, B=31, I=129, H=17),
+    Case(T=4, B=33, I=3, H=65),
+    Case(T=3, B=7, I=20, H=1000),
+    Case(T=30, B=1, I=1000, H=130),
+]
+FLAGS = [
+    Case(reverse=True),
+    Case(h0=False),
+    Case(bias=False),
+    Case(keep=True),
+    Case(alpha=True),
+    Case(lengths=(5, 3, 3, 1)),
+    Case(lengths=(1,)),
+    Case(lengths=(4, 4, 4)),
+    Case(lengths=(30,) * 5 + (20,) * 9 + (19, 2, 2, 1), reverse=True, H=33),
+    Case(T=20, B=9, H=70, reverse=True, keep=True, alpha=True, h0=False),
+    Case(lengths=(9, 8, 8, 5, 1, 1), reverse=True, keep=True, alpha=True),
+    Case(lengths=(9, 8, 8, 5, 1, 1), keep=True, h0=False, I=40),
+]
+NONLINEARITIES = [
+    Case(T=20, nonlinearity=name, alpha=alpha)
+    for name in reference.NONLINEARITIES
+    for alpha in (False, True)
+]
+ALL = [Case(), *SIZES, *FLAGS, *NONLINEARITIES]

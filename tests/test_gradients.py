@@ -1,0 +1,166 @@
+"""Derivatives of every order against finite differences and the reference, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedrnn
+from fusedrnn import reference
+
+SMALL = Case(T=3, B=2, I=2, H=3)
+CASES = [
+    SMALL.with_(reverse=reverse, lengths=lengths, keep=keep, alpha=alpha)
+    for reverse in (False, True)
+    for lengths in (None, (3, 1, 1))
+    for keep in (False, True)
+    for alpha in (False, True)
+] + [
+    SMALL.with_(T=1),
+    SMALL.with_(B=0),
+    SMALL.with_(h0=False),
+    SMALL.with_(h0=False, bias=False, reverse=True),
+    SMALL.with_(h0=False, lengths=(3, 2), reverse=True),
+    *(SMALL.with_(nonlinearity=name, alpha=True) for name in reference.NONLINEARITIES),
+]
+
+
+def function_of(case: Case, rnn=fusedrnn.rnn):
+    names = list(case.arguments())
+    return lambda *tensors: rnn(**dict(zip(names, tensors)), **case.flags())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_first_derivatives(case):
+    tensors = tuple(case.arguments(requires_grad=True).values())
+    assert gradcheck(function_of(case), tensors, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_second_derivatives(case):
+    tensors = tuple(case.arguments(requires_grad=True).values())
+    assert gradgradcheck(function_of(case), tensors, check_fwd_over_rev=True)
+
+
+def derivatives(case: Case, rnn, order: int) -> list[torch.Tensor]:
+    """The gradient of the squared gradient of ... of the output, ``order`` times."""
+    tensors = list(case.arguments(requires_grad=True).values())
+    value = sum(y.sin().sum() for y in function_of(case, rnn)(*tensors))
+    for _ in range(order):
+        gradients = torch.autograd.grad(value, tensors, create_graph=True)
+        value = sum(g.square().sum() for g in gradients)
+    return list(torch.autograd.grad(value, tensors))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(
+    "case", [SMALL, SMALL.with_(keep=True, alpha=True, lengths=(3, 1))], ids=str
+)
+def test_derivatives_of_higher_order(case, order):
+    torch.testing.assert_close(
+        derivatives(case, fusedrnn.rnn, order), derivatives(case, reference.rnn, order)
+    )
+
+
+BIGGER = [
+    Case(T=20, B=9, I=17, H=70),
+    Case(T=20, B=9, I=17, H=70, reverse=True, keep=True),
+    Case(T=30, B=1, I=5, H=129, alpha=True),
+    Case(T=1, B=33, I=5, H=31),
+    Case(lengths=(30,) * 5 + (20,) * 9 + (19, 2, 2, 1), H=33),
+    Case(lengths=(30,) * 5 + (20,) * 9 + (19, 2, 2, 1), H=33, reverse=True, keep=True, alpha=True),
+]
+
+
+@pytest.mark.parametrize("case", BIGGER, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradients_match_the_reference(case, dtype):
+    def gradients(rnn, dtype):
+        tensors = list(case.with_(dtype=dtype).arguments(requires_grad=True).values())
+        h, h_n = function_of(case, rnn)(*tensors)
+        weights = torch.linspace(-1, 1, h.numel(), dtype=dtype).view(h.shape)
+        return torch.autograd.grad((h * weights).sum() + h_n.sum(), tensors)
+
+    torch.testing.assert_close(
+        gradients(fusedrnn.rnn, dtype), gradients(reference.rnn, torch.float64),
+        check_dtype=False, **({"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("only", ["h", "h_n"])
+def test_a_loss_may_use_one_output_alone(only):
+    case = Case()
+    tensors = list(case.arguments(requires_grad=True).values())
+    found, expected = (
+        torch.autograd.grad(function_of(case, rnn)(*tensors)[only == "h_n"].sum(), tensors)
+        for rnn in (fusedrnn.rnn, reference.rnn)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_backward_twice():
+    tensors = list(SMALL.arguments(requires_grad=True).values())
+    h, _ = function_of(SMALL)(*tensors)
+    first = torch.autograd.grad(h.sum(), tensors, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(h.sum(), tensors), first, rtol=0, atol=0)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name().split("::")[1].split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "products"), [("x", 1), ("w_ih", 1), ("w_hh", 2), ("b_ih", 0), ("h0", 0)]
+)
+def test_nothing_is_computed_for_what_needs_no_gradient(wanted, products):
+    arguments = Case().arguments()
+    arguments[wanted].requires_grad_()
+    with Calls() as calls:
+        fusedrnn.rnn(**arguments)[0].sum().backward()
+    assert calls.names.count("activation") == 1
+    assert calls.names.count("adjoint") == 1
+    # the product with h0 apart, so that the states need not be copied
+    assert sum(calls.names.count(name) for name in ("mm", "addmm", "bmm")) == products
+
+
+def test_one_call_of_the_engine_however_long_the_sequence():
+    def ops(T):
+        arguments = Case(T=T).arguments(requires_grad=True)
+        with Calls() as calls:
+            fusedrnn.rnn(**arguments)[0].sum().backward()
+        return calls.names
+
+    assert ops(8) == ops(640)
+
+
+def saved_bytes(rnn, x) -> int:
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        rnn(x)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("hx", [False, True])
+def test_only_input_output_weights_and_h0_are_saved(hx):
+    T, B, I, H = 50, 8, 16, 32
+    rnn = fusedrnn.RNN(I, H)
+    x = torch.randn(T, B, I)
+    h0 = torch.randn(1, B, H) if hx else None
+    saved = saved_bytes(lambda x: rnn(x, h0), x)
+    assert saved == 4 * (T * B * I + T * B * H + H * I + H * H + (B * H if hx else 0))

@@ -1,0 +1,139 @@
+"""The engine's forward pass against the reference, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ALL, Case, oracle
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fusedrnn
+from fusedrnn import _C, reference
+
+
+@pytest.fixture(params=_C.build_info()["isa_compiled"], autouse=True)
+def isa(request):
+    before = _C.build_info()["isa_chosen"]
+    if not _C.use_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    _C.use_isa(before)
+
+
+def check(case: Case) -> None:
+    arguments = case.arguments()
+    h, h_n = fusedrnn.rnn(**arguments, **case.flags())
+    torch.testing.assert_close((h, h_n), oracle(case, arguments), check_dtype=False)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_matches_the_reference(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_float32_matches_the_reference(case):
+    check(case.with_(dtype=torch.float32))
+
+
+lengths = st.lists(st.integers(1, 12), min_size=1, max_size=9).map(
+    lambda found: tuple(sorted(found, reverse=True))
+)
+
+
+@given(
+    st.builds(
+        Case,
+        T=st.integers(1, 30),
+        B=st.integers(0, 20),
+        I=st.integers(1, 40),
+        H=st.integers(1, 80),
+        nonlinearity=st.sampled_from(list(reference.NONLINEARITIES)),
+        reverse=st.booleans(),
+        lengths=st.none() | lengths,
+        keep=st.booleans(),
+        alpha=st.booleans(),
+        bias=st.booleans(),
+        h0=st.booleans(),
+    )
+)
+def test_matches_the_reference_whatever_the_shape(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(lengths=(5, 3, 1)), Case(alpha=True)], ids=str)
+def test_recurrence_is_driven_by_u(case):
+    arguments = case.arguments()
+    u, h0, w_hh = torch.randn(*arguments["x"].shape[:-1], case.H).double(), arguments["h0"], arguments["w_hh"]
+    flags = {**case.flags(), "alpha": arguments.get("alpha")}
+    torch.testing.assert_close(
+        fusedrnn.recurrence(u, h0, w_hh, **flags), reference.recurrence(u, h0, w_hh, **flags)
+    )
+
+
+def test_alpha_may_be_a_number_or_a_scalar_tensor():
+    arguments = Case().arguments()
+    expected = reference.rnn(**arguments, alpha=0.3)
+    torch.testing.assert_close(fusedrnn.rnn(**arguments, alpha=0.3), expected)
+    scalar = torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(fusedrnn.rnn(**arguments, alpha=scalar), expected)
+
+
+def test_an_empty_batch_has_no_rows():
+    case = Case(B=0)
+    h, h_n = fusedrnn.rnn(**case.arguments())
+    assert h.shape == (case.T, 0, case.H)
+    assert h_n.shape == (0, case.H)
+
+
+def test_any_strides():
+    case = Case(T=6, B=5, I=8, H=20)
+    dense = case.arguments()
+    expected = fusedrnn.rnn(**dense)
+    batch_first = {**dense, "x": dense["x"].transpose(0, 1).contiguous().transpose(0, 1)}
+    features_apart = {k: torch.stack([v, v], -1)[..., 0] for k, v in dense.items()}
+    transposed = {k: v.mT.contiguous().mT if v.dim() > 1 else v for k, v in dense.items()}
+    for arguments in (batch_first, features_apart, transposed):
+        assert not all(v.is_contiguous() for v in arguments.values())
+        torch.testing.assert_close(fusedrnn.rnn(**arguments), expected, rtol=0, atol=0)
+
+
+def test_the_last_state_is_memory_of_its_own():
+    h, h_n = fusedrnn.rnn(**Case().arguments())
+    torch.testing.assert_close(h_n, h[-1], rtol=0, atol=0)
+    h_n.zero_()
+    assert (h[-1] != 0).all()
+
+
+def test_nan_and_inf_go_where_the_reference_sends_them():
+    for nonlinearity in reference.NONLINEARITIES:
+        case = Case(T=6, B=4, nonlinearity=nonlinearity)
+        arguments = case.arguments()
+        arguments["x"][2, 0] = torch.nan
+        arguments["x"][2, 1] = torch.inf
+        arguments["x"][2, 2] = -torch.inf
+        torch.testing.assert_close(
+            fusedrnn.rnn(**arguments, **case.flags()), oracle(case, arguments), equal_nan=True
+        )
+
+
+def test_a_forgotten_nan_is_gone():
+    case = Case(T=4, B=2)
+    arguments = case.arguments()
+    arguments["h0"].fill_(torch.nan)
+    keep = torch.ones(4, 2, dtype=torch.bool)
+    keep[1] = False
+    h, _ = fusedrnn.rnn(**arguments, keep=keep)
+    assert h[0].isnan().all()
+    assert h[1:].isfinite().all()
+
+
+def test_a_reset_starts_a_new_sequence():
+    arguments = Case(T=7, h0=False).arguments()
+    keep = torch.ones(7, 3, dtype=torch.bool)
+    keep[4] = False
+    h, _ = fusedrnn.rnn(**arguments, keep=keep)
+    x = arguments.pop("x")
+    parts = [fusedrnn.rnn(x[:4], **arguments)[0], fusedrnn.rnn(x[4:], **arguments)[0]]
+    torch.testing.assert_close(h, torch.cat(parts), rtol=0, atol=1e-15)
