@@ -62,7 +62,7 @@ check-tools:
 	  echo "fusedrnn: no '$(PYTHON)'; install Python 3.10 to 3.14" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { \
 	  echo "fusedrnn: needs Python 3.10 to 3.14, but $(PYTHON) is" \
-	    "$$($(PYTHON) -V 2>&1); choose one with make PYTHON=python3.12" >&2; exit 1; }
+	    "$$($(PYTHON) -V 2>&1 | head -n 1); choose one with make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 	  echo "fusedrnn: $(PYTHON) has no venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; \
