@@ -27,6 +27,23 @@ TORCH_LIBRARY(fusedrnn, m) {
       "adjoint(Tensor? g, Tensor? d, Tensor? g_n, Tensor phi, Tensor w_hh, Tensor? alpha, "
       "Tensor? keep, Tensor? batch_sizes, str nonlinearity, bool reverse, bool to_h0, bool full) "
       "-> (Tensor, Tensor, Tensor)");
+
+  // What surrounds the recurrences in their derivatives (bptt.cpp).
+  m.def(
+      "bptt(Tensor? g, Tensor? d, Tensor? g_n, Tensor x, Tensor? w_ih, Tensor? h0, Tensor w_hh, "
+      "Tensor? alpha, Tensor? keep, Tensor? batch_sizes, Tensor h, Tensor? phi, "
+      "str nonlinearity, bool reverse, bool[7] wanted) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "previous(Tensor series, Tensor? first, Tensor? keep, Tensor? batch_sizes, bool reverse) "
+      "-> Tensor");
+  m.def("following(Tensor series, Tensor? keep, Tensor? batch_sizes, bool reverse) -> Tensor");
+  m.def(
+      "following_first(Tensor series, Tensor? keep, Tensor? batch_sizes, bool reverse, "
+      "SymInt batch) -> Tensor");
+  m.def(
+      "recurrent_product(Tensor delta, Tensor series, Tensor? first, Tensor? keep, "
+      "Tensor? batch_sizes, bool reverse) -> Tensor");
 }
 
 namespace {

@@ -33,6 +33,11 @@ from . import _C  # noqa: E402  (loading it registers torch.ops.fusedrnn)
 activation = torch.ops.fusedrnn.activation.default
 tangent = torch.ops.fusedrnn.tangent.default
 adjoint = torch.ops.fusedrnn.adjoint.default
+bptt = torch.ops.fusedrnn.bptt.default
+previous = torch.ops.fusedrnn.previous.default
+following = torch.ops.fusedrnn.following.default
+following_first = torch.ops.fusedrnn.following_first.default
+recurrent_product = torch.ops.fusedrnn.recurrent_product.default
 
 
 def build_info() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch.autograd import Function, forward_ad
 from . import _ops
 
 Gradients = tuple[Tensor | None, ...]
+Walk = tuple[Tensor | None, Tensor | None, bool]  # keep, batch_sizes, reverse
 
 
 def _where_positive(h: Tensor, yes: Tensor, no: float) -> Tensor:
@@ -56,96 +57,11 @@ _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 }
 
 
-class _Walk:
-    """How a recurrence walks through its rows: what comes before and after each of them."""
-
-    def __init__(self, keep: Tensor | None, batch_sizes: Tensor | None, reverse: bool) -> None:
-        self.keep = keep
-        self.batch_sizes = batch_sizes
-        self.reverse = reverse
-
-    def _neighbours(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For packed row (t, b): rows (t-1, b) and (t+1, b), or -1; and b."""
-        assert self.batch_sizes is not None
-        sizes = self.batch_sizes
-        starts = sizes.cumsum(0) - sizes
-        steps = torch.arange(sizes.size(0))
-        t = steps.repeat_interleave(sizes, output_size=rows)
-        b = torch.arange(rows) - starts[t]
-        before, after = (t - 1).clamp(min=0), (t + 1).clamp(max=sizes.size(0) - 1)
-        earlier = torch.where(t > 0, starts[before] + b, -1)
-        later = torch.where((t < after) & (b < sizes[after]), starts[after] + b, -1)
-        return (later, earlier, b) if self.reverse else (earlier, later, b)
-
-    def _kept(self, series: Tensor) -> Tensor:
-        if self.keep is None:
-            return series
-        return torch.where(self.keep.unsqueeze(-1), series, torch.zeros_like(series))
-
-    def previous(self, series: Tensor, first: Tensor | None) -> Tensor:
-        """``keep[t] * series[t-1]`` for every t, where ``series[-1]`` is ``first`` (None: 0)."""
-        if self.batch_sizes is None:
-            if first is None:
-                first = torch.zeros_like(series[0])
-            ends = first.unsqueeze(0)
-            return self._kept(
-                torch.cat([series[1:], ends] if self.reverse else [ends, series[:-1]])
-            )
-        before, _, b = self._neighbours(series.size(0))
-        if first is None:
-            padded = torch.cat([series, torch.zeros_like(series[:1])])
-            return self._kept(padded[torch.where(before < 0, series.size(0), before)])
-        padded = torch.cat([series, first])
-        return self._kept(padded[torch.where(before < 0, series.size(0) + b, before)])
-
-    def following(self, series: Tensor) -> Tensor:
-        """``keep[t+1] * series[t+1]`` for every t, 0 after the last: transposes ``previous``."""
-        series = self._kept(series)
-        if self.batch_sizes is None:
-            zeros = torch.zeros_like(series[:1])
-            return torch.cat([zeros, series[:-1]] if self.reverse else [series[1:], zeros])
-        _, after, _ = self._neighbours(series.size(0))
-        padded = torch.cat([series, torch.zeros_like(series[:1])])
-        return padded[torch.where(after < 0, series.size(0), after)]
-
-    def following_first(self, series: Tensor, batch: int) -> Tensor:
-        """``keep[t] * series[t]`` of each row's first step ``t``: what ``h0`` meets, ``[B, H]``."""
-        series = self._kept(series)
-        if self.batch_sizes is None:
-            return series[-1] if self.reverse else series[0]
-        if not self.reverse:
-            return series[:batch]
-        sizes = self.batch_sizes
-        b = torch.arange(batch)
-        lengths = (sizes.unsqueeze(1) > b).sum(0)
-        return series[(sizes.cumsum(0) - sizes)[lengths - 1] + b]
-
-    def recurrent_product(self, delta: Tensor, series: Tensor, first: Tensor | None) -> Tensor:
-        """``sum_t delta[t].T @ (keep[t] * series[t-1])``, the gradient of ``W_hh``."""
-        if self.keep is not None or self.batch_sizes is not None:
-            return _rows(delta).mT @ _rows(self.previous(series, first))
-        # the same without a copy of the series
-        if self.reverse:
-            at_first, others, before = delta[-1], delta[:-1], series[1:]
-        else:
-            at_first, others, before = delta[0], delta[1:], series[:-1]
-        if first is None:
-            return _rows(others).mT @ _rows(before)
-        product = at_first.mT @ first
-        if delta.size(0) > 1:
-            product = torch.addmm(product, _rows(others).mT, _rows(before))
-        return product
-
-
-def _rows(series: Tensor) -> Tensor:
-    return series.flatten(0, -2)
-
-
 def _sum_rows(series: Tensor) -> Tensor:
-    return _rows(series).sum(0)
+    return series.flatten(0, -2).sum(0)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a transform of torch.func is at work, at whatever level."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -153,7 +69,7 @@ def _transformed() -> bool:
 def _run(op: Callable[..., Any], *args: Any) -> Any:
     """The op below the Autograd key, where its kernels are, or torch.func's next level."""
     with torch._C._AutoDispatchBelowAutograd():
-        if not _transformed():
+        if not transformed():
             return op(*args)
         # A Function's forward runs without gradients. That is for its own level, not for the next.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -168,7 +84,7 @@ class _Op(Function):
 
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
-        if _transformed():
+        if transformed():
             # torch.func has come down to this key at one of its levels: differentiate there.
             with enable_single_level_autograd_function():
                 return super(Function, cls).apply(*args)
@@ -198,39 +114,22 @@ class Activation(_Op):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_n: Tensor | None, g_phi: Tensor | None) -> Gradients:  # type: ignore[override]
         x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = ctx.saved_tensors
-        to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
-        if alpha is None:
-            phi, d = h, None
-        else:
-            d = None if g_phi is None else _SLOPES[ctx.nonlinearity][0](phi) * g_phi
+        d = None
+        if g_phi is not None and phi is not None:
+            d = _SLOPES[ctx.nonlinearity][0](phi) * g_phi
         if g is None and g_n is None and d is None:
             return (None,) * 11
-        delta, dh0, a = _ops.adjoint(
-            g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
-            to_h0, to_alpha,
+        gradients = _ops.bptt(
+            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi, ctx.nonlinearity,
+            ctx.reverse, ctx.needs_input_grad[:7],
         )  # fmt: skip
-        walk = _Walk(keep, batch_sizes, ctx.reverse)
-        dx = dw_ih = db = dw_hh = dalpha = None
-        if to_x:
-            dx = delta if w_ih is None else delta @ w_ih
-        if to_w_ih:
-            dw_ih = _rows(delta).mT @ _rows(x)
-        if to_b_ih or to_b_hh:
-            db = _sum_rows(delta)
-        if to_w_hh:
-            dw_hh = walk.recurrent_product(delta, h, h0)
-        if to_alpha:
-            dalpha = _sum_rows(a * (phi - walk.previous(h, h0)))
-        return (
-            dx, dw_ih, db if to_b_ih else None, db if to_b_hh else None, dh0 if to_h0 else None,
-            dw_hh, dalpha, None, None, None, None,
-        )  # fmt: skip
+        return *gradients, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = ctx.saved_tensors
         x_t, w_ih_t, b_ih_t, b_hh_t, h0_t, w_hh_t, alpha_t, *_ = tangents
-        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        walk = (keep, batch_sizes, ctx.reverse)
         q = None
         if w_ih is None:
             w = x_t
@@ -239,11 +138,11 @@ class Activation(_Op):
         for bias_t in (b_ih_t, b_hh_t):
             w = _add(w, None if bias_t is None else bias_t.expand_as(h))
         if w_hh_t is not None:
-            w = _add(w, walk.previous(h, h0) @ w_hh_t.mT)
+            w = _add(w, _ops.previous(h, h0, *walk) @ w_hh_t.mT)
         if alpha is None:
             phi = h
         elif alpha_t is not None:
-            q = alpha_t * (phi - walk.previous(h, h0))
+            q = alpha_t * (phi - _ops.previous(h, h0, *walk))
         s, s_n, m = _ops.tangent(
             w, q, h0_t, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
             alpha is not None,
@@ -278,7 +177,7 @@ class _Linear(_Op):
 
     @staticmethod
     def coefficient_gradients(
-        ctx: Any, walk: _Walk, delta: Tensor, a: Tensor, s: Tensor, s0: Tensor | None, m: Tensor
+        ctx: Any, walk: Walk, delta: Tensor, a: Tensor, s: Tensor, s0: Tensor | None, m: Tensor
     ) -> Gradients:
         phi, w_hh, alpha = ctx.saved_tensors[:3]
         _, _, _, to_phi, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
@@ -288,9 +187,9 @@ class _Linear(_Op):
             dphi = a * m * curvature(phi)
             dphi = dphi if alpha is None else alpha * dphi
         if to_w_hh:
-            dw_hh = walk.recurrent_product(delta, s, s0)
+            dw_hh = _ops.recurrent_product(delta, s, s0, *walk)
         if to_alpha:
-            dalpha = _sum_rows(a * (m * slope(phi) - walk.previous(s, s0)))
+            dalpha = _sum_rows(a * (m * slope(phi) - _ops.previous(s, s0, *walk)))
         return dphi, dw_hh, dalpha
 
 
@@ -315,7 +214,7 @@ class Tangent(_Linear):
             return (None,) * 11
         phi, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
         to_w, to_q, to_s0, *_ = ctx.needs_input_grad
-        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        walk = (keep, batch_sizes, ctx.reverse)
         delta, ds0, a = _ops.adjoint(
             g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
             to_s0, True,
@@ -330,14 +229,14 @@ class Tangent(_Linear):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         phi, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
         w, q, s0_t, phi_t, w_hh_t, alpha_t, *_ = tangents
-        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        walk = (keep, batch_sizes, ctx.reverse)
         if w_hh_t is not None:
-            w = _add(w, walk.previous(s, s0) @ w_hh_t.mT)
+            w = _add(w, _ops.previous(s, s0, *walk) @ w_hh_t.mT)
         p_t = _gate_tangent(phi, alpha, phi_t, alpha_t, ctx.nonlinearity)
         if p_t is not None:
             q = _add(q, p_t * m)
         if alpha_t is not None:
-            q = _add(q, -alpha_t * walk.previous(s, s0))
+            q = _add(q, -alpha_t * _ops.previous(s, s0, *walk))
         return _ops.tangent(
             w, q, s0_t, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
         )
@@ -367,7 +266,7 @@ class Adjoint(_Linear):
             return (None,) * 12
         phi, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
         to_g, to_d, to_g_n, *_ = ctx.needs_input_grad
-        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        walk = (keep, batch_sizes, ctx.reverse)
         s, s_n, m = _ops.tangent(
             w, q, s0, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
         )
@@ -381,13 +280,13 @@ class Adjoint(_Linear):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         phi, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
         g, d, g_n, phi_t, w_hh_t, alpha_t, *_ = tangents
-        walk = _Walk(keep, batch_sizes, ctx.reverse)
+        walk = (keep, batch_sizes, ctx.reverse)
         # What a step hands to the one before it changes with W_hh and alpha themselves.
         handed = _add(
             None if w_hh_t is None else delta @ w_hh_t, None if alpha_t is None else -alpha_t * a
         )
         if handed is not None:
-            g = _add(g, walk.following(handed))
+            g = _add(g, _ops.following(handed, *walk))
         p_t = _gate_tangent(phi, alpha, phi_t, alpha_t, ctx.nonlinearity)
         if p_t is not None:
             d = _add(d, p_t * a)
@@ -396,7 +295,7 @@ class Adjoint(_Linear):
             ctx.to_h0, True,
         )  # fmt: skip
         if handed is not None and ctx.to_h0:
-            dh0_t = dh0_t + walk.following_first(handed, ctx.batch)
+            dh0_t = dh0_t + _ops.following_first(handed, *walk, ctx.batch)
         return delta_t, dh0_t, a_t
 
 

@@ -1,0 +1,149 @@
+// Backpropagation through time, around the adjoint recurrence: products over all rows at once, in
+// torch's own ops. Composite: they differentiate, batch and trace by what they consist of.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
+#include <torch/library.h>
+
+#include <array>
+
+namespace fusedrnn {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor rows(const Tensor& series) { return series.flatten(0, -2); }
+
+// Zero where `keep` is false.
+Tensor kept(const Tensor& series, const OptionalTensor& keep) {
+  return keep ? at::where(keep->unsqueeze(-1), series, at::zeros_like(series)) : series;
+}
+
+// For packed row (t, b): where rows (t-1, b) and (t+1, b) are, or -1; and b.
+struct Neighbours {
+  Tensor previous, next, b;
+};
+
+Neighbours neighbours(const Tensor& sizes, const c10::SymInt& n, bool reverse) {
+  const Tensor starts = sizes.cumsum(0) - sizes;
+  const c10::SymInt T = sizes.sym_size(0);
+  const Tensor t = at::arange(T, sizes.options()).repeat_interleave_symint(sizes, 0, n);
+  const Tensor b = at::arange(n, sizes.options()) - starts.index_select(0, t);
+  const Tensor before = (t - 1).clamp_min(0);
+  const Tensor after = at::minimum(t + 1, at::full_like(t, 1) * T - 1);
+  const Tensor earlier = at::where(t > 0, starts.index_select(0, before) + b, -1);
+  const Tensor goes_on = (t < after).logical_and(b < sizes.index_select(0, after));
+  const Tensor later = at::where(goes_on, starts.index_select(0, after) + b, -1);
+  return reverse ? Neighbours{later, earlier, b} : Neighbours{earlier, later, b};
+}
+
+// keep[t] series[t-1] for every t, where series[-1] is `first` (or 0): what steps start from.
+Tensor previous(const Tensor& series, const OptionalTensor& first, const OptionalTensor& keep,
+                const OptionalTensor& batch_sizes, bool reverse) {
+  if (!batch_sizes) {
+    const Tensor ends = (first ? *first : at::zeros_like(series.select(0, 0))).unsqueeze(0);
+    return kept(reverse ? at::cat({series.slice(0, 1), ends}) : at::cat({ends, series.slice(0, 0, -1)}),
+                keep);
+  }
+  const auto [before, after, b] = neighbours(*batch_sizes, series.sym_size(0), reverse);
+  const Tensor ends = first ? *first : at::zeros_like(series.slice(0, 0, 1));
+  const Tensor end = at::full_like(b, 1) * series.sym_size(0) + (first ? b : at::zeros_like(b));
+  return kept(at::cat({series, ends}).index_select(0, at::where(before < 0, end, before)), keep);
+}
+
+// keep[t+1] series[t+1] for every t, 0 after the last: the transpose of `previous`.
+Tensor following(const Tensor& series, const OptionalTensor& keep,
+                 const OptionalTensor& batch_sizes, bool reverse) {
+  const Tensor masked = kept(series, keep);
+  const Tensor zeros = at::zeros_like(masked.slice(0, 0, 1));
+  if (!batch_sizes)
+    return reverse ? at::cat({zeros, masked.slice(0, 0, -1)}) : at::cat({masked.slice(0, 1), zeros});
+  const auto [before, after, b] = neighbours(*batch_sizes, series.sym_size(0), reverse);
+  const Tensor end = at::full_like(b, 1) * series.sym_size(0);
+  return at::cat({masked, zeros}).index_select(0, at::where(after < 0, end, after));
+}
+
+// keep[t] series[t] of each row's first step t: what h0 meets. `batch` is B.
+Tensor following_first(const Tensor& series, const OptionalTensor& keep,
+                       const OptionalTensor& batch_sizes, bool reverse, c10::SymInt batch) {
+  const Tensor masked = kept(series, keep);
+  if (!batch_sizes) return masked.select(0, reverse ? -1 : 0);
+  if (!reverse) return masked.slice_symint(0, 0, batch);
+  const Tensor b = at::arange(batch, batch_sizes->options());
+  const Tensor lengths = (batch_sizes->unsqueeze(1) > b).sum(0);
+  const Tensor starts = batch_sizes->cumsum(0) - *batch_sizes;
+  return masked.index_select(0, starts.index_select(0, lengths - 1) + b);
+}
+
+// Σ_t δ[t]ᵀ keep[t] series[t-1], the gradient of W_hh.
+Tensor recurrent_product(const Tensor& delta, const Tensor& series, const OptionalTensor& first,
+                         const OptionalTensor& keep, const OptionalTensor& batch_sizes,
+                         bool reverse) {
+  if (keep || batch_sizes)
+    return at::mm(rows(delta).t(), rows(previous(series, first, keep, batch_sizes, reverse)));
+  // the same without a copy of the series
+  const Tensor others = reverse ? delta.slice(0, 0, -1) : delta.slice(0, 1);
+  const Tensor before = reverse ? series.slice(0, 1) : series.slice(0, 0, -1);
+  if (!first) return at::mm(rows(others).t(), rows(before));
+  const Tensor product = at::mm(delta.select(0, reverse ? -1 : 0).t(), *first);
+  if (delta.sym_size(0) == 1) return product;
+  return at::addmm(product, rows(others).t(), rows(before));
+}
+
+using AdjointOp = std::tuple<Tensor, Tensor, Tensor>(
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    c10::string_view, bool, bool, bool);
+
+// Whether nobody can ask for a derivative of what is computed now.
+bool is_final(const Tensor& phi, const Tensor& w_hh, const OptionalTensor& g,
+              const OptionalTensor& g_n) {
+  const auto dual = [](const Tensor& t) { return t._fw_grad(0).defined(); };
+  return !c10::GradMode::is_enabled() &&
+         !c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerBackMode) &&
+         !dual(phi) && !dual(w_hh) && !(g && dual(*g)) && !(g_n && dual(*g_n));
+}
+
+// The gradients of `activation`'s x, w_ih, b_ih, b_hh, h0, w_hh and alpha, as far as `wanted`, from
+// those of its results h, h_n and phi.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
+    const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& g_n, const Tensor& x,
+    const OptionalTensor& w_ih, const OptionalTensor& h0, const Tensor& w_hh,
+    const OptionalTensor& alpha, const OptionalTensor& keep, const OptionalTensor& batch_sizes,
+    const Tensor& h, const OptionalTensor& phi, c10::string_view nonlinearity, bool reverse,
+    std::array<bool, 7> wanted) {
+  static const auto adjoint = c10::Dispatcher::singleton()
+                                  .findSchemaOrThrow("fusedrnn::adjoint", "")
+                                  .typed<AdjointOp>();
+  const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, to_alpha] = wanted;
+  const auto [delta, dh0, a] = [&] {
+    // The kernel at the Autograd key is in Python and costs 5 us: not where it would do nothing.
+    std::optional<at::AutoDispatchBelowAutograd> below;
+    if (is_final(phi ? *phi : h, w_hh, g, g_n)) below.emplace();
+    return adjoint.call(g, d, g_n, phi ? *phi : h, w_hh, alpha, keep, batch_sizes, nonlinearity,
+                        reverse, to_h0, to_alpha);
+  }();
+  Tensor dx, dw_ih, db, dw_hh, dalpha;
+  if (to_x) dx = w_ih ? at::matmul(delta, *w_ih) : delta;
+  if (to_w_ih) dw_ih = at::mm(rows(delta).t(), rows(x));
+  if (to_b_ih || to_b_hh) db = rows(delta).sum(0);
+  if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, keep, batch_sizes, reverse);
+  if (to_alpha)
+    dalpha = rows(a * (*phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
+  return {dx, dw_ih, to_b_ih ? db : Tensor(), to_b_hh ? db : Tensor(), to_h0 ? dh0 : Tensor(),
+          dw_hh, dalpha};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedrnn, CompositeImplicitAutograd, m) {
+  m.impl("bptt", &bptt);
+  m.impl("previous", &previous);
+  m.impl("following", &following);
+  m.impl("following_first", &following_first);
+  m.impl("recurrent_product", &recurrent_product);
+}
+
+}  // namespace fusedrnn
