@@ -52,9 +52,9 @@ namespace py = pybind11;
 
 // The CPU planner's decision, for tests and for the curious.
 py::dict plan_cpu(int64_t T, int64_t B, int64_t I, int64_t H, int64_t number_size, int lanes,
-                  int tile_rows, int tile_vectors, int threads, bool weights_fit) {
+                  int tile_rows, int tile_vectors, int threads, int64_t rows_to_pack) {
   const auto plan = fusedrnn::cpu::make_plan(
-      {T, B, I, H, number_size, lanes, tile_rows, tile_vectors, threads, weights_fit});
+      {T, B, I, H, number_size, lanes, tile_rows, tile_vectors, threads, rows_to_pack});
   py::dict result;
   result["batch_groups"] = plan.batch_groups;
   result["hidden_groups"] = plan.hidden_groups;
@@ -90,5 +90,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &fusedrnn::cpu::use_instruction_set, py::arg("name"));
   m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("number_size") = 4, py::arg("lanes") = 16, py::arg("tile_rows") = 6,
-        py::arg("tile_vectors") = 4, py::arg("threads"), py::arg("weights_fit") = true);
+        py::arg("tile_vectors") = 4, py::arg("threads"), py::arg("rows_to_pack") = 6);
 }

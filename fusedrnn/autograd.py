@@ -61,6 +61,12 @@ def _sum_rows(series: Tensor) -> Tensor:
     return series.flatten(0, -2).sum(0)
 
 
+def _save(ctx: Any, saved: Gradients) -> None:
+    ctx.save_for_backward(*saved)
+    if forward_ad._current_level >= 0 or transformed():
+        ctx.save_for_forward(*saved)
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func is at work, at whatever level."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -84,15 +90,14 @@ class _Op(Function):
 
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
-        if transformed():
-            # torch.func has come down to this key at one of its levels: differentiate there.
+        # Not Function.apply: it would bind the arguments to a signature, at 10 us.
+        apply = super(Function, cls).apply
+        if transformed():  # and come down to this key at one of its levels: differentiate there
             with enable_single_level_autograd_function():
-                return super(Function, cls).apply(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            # Not Function.apply: it would bind the arguments to a signature, at 10 us.
-            return super(Function, cls).apply(*args)
-        if forward_ad._current_level >= 0:  # which no_grad does not end
-            return super(Function, cls).apply(*args)
+                return apply(*args)
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if wanted or forward_ad._current_level >= 0:  # which no_grad does not end
+            return apply(*args)
         return cls.forward(*args)
 
 
@@ -106,8 +111,7 @@ class Activation(_Op):
         x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = inputs
         h, _, phi = output
         saved = (x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, None if alpha is None else phi)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        _save(ctx, saved)
         ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
         ctx.set_materialize_grads(False)
 
@@ -203,8 +207,7 @@ class Tangent(_Linear):
         _, _, s0, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, _ = inputs
         s, _, m = output
         saved = (phi, w_hh, alpha, keep, batch_sizes, s0, s, m)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        _save(ctx, saved)
         ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
         ctx.set_materialize_grads(False)
 
@@ -252,8 +255,7 @@ class Adjoint(_Linear):
         _, _, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, _ = inputs
         delta, dh0, a = output
         saved = (phi, w_hh, alpha, keep, batch_sizes, delta, a)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        _save(ctx, saved)
         ctx.nonlinearity, ctx.reverse, ctx.to_h0 = nonlinearity, reverse, to_h0
         ctx.batch = dh0.size(0)
         ctx.set_materialize_grads(False)

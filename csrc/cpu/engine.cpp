@@ -34,7 +34,7 @@ class SpinBarrier {
     const int64_t full = ++visits * threads;
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 >= full) return;
     for (int spins = 0; arrived_.load(std::memory_order_acquire) < full; ++spins) {
-      if (spins < 4000) {
+      if (spins < 1000) {
 #ifdef __x86_64__
         _mm_pause();
 #endif
@@ -48,26 +48,54 @@ class SpinBarrier {
   alignas(kCacheLine) std::atomic<int64_t> arrived_{0};
 };
 
-// Scratch memory, in aligned pieces.
-template <class C>
+// Aligned memory that frees itself.
+class Block {
+ public:
+  explicit Block(int64_t bytes = 0) : bytes_(bytes) {
+    if (bytes) data_.reset(std::aligned_alloc(kCacheLine, size_t(bytes)));
+    if (bytes && !data_) throw std::bad_alloc();
+  }
+  char* data() const { return static_cast<char*>(data_.get()); }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::unique_ptr<void, decltype(&std::free)> data_{nullptr, &std::free};
+  int64_t bytes_;
+};
+
+// Scratch memory of one call. The calling thread keeps a block of the size that its calls needed,
+// up to a limit: fresh memory from the system costs a page fault for every 4 KB, more than packing
+// a megabyte of weights into it.
 class Scratch {
  public:
-  C* take(int64_t numbers) {
-    const auto bytes = size_t((numbers * int64_t(sizeof(C)) + kCacheLine - 1) & -kCacheLine);
-    void* piece = std::aligned_alloc(kCacheLine, bytes ? bytes : kCacheLine);
-    if (!piece) throw std::bad_alloc();
-    pieces_.emplace_back(piece, &std::free);
-    return static_cast<C*>(piece);
+  ~Scratch() {
+    if (taken_ > kept_.bytes() && taken_ <= kMostKept) {
+      kept_ = Block();
+      kept_ = Block(taken_);
+    }
   }
+  template <class C>
+  C* take(int64_t numbers) {
+    const int64_t bytes = (numbers * int64_t(sizeof(C)) + kCacheLine - 1) & -kCacheLine;
+    taken_ += bytes;
+    if (taken_ <= kept_.bytes()) return reinterpret_cast<C*>(kept_.data() + taken_ - bytes);
+    more_.emplace_back(bytes);
+    return reinterpret_cast<C*>(more_.back().data());
+  }
+  template <class C>
   C* take_zeros(int64_t numbers) {
-    C* piece = take(numbers);
+    C* piece = take<C>(numbers);
     std::memset(piece, 0, size_t(numbers) * sizeof(C));
     return piece;
   }
 
  private:
-  std::vector<std::unique_ptr<void, decltype(&std::free)>> pieces_;
+  static constexpr int64_t kMostKept = 32 << 20;
+  static thread_local Block kept_;
+  int64_t taken_ = 0;
+  std::vector<Block> more_;
 };
+thread_local Block Scratch::kept_;
 
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -90,16 +118,16 @@ class Run {
         state_row_(width_ + (width_ * int64_t(sizeof(C)) % 2048 == 0 ? k_.lanes : 0)) {
     const bool adjoint = p_.pass == Pass::adjoint;
     plan_ = make_plan({p_.T, p_.B, p_.I, p_.H, int64_t(sizeof(C)), k_.lanes, k_.rows, k_.vectors,
-                       threads, /*weights_fit=*/!adjoint || !widened_});
+                       threads, rows_to_pack()});
     offsets_.resize(size_t(p_.T) + 1);
     for (int64_t t = 0; t < p_.T; ++t) offsets_[size_t(t) + 1] = offsets_[size_t(t)] + alive(t);
 
-    if (plan_.pack || adjoint) w_state_ = scratch_.take(width_ * p_.H);
-    if (plan_.pack && p_.I) w_input_ = scratch_.take(width_ * p_.I);
-    zeros_ = scratch_.take_zeros(width_);
-    state_[0] = scratch_.take_zeros(p_.B * state_row_);
-    state_[1] = scratch_.take(p_.B * state_row_);
-    if (adjoint) carry_ = scratch_.take_zeros(p_.B * state_row_);
+    if (plan_.pack || adjoint) w_state_ = scratch_.template take<C>(width_ * p_.H);
+    if (plan_.pack && p_.I) w_input_ = scratch_.template take<C>(width_ * p_.I);
+    zeros_ = scratch_.template take_zeros<C>(width_);
+    state_[0] = scratch_.template take_zeros<C>(p_.B * state_row_);
+    state_[1] = scratch_.template take<C>(p_.B * state_row_);
+    if (adjoint) carry_ = scratch_.template take_zeros<C>(p_.B * state_row_);
     if (p_.b_ih || p_.b_hh) bias_ = sum(p_.b_ih, p_.b_hh);
     if (p_.alpha) alpha_ = sum(p_.alpha, nullptr);
     if (p_.first.data) {
@@ -145,6 +173,10 @@ class Run {
   }
   void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
 
+  // Measured. The adjoint multiplies by W_hh itself, whose rows serve as panels if no number must be
+  // widened; forward, weights as they lie are multiplied by dot products.
+  int64_t rows_to_pack() const { return p_.pass != Pass::adjoint ? 6 : widened_ ? 0 : 48; }
+
   // Rows of the batch at time t.
   int64_t alive(int64_t t) const { return p_.batch_sizes ? p_.batch_sizes[t] : p_.B; }
 
@@ -155,7 +187,7 @@ class Run {
   bool kept(int64_t t, int64_t b) const { return p_.keep[offsets_[size_t(t)] + b]; }
 
   C* sum(const void* a, const void* b) {
-    C* total = scratch_.take_zeros(2 * width_);
+    C* total = scratch_.template take_zeros<C>(2 * width_);
     C* part = total + width_;
     for (const void* vector : {a, b}) {
       if (!vector) continue;
@@ -211,10 +243,10 @@ class Run {
       }
 
       const int64_t rows = plan_.chunk * (row1_ - row0_);
-      tile_ = r_.scratch_.take_zeros(kMaxRows * r_.tile_row_);
+      tile_ = r_.scratch_.template take_zeros<C>(kMaxRows * r_.tile_row_);
       if (p_.I) inputs_.resize(size_t(rows));
-      if (p_.I && r_.widened_) widened_ = r_.scratch_.take(rows * p_.I);
-      if (plan_.project_ahead) projected_ = r_.scratch_.take(rows * (column1_ - column0_));
+      if (p_.I && r_.widened_) widened_ = r_.scratch_.template take<C>(rows * p_.I);
+      if (plan_.project_ahead) projected_ = r_.scratch_.template take<C>(rows * (column1_ - column0_));
     }
 
     void run() {
@@ -235,7 +267,6 @@ class Run {
       return std::max<int64_t>(0, std::min(row1_, r_.alive(t)) - row0_);
     }
 
-    // The adjoint multiplies by W_hh itself, whose rows are panels already.
     bool lies_in_panels(const Panel& panel) const {
       return p_.pass == Pass::adjoint && !plan_.pack && panel.columns == panel.width;
     }
@@ -244,14 +275,14 @@ class Run {
     // Threads with the same hidden units share their panels, and the packing of them.
     void pack() {
       if (multiplies_by_dot()) return;
+      const bool adjoint = p_.pass == Pass::adjoint;
+      const bool state = p_.T > 1 || (adjoint ? p_.last.data : p_.first.data);
       for (size_t i = size_t(group_); i < panels_.size(); i += size_t(plan_.batch_groups)) {
         const Panel& panel = panels_[i];
-        if (lies_in_panels(panel)) continue;
-        const bool adjoint = p_.pass == Pass::adjoint;
-        C* w_state = r_.w_state_ + panel.column * p_.H;
-        r_.stored_.pack(r_.at(p_.w_hh, panel.column * (adjoint ? 1 : p_.w_hh_row)),
-                        adjoint ? p_.w_hh_row : 1, adjoint ? 1 : p_.w_hh_row, p_.H, panel.columns,
-                        panel.width, w_state);
+        if (state && !lies_in_panels(panel))
+          r_.stored_.pack(r_.at(p_.w_hh, panel.column * (adjoint ? 1 : p_.w_hh_row)),
+                          adjoint ? p_.w_hh_row : 1, adjoint ? 1 : p_.w_hh_row, p_.H,
+                          panel.columns, panel.width, r_.w_state_ + panel.column * p_.H);
         if (p_.I)
           r_.stored_.pack(r_.at(p_.w_ih, panel.column * p_.w_ih_row), 1, p_.w_ih_row, p_.I,
                           panel.columns, panel.width, r_.w_input_ + panel.column * p_.I);
@@ -305,6 +336,13 @@ class Run {
       const int64_t t = time(s), rows = rows_at(t);
       const C* from = r_.state_[s & 1];
       C* to = r_.state_[(s + 1) & 1];
+      // Rows that ended before this step leave their state in both buffers: nobody writes it again.
+      if (p_.batch_sizes && s > 0) {
+        const int64_t ended = std::min(row1_, r_.alive(time(s - 1)));
+        for (int64_t b = row0_ + rows; b < ended; ++b)
+          std::memcpy(to + b * r_.state_row_ + column0_, from + b * r_.state_row_ + column0_,
+                      size_t(column1_ - column0_) * sizeof(C));
+      }
       // At first there is nothing to multiply, unless a first state was given.
       const bool zero_state = s == 0 && (p_.pass == Pass::adjoint || !p_.first.data);
       const auto states_of = [&](const C* states, int64_t first, int64_t count, const C** list) {
@@ -364,12 +402,6 @@ class Run {
       }
       chunk_row_ += rows;
 
-      // Rows that end here leave their state in both buffers: nobody will write it again.
-      if (p_.batch_sizes && s + 1 < p_.T) {
-        for (int64_t b = std::max(row0_, r_.alive(time(s + 1))); b < row0_ + rows; ++b)
-          std::memcpy(r_.state_[s & 1] + b * r_.state_row_ + column0_,
-                      to + b * r_.state_row_ + column0_, size_t(column1_ - column0_) * sizeof(C));
-      }
       meet();
     }
 
@@ -472,7 +504,7 @@ class Run {
   const int64_t state_row_;  // distance of rows in state_ and carry_
   int64_t tile_row_;
   Plan plan_;
-  Scratch<C> scratch_;
+  Scratch scratch_;
   std::vector<int64_t> offsets_;  // rows before time t
   C *w_state_ = nullptr, *w_input_ = nullptr;
   C *bias_ = nullptr, *alpha_ = nullptr;

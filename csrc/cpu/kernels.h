@@ -69,7 +69,8 @@ struct Step {
 // Kernels for one storage type; they compute in C.
 template <class C>
 struct StorageKernels {
-  // panel[k * width + j] = w[k * k_stride + j * j_stride] for j < columns, 0 up to width
+  // panel[k * width + j] = w[k * k_stride + j * j_stride] for j < columns, 0 up to width, a multiple
+  // of the lanes. One of the strides is 1.
   void (*pack)(const void* w, int64_t k_stride, int64_t j_stride, int64_t size, int64_t columns,
                int64_t width, C* panel);
   void (*load)(const void* from, int64_t n, C* to);

@@ -164,22 +164,31 @@ void step(const Step<C>& s) {
 template <class S, class C>
 void pack(const void* w, int64_t k_stride, int64_t j_stride, int64_t size, int64_t columns,
           int64_t width, C* panel) {
+  constexpr int64_t L = Vec<C>::lanes;
   const S* from = static_cast<const S*>(w);
-  // In blocks of lanes: reads run along whichever index is dense, writes stay in L1.
-  constexpr int64_t block = 16;
-  for (int64_t k0 = 0; k0 < size; k0 += block) {
-    const int64_t k1 = k0 + block < size ? k0 + block : size;
-    if (j_stride == 1) {
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t j = 0; j < columns; ++j) panel[k * width + j] = widen(from[k * k_stride + j]);
-    } else {
-      for (int64_t j = 0; j < columns; ++j)
-        for (int64_t k = k0; k < k1; ++k)
-          panel[k * width + j] = widen(from[k * k_stride + j * j_stride]);
-    }
-    for (int64_t k = k0; k < k1; ++k)
-      for (int64_t j = columns; j < width; ++j) panel[k * width + j] = C(0);
+  if (j_stride == 1) {
+    for (int64_t k = 0; k < size; ++k)
+      for (int64_t j = 0; j < width; j += L)
+        store<C>(panel + k * width + j,
+                 j < columns ? load<C>(from + k * k_stride + j, columns - j) : Vec<C>(C(0)));
+    return;
   }
+  for (int64_t k = 0; k < size; k += L)
+    for (int64_t j = 0; j < width; j += L) {
+      Vec<C> square[L];
+      const S* corner = from + j * j_stride + k;
+      C* to = panel + k * width + j;
+      if (j + L <= columns && k + L <= size) {
+        for (int64_t i = 0; i < L; ++i) square[i] = load<C>(corner + i * j_stride);
+        transpose(square);
+        for (int64_t i = 0; i < L; ++i) store<C>(to + i * width, square[i]);
+      } else {
+        for (int64_t i = 0; i < L; ++i)
+          square[i] = j + i < columns ? load<C>(corner + i * j_stride, size - k) : Vec<C>(C(0));
+        transpose(square);
+        for (int64_t i = 0; i < L && k + i < size; ++i) store<C>(to + i * width, square[i]);
+      }
+    }
 }
 
 template <class S, class C>

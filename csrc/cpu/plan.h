@@ -11,7 +11,7 @@ struct PlanInput {
   int64_t number_size;  // bytes of the numbers that are computed with
   int lanes, tile_rows, tile_vectors;
   int threads;
-  bool weights_fit;  // the kernels can read the weights as they lie
+  int64_t rows_to_pack;  // more rows than these in all repay packing the weights
 };
 
 struct Plan {
@@ -30,11 +30,12 @@ struct Plan {
 // plans, not to predict times; they were fitted on AVX-512 machines with 1 and 2 MB of L2.
 struct CostModel {
   static constexpr double kRegion = 12000;   // waking the thread pool and joining it
-  static constexpr double kBarrier = 700;    // two threads meeting
+  static constexpr double kBarrier = 800;    // threads meeting,
+  static constexpr double kMeeting = 1.1;    // and a step waiting for the last: others run here too
   static constexpr double kCall = 60;        // one tile: two calls through pointers
   static constexpr double kEpilogue = 12;    // nonlinearity, loads and stores of one vector
-  static constexpr double kL1 = 32 << 10, kL2 = 1 << 20;
-  static constexpr double kL2Bytes = 40, kL3Bytes = 10;  // per cycle and core
+  static constexpr double kL1 = 32 << 10, kL2 = 768 << 10;
+  static constexpr double kL2Bytes = 40, kL3Bytes = 20;  // per cycle and core
 
   static double step(const PlanInput& in, int batch_groups, int hidden_groups) {
     const auto parts = [](int64_t n, int64_t d) { return double((n + d - 1) / d); };
@@ -45,12 +46,13 @@ struct CostModel {
     const double size = double(in.I + in.H);
     const double multiplications = rows * vectors * size / 2;
     const double loads = (blocks * vectors + rows * panels) * size / 2;
-    const double bytes = vectors * in.lanes * size * in.number_size;
+    const double bytes = vectors * in.lanes * double(in.H) * in.number_size;  // read each step
     const double weights = bytes <= kL1   ? 0
                            : bytes <= kL2 ? blocks * bytes / kL2Bytes
                                           : blocks * bytes / kL3Bytes;
-    return std::max({multiplications, loads, weights}) + rows * vectors * kEpilogue +
-           blocks * panels * kCall + (hidden_groups > 1 ? kBarrier : 0);
+    const double alone = std::max({multiplications, loads, weights}) +
+                         rows * vectors * kEpilogue + blocks * panels * kCall;
+    return hidden_groups > 1 ? alone * kMeeting + kBarrier : alone;
   }
 
   static double total(const PlanInput& in, int batch_groups, int hidden_groups) {
@@ -77,8 +79,7 @@ inline Plan make_plan(const PlanInput& in) {
     consider(batch_groups, std::min(in.threads / batch_groups, vectors));
   }
 
-  // Packing costs about as much as multiplying 16 rows.
-  plan.pack = !in.weights_fit || in.T * in.B > 16;
+  plan.pack = in.T * in.B > in.rows_to_pack;
 
   // One product over several steps fills the register tile where a step has too few rows; and a
   // group that waits at barriers should not also multiply between them.

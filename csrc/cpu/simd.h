@@ -65,10 +65,13 @@ struct Vec {
 #endif
   }
 
+  // By halves, so that the additions do not wait for one another.
   FUSEDRNN_FORCE_INLINE T sum() const {
-    T total = raw[0];
-    for (int i = 1; i < lanes; ++i) total += raw[i];
-    return total;
+    T part[lanes];
+    *reinterpret_cast<Unaligned*>(part) = raw;
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
   }
 };
 
@@ -165,25 +168,69 @@ FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = some[i];
 }
 
+// Lane i is lane from[i] of a and b, counted through both.
+template <class V, class From>
+FUSEDRNN_FORCE_INLINE V shuffle(V a, V b, From from) {
+#ifdef __clang__
+  V result;
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  for (int i = 0; i < lanes; ++i) result[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Transposes a square of numbers held in rows: in each round, halves of twice the size change
+// places across the diagonal.
+template <class T>
+FUSEDRNN_FORCE_INLINE void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
+  constexpr int lanes = Vec<T>::lanes;
+#pragma GCC unroll 4
+  for (int size = 1; size < lanes; size *= 2) {
+    typename Vec<T>::Mask low, high;
+    for (int i = 0; i < lanes; ++i) {
+      low[i] = i & size ? i - size + lanes : i;
+      high[i] = i & size ? i + lanes : i + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & size) continue;
+      const auto a = rows[i].raw, b = rows[i + size].raw;
+      rows[i].raw = shuffle(a, b, low);
+      rows[i + size].raw = shuffle(a, b, high);
+    }
+  }
+}
+
 // ---- exp, expm1, log1p, tanh ----
 //
 // e^y = 2^n e^r with |r| <= ln2 / 2, and e^r - 1 = r + r² P(r). Where there is FMA, tanh is within
 // 1.7 ulp in f32 (every float was tried) and odd; elsewhere these are libm's.
 
 #if FUSEDRNN_VECTOR_BYTES == 16
+// In double, since libm's tanhf is off by more than 2 ulp.
 template <class T>
-FUSEDRNN_FORCE_INLINE Vec<T> each(Vec<T> x, T (*f)(T)) {
-  for (int i = 0; i < Vec<T>::lanes; ++i) x.raw[i] = f(x.raw[i]);
+FUSEDRNN_FORCE_INLINE Vec<T> each(Vec<T> x, double (*f)(double)) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.raw[i] = T(f(x.raw[i]));
   return x;
 }
-FUSEDRNN_FORCE_INLINE Vec<float> tanh(Vec<float> x) { return each<float>(x, ::tanhf); }
-FUSEDRNN_FORCE_INLINE Vec<double> tanh(Vec<double> x) { return each<double>(x, ::tanh); }
-FUSEDRNN_FORCE_INLINE Vec<float> exp(Vec<float> x) { return each<float>(x, ::expf); }
-FUSEDRNN_FORCE_INLINE Vec<double> exp(Vec<double> x) { return each<double>(x, ::exp); }
-FUSEDRNN_FORCE_INLINE Vec<float> expm1(Vec<float> x) { return each<float>(x, ::expm1f); }
-FUSEDRNN_FORCE_INLINE Vec<double> expm1(Vec<double> x) { return each<double>(x, ::expm1); }
-FUSEDRNN_FORCE_INLINE Vec<float> log1p_of_at_most_one(Vec<float> x) { return each<float>(x, ::log1pf); }
-FUSEDRNN_FORCE_INLINE Vec<double> log1p_of_at_most_one(Vec<double> x) { return each<double>(x, ::log1p); }
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> tanh(Vec<T> x) {
+  return each(x, ::tanh);
+}
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> exp(Vec<T> x) {
+  return each(x, ::exp);
+}
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> expm1(Vec<T> x) {
+  return each(x, ::expm1);
+}
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> log1p_of_at_most_one(Vec<T> x) {
+  return each(x, ::log1p);
+}
 #else
 
 template <class T>
