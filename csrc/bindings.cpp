@@ -90,5 +90,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &fusedrnn::cpu::use_instruction_set, py::arg("name"));
   m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("number_size") = 4, py::arg("lanes") = 16, py::arg("tile_rows") = 6,
-        py::arg("tile_vectors") = 4, py::arg("threads"), py::arg("rows_to_pack") = 6);
+        py::arg("tile_vectors") = 4, py::arg("threads"), py::arg("rows_to_pack") = 16);
 }

@@ -173,9 +173,12 @@ class Run {
   }
   void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
 
-  // Measured. The adjoint multiplies by W_hh itself, whose rows serve as panels if no number must be
-  // widened; forward, weights as they lie are multiplied by dot products.
-  int64_t rows_to_pack() const { return p_.pass != Pass::adjoint ? 6 : widened_ ? 0 : 48; }
+  // Rows that repay packing, as measured. The adjoint multiplies by W_hh itself, whose rows serve as
+  // panels if no number must be widened; forward, weights as they lie are multiplied by dot products.
+  int64_t rows_to_pack() const {
+    if (p_.pass == Pass::adjoint) return widened_ ? 0 : 48;
+    return p_.H * (p_.H + p_.I) * int64_t(sizeof(C)) > (1 << 20) ? 24 : 12;
+  }
 
   // Rows of the batch at time t.
   int64_t alive(int64_t t) const { return p_.batch_sizes ? p_.batch_sizes[t] : p_.B; }

@@ -71,19 +71,27 @@ void product(const Product<C>& p) {
     for (int j = 0; j < Vectors; ++j) store<C>(p.tile + i * p.tile_row + j * L, acc[i][j]);
 }
 
+// acc[i][j] += rows[i] · w[j], where a vector runs along the row.
 template <int Rows, int Columns, class C, class S>
 FUSEDRNN_FORCE_INLINE void dot_accumulate(Vec<C> (&acc)[Rows][Columns], const C* const* rows,
                                           int64_t size, const S* w, int64_t w_row) {
-  for (int64_t k = 0; k < size; k += Vec<C>::lanes) {
+  constexpr int L = Vec<C>::lanes;
+  const auto step = [&](int64_t k, auto load_at) __attribute__((always_inline)) {
     Vec<C> a[Rows];
-    for (int i = 0; i < Rows; ++i) a[i] = load<C>(rows[i] + k, size - k);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) a[i] = load_at(rows[i] + k);
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; ++j) {
-      const Vec<C> b = load<C>(w + j * w_row + k, size - k);
+      const Vec<C> b = load_at(w + j * w_row + k);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) acc[i][j] = fma(a[i], b, acc[i][j]);
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + L <= size; k += L)
+    step(k, [](const auto* p) __attribute__((always_inline)) { return load<C>(p); });
+  if (k < size)
+    step(k, [&](const auto* p) __attribute__((always_inline)) { return load<C>(p, size - k); });
 }
 
 template <int Rows, int Columns, class S, class C>
