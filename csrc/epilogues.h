@@ -142,13 +142,13 @@ FUSEDRNN_INLINE void tangent(V acc, V w, V q, V p, V k, bool leaky, V alpha, V& 
   if (leaky) lambda = lambda + (V(1) - alpha) * k;
 }
 
-// a = g + carry + δ' W,  δ = d + p a,  carry = (1 - α) a
+// a = g + carry + δ' W,  δ = d + p a,  carry = (1 - α) a, which is 0 without a leak
 // (acc is δ' W; δ' and the carry come from the step after, 0 where its keep is false)
 template <class V>
 FUSEDRNN_INLINE void adjoint(V acc, V g, V d, V p, V& carry, bool leaky, V alpha, V& a, V& delta) {
   a = g + (carry + acc);
   delta = d + p * a;
-  carry = leaky ? (V(1) - alpha) * a : V(0);
+  if (leaky) carry = (V(1) - alpha) * a;
 }
 
 }  // namespace fusedrnn

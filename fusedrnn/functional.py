@@ -25,16 +25,6 @@ def _warn_slow(reason: str) -> None:
     warnings.warn(f"fusedrnn: {reason}; a plain loop over time runs instead", stacklevel=4)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    if x.device.type not in _DEVICES:
-        _warn_slow(f"no kernel for {x.device.type} tensors")
-    elif x.dtype not in _DTYPES:
-        _warn_slow(f"no kernel for {x.dtype}")
-    else:
-        return True
-    return False
-
-
 def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Like torch's own rule for RNNs: everything runs in the low precision."""
     if not torch.is_autocast_enabled(device_type):
@@ -46,9 +36,7 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None,
     )
 
 
-def _alpha_per_unit(alpha: Tensor | float | None, like: Tensor) -> Tensor | None:
-    if alpha is None:
-        return None
+def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
     size = like.size(0)
     if not isinstance(alpha, Tensor):
         alpha = torch.full((), float(alpha), dtype=like.dtype, device=like.device)
@@ -116,18 +104,20 @@ def rnn(
     device = x.device.type
     if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
         x, w_ih, w_hh, b_ih, b_hh, h0 = _autocast(device, x, w_ih, w_hh, b_ih, b_hh, h0)
-    if not _has_kernel(x):
+    if device not in _DEVICES or x.dtype not in _DTYPES:
+        _warn_slow(f"no kernel for {x.dtype} tensors on {device}")
         return reference.rnn(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, reverse=reverse,
             batch_sizes=batch_sizes, keep=keep, alpha=alpha,
         )  # fmt: skip
+    if alpha is not None:
+        alpha = _alpha_per_unit(alpha, w_hh)
     # The op itself where somebody watches; past one dispatch of it, at 4 us, where nobody does.
     watched = torch.compiler.is_compiling() or transformed()
     activation = _ops.activation if watched else Activation.differentiate
     h, h_n, _ = activation(
-        x, w_ih, b_ih, b_hh, h0, w_hh, _alpha_per_unit(alpha, w_hh), keep, batch_sizes,
-        nonlinearity, reverse,
-    )  # fmt: skip
+        x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse
+    )
     return h, h_n
 
 

@@ -398,7 +398,16 @@ class Run {
             product.tile = tile_;
             product.tile_row = r_.tile_row_;
             r_.k_.product[count - 1][panel.vectors - 1](product);
-            if (p_.pass == Pass::adjoint) states_of(r_.carry_, first, count, carries);
+            if (p_.pass == Pass::adjoint) {
+              // Without a leak nothing is carried but the gradient of a row's last state.
+              for (int64_t i = 0; i < count; ++i) {
+                const int64_t b = row0_ + first + i;
+                const bool begins = s == 0 || b >= r_.alive(time(s - 1));
+                carries[i] = begins || (r_.alpha_ && keeps(s, b))
+                                 ? r_.carry_ + b * r_.state_row_
+                                 : r_.zeros_;
+              }
+            }
             epilogue(t, first, count, panel.column, panel.columns,
                      p_.pass == Pass::adjoint ? carries : states, to);
           });
@@ -420,7 +429,7 @@ class Run {
       step.tile_row = r_.tile_row_;
       step.state = at_column;
       step.next = to + b * r_.state_row_ + column;
-      if (r_.carry_) step.carry = r_.carry_ + b * r_.state_row_ + column;
+      if (r_.carry_ && r_.alpha_) step.carry = r_.carry_ + b * r_.state_row_ + column;
       step.state_row = r_.state_row_;
       if (r_.alpha_) step.alpha = r_.alpha_ + column;
       const auto locate = [&](const Series& series) {
@@ -465,7 +474,7 @@ class Run {
           for (int64_t i = 0; i < count; ++i) {
             const int64_t b = row0_ + first + i;
             C* row = tile_ + i * r_.tile_row_;
-            const C* carry = r_.carry_ + b * r_.state_row_ + panel.column;
+            const C* carry = (r_.alpha_ ? r_.carry_ + b * r_.state_row_ : r_.zeros_) + panel.column;
             const bool keep = !p_.keep || r_.kept(last_time(b), b);
             for (int64_t j = 0; j < panel.columns; ++j) row[j] = keep ? row[j] + carry[j] : C(0);
             r_.stored_.store(row, panel.columns,

@@ -55,7 +55,7 @@ struct Step {
   int64_t tile_row;
   const C* const* state;  // k of each row, at the panel's first column
   C* next;                // e[t], at the panel's first row and column
-  C* carry;               // adjoint: written
+  C* carry;               // adjoint with alpha: written
   int64_t state_row;      // of next and carry
   const C* alpha;         // optional
   const void* in[2];

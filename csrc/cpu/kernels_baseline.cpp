@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define FUSEDRNN_ISA baseline
 #define FUSEDRNN_VECTOR_BYTES 16

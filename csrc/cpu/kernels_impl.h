@@ -23,7 +23,7 @@ FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const
     Vec<C> part[Split][Rows][Vectors];
     for (int s = 0; s < Split; ++s)
       for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < Vectors; ++j) part[s][i][j] = Vec<C>(C(0));
+        for (int j = 0; j < Vectors; ++j) part[s][i][j] = s == 0 ? acc[i][j] : Vec<C>(C(0));
     for (; k + Split <= size; k += Split, w += Split * w_stride)
 #pragma GCC unroll 8
       for (int s = 0; s < Split; ++s) {
@@ -36,9 +36,11 @@ FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const
           for (int j = 0; j < Vectors; ++j)
             part[s][i][j] = fma(Vec<C>(row[i][k + s]), column[j], part[s][i][j]);
       }
-    for (int s = 0; s < Split; ++s)
-      for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < Vectors; ++j) acc[i][j] = acc[i][j] + part[s][i][j];
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Vectors; ++j) {
+        acc[i][j] = part[0][i][j];
+        for (int s = 1; s < Split; ++s) acc[i][j] = acc[i][j] + part[s][i][j];
+      }
   }
 #pragma GCC unroll 2
   for (; k < size; ++k, w += w_stride) {
@@ -134,35 +136,45 @@ template <Pass pass, class F, class S, class C>
 void step(const Step<C>& s) {
   using V = Vec<C>;
   const bool leaky = s.alpha != nullptr;
-  const auto at = [](const void* p, int64_t offset) { return static_cast<const S*>(p) + offset; };
-  const auto out_at = [](void* p, int64_t offset) { return static_cast<S*>(p) + offset; };
+  const int64_t columns = s.columns;
+  const auto row_of = [](auto* p, int64_t offset) {
+    using Stored = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const S, S>;
+    return p ? static_cast<Stored*>(p) + offset : nullptr;
+  };
   for (int64_t i = 0; i < s.rows; ++i) {
-    for (int64_t j = 0; j < s.columns; j += V::lanes) {
-      const int64_t n = s.columns - j;
-      const auto optional = [&](int which) {
-        return s.in[which] ? load<C>(at(s.in[which], i * s.in_row[which] + j), n) : V(C(0));
-      };
-      const V acc = load<C>(s.tile + i * s.tile_row + j);
+    const C* tile = s.tile + i * s.tile_row;
+    const C* state = s.state[i];
+    C* next = s.next + i * s.state_row;
+    C* carry_out = s.carry + i * s.state_row;
+    const S* in0 = row_of(s.in[0], i * s.in_row[0]);
+    const S* in1 = row_of(s.in[1], i * s.in_row[1]);
+    const S* phi = row_of(s.gate, i * s.gate_row);
+    S* out0 = row_of(s.out[0], i * s.out_row[0]);
+    S* out1 = row_of(s.out[1], i * s.out_row[1]);
+    for (int64_t j = 0; j < columns; j += V::lanes) {
+      const int64_t n = columns - j;
+      const V acc = load<C>(tile + j);
+      const V from = load<C>(state + j);
       const V alpha = leaky ? load<C>(s.alpha + j) : V(C(1));
-      V first, second, next;
+      V first, second;
       if constexpr (pass == Pass::activation) {
-        activation<F>(acc + optional(0), load<C>(s.state[i] + j), leaky, alpha, first, second);
-        next = first;
+        const V z = in0 ? acc + load<C>(in0 + j, n) : acc;
+        activation<F>(z, from, leaky, alpha, first, second);
       } else {
-        const V p = gate<F>(load<C>(at(s.gate, i * s.gate_row + j), n), leaky, alpha);
+        const V drive = in0 ? load<C>(in0 + j, n) : V(C(0));
+        const V extra = in1 ? load<C>(in1 + j, n) : V(C(0));
+        const V p = gate<F>(load<C>(phi + j, n), leaky, alpha);
         if constexpr (pass == Pass::tangent) {
-          const V k = load<C>(s.state[i] + j);
-          tangent(acc, optional(0), optional(1), p, k, leaky, alpha, first, second);
+          tangent(acc, drive, extra, p, from, leaky, alpha, first, second);
         } else {
-          V carry = load<C>(s.state[i] + j);
-          adjoint(acc, optional(0), optional(1), p, carry, leaky, alpha, second, first);
-          store<C>(s.carry + i * s.state_row + j, carry);
+          V carry = from;
+          adjoint(acc, drive, extra, p, carry, leaky, alpha, second, first);
+          if (leaky) store<C>(carry_out + j, carry);
         }
-        next = first;
       }
-      store<C>(s.next + i * s.state_row + j, next);
-      store<C>(out_at(s.out[0], i * s.out_row[0] + j), first, n);
-      if (s.out[1]) store<C>(out_at(s.out[1], i * s.out_row[1] + j), second, n);
+      store<C>(next + j, first);
+      store<C>(out0 + j, first, n);
+      if (out1) store<C>(out1 + j, second, n);
     }
   }
 }

@@ -272,13 +272,12 @@ struct ExpConstants<double> {
   }
 };
 
-// e^y = scale (1 + rest)
+// e^y = scale (1 + rest), for y between smallest and largest
 template <class T>
 FUSEDRNN_FORCE_INLINE void split_exp(Vec<T> y, Vec<T>& scale, Vec<T>& rest) {
   using K = ExpConstants<T>;
   using V = Vec<T>;
   using Integer = typename V::Integer;
-  y = select(y > V(K::largest), V(K::largest), select(y < V(K::smallest), V(K::smallest), y));
   const V shifted = fma(y, V(K::log2e), V(K::magic));
   const V n = shifted - V(K::magic);
   const V r = fma(n, V(-K::ln2_low), fma(n, V(-K::ln2_high), y));
@@ -288,17 +287,37 @@ FUSEDRNN_FORCE_INLINE void split_exp(Vec<T> y, Vec<T>& scale, Vec<T>& rest) {
 }
 
 template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> clamp_exponent(Vec<T> y) {
+  const Vec<T> smallest = ExpConstants<T>::smallest, largest = ExpConstants<T>::largest;
+  return select(y > largest, largest, select(y < smallest, smallest, y));
+}
+
+template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> exp(Vec<T> y) {
   Vec<T> scale, rest;
-  split_exp(y, scale, rest);
+  split_exp(clamp_exponent(y), scale, rest);
   return fma(rest, scale, scale);
 }
 
 template <class T>
-FUSEDRNN_FORCE_INLINE Vec<T> expm1(Vec<T> y) {
+FUSEDRNN_FORCE_INLINE Vec<T> expm1_unclamped(Vec<T> y) {
   Vec<T> scale, rest;
   split_exp(y, scale, rest);
   return fma(rest, scale, scale - Vec<T>(1));
+}
+
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> expm1(Vec<T> y) {
+  return expm1_unclamped(clamp_exponent(y));
+}
+
+// 1 / x; of f32 with AVX-512 only to 14 bits, in a third of the time.
+template <class T>
+FUSEDRNN_FORCE_INLINE Vec<T> rough_inverse(Vec<T> x) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return typename Vec<T>::Raw(_mm512_maskz_rcp14_ps(__mmask16(-1), __m512(x.raw)));
+#endif
+  return Vec<T>(1) / x;
 }
 
 // log(1 + u) for 0 <= u <= 1, as 2 artanh(s) with s = u / (2 + u) <= 1/3
@@ -314,7 +333,7 @@ FUSEDRNN_FORCE_INLINE Vec<T> log1p_of_at_most_one(Vec<T> u) {
 }
 
 // tanh|x| = t / (t + 2) with t = e^2|x| - 1. The quotient is corrected by its remainder, which the
-// rounding of t + 2 is part of.
+// rounding of t + 2 is part of; so it may start from a rough one.
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> tanh(Vec<T> x) {
   using V = Vec<T>;
@@ -322,10 +341,10 @@ FUSEDRNN_FORCE_INLINE Vec<T> tanh(Vec<T> x) {
   const auto sign = (typename V::Mask)x.raw & (typename V::Mask)V(T(-0.0)).raw;
   const V magnitude = typename V::Raw((typename V::Mask)x.raw ^ sign);
   const V clamped = select(magnitude > one, one, magnitude);
-  const V t = expm1(clamped + clamped);
+  const V t = expm1_unclamped(clamped + clamped);
   const V divisor = t + V(2);
   const V divisor_rest = (V(2) - divisor) + t;
-  const V inverse = V(1) / divisor;
+  const V inverse = rough_inverse(divisor);
   const V quotient = t * inverse;
   const V zero = V(0);
   const V remainder =
