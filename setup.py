@@ -23,6 +23,14 @@ except ImportError:
         "`pip install torch`, then `pip install --no-build-isolation .`"
     )
 
+try:
+    import ninja
+
+    # torch looks for the program on PATH, where a venv that is not activated has none
+    os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
+except ImportError:
+    pass  # there may be a ninja of the system's; without any, torch compiles one file at a time
+
 ROOT = Path(__file__).parent
 DEBUG = os.getenv("DEBUG") == "1"
 SANITIZE = os.getenv("SANITIZE")

@@ -49,8 +49,9 @@ Tensor previous(const Tensor& series, const OptionalTensor& first, const Optiona
                 const OptionalTensor& batch_sizes, bool reverse) {
   if (!batch_sizes) {
     const Tensor ends = (first ? *first : at::zeros_like(series.select(0, 0))).unsqueeze(0);
-    return kept(reverse ? at::cat({series.slice(0, 1), ends}) : at::cat({ends, series.slice(0, 0, -1)}),
-                keep);
+    return kept(
+        reverse ? at::cat({series.slice(0, 1), ends}) : at::cat({ends, series.slice(0, 0, -1)}),
+        keep);
   }
   const auto [before, after, b] = neighbours(*batch_sizes, series.sym_size(0), reverse);
   const Tensor ends = first ? *first : at::zeros_like(series.slice(0, 0, 1));
@@ -64,7 +65,8 @@ Tensor following(const Tensor& series, const OptionalTensor& keep,
   const Tensor masked = kept(series, keep);
   const Tensor zeros = at::zeros_like(masked.slice(0, 0, 1));
   if (!batch_sizes)
-    return reverse ? at::cat({zeros, masked.slice(0, 0, -1)}) : at::cat({masked.slice(0, 1), zeros});
+    return reverse ? at::cat({zeros, masked.slice(0, 0, -1)})
+                   : at::cat({masked.slice(0, 1), zeros});
   const auto [before, after, b] = neighbours(*batch_sizes, series.sym_size(0), reverse);
   const Tensor end = at::full_like(b, 1) * series.sym_size(0);
   return at::cat({masked, zeros}).index_select(0, at::where(after < 0, end, after));
@@ -97,10 +99,11 @@ Tensor recurrent_product(const Tensor& delta, const Tensor& series, const Option
   return at::addmm(product, rows(others).t(), rows(before));
 }
 
-using AdjointOp = std::tuple<Tensor, Tensor, Tensor>(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    c10::string_view, bool, bool, bool);
+using AdjointOp = std::tuple<Tensor, Tensor, Tensor>(const OptionalTensor&, const OptionalTensor&,
+                                                     const OptionalTensor&, const Tensor&,
+                                                     const Tensor&, const OptionalTensor&,
+                                                     const OptionalTensor&, const OptionalTensor&,
+                                                     c10::string_view, bool, bool, bool);
 
 // Whether nobody can ask for a derivative of what is computed now.
 bool is_final(const Tensor& phi, const Tensor& w_hh, const OptionalTensor& g,
@@ -120,9 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
     const OptionalTensor& alpha, const OptionalTensor& keep, const OptionalTensor& batch_sizes,
     const Tensor& h, const OptionalTensor& phi, c10::string_view nonlinearity, bool reverse,
     std::array<bool, 7> wanted) {
-  static const auto adjoint = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("fusedrnn::adjoint", "")
-                                  .typed<AdjointOp>();
+  static const auto adjoint =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::adjoint", "").typed<AdjointOp>();
   const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, to_alpha] = wanted;
   const auto [delta, dh0, a] = [&] {
     // The kernel at the Autograd key is in Python and costs 5 us: not where it would do nothing.
@@ -136,9 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   if (to_w_ih) dw_ih = product_of_rows(delta, x);
   if (to_b_ih || to_b_hh) db = rows(delta).sum(0);
   if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, keep, batch_sizes, reverse);
-  if (to_alpha)
-    dalpha = rows(a * (*phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
-  return {dx, dw_ih, to_b_ih ? db : Tensor(), to_b_hh ? db : Tensor(), to_h0 ? dh0 : Tensor(),
+  if (to_alpha) dalpha = rows(a * (*phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
+  return {dx,    dw_ih, to_b_ih ? db : Tensor(), to_b_hh ? db : Tensor(), to_h0 ? dh0 : Tensor(),
           dw_hh, dalpha};
 }
 

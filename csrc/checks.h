@@ -1,4 +1,5 @@
-// Checks of the arguments of an op, shared by CPU and CUDA. Each says what was wanted and what came.
+// Checks of the arguments of an op, shared by CPU and CUDA. Each says what was wanted and what
+// came.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +13,7 @@
 namespace fusedrnn {
 
 constexpr const char* kNonlinearityNames[kNonlinearities] = {
-    "tanh",   "relu",     "identity",   "sigmoid", "softplus",
-    "retanh", "hardtanh", "leaky_relu", "elu"};
+    "tanh", "relu", "identity", "sigmoid", "softplus", "retanh", "hardtanh", "leaky_relu", "elu"};
 
 inline Nonlinearity nonlinearity_named(c10::string_view name) {
   for (int i = 0; i < kNonlinearities; ++i)

@@ -72,16 +72,16 @@ struct Problem {
   int64_t w_hh_row;
   const void* w_ih = nullptr;  // activation only, with I > 0
   int64_t w_ih_row = 0;
-  const void* b_ih = nullptr;  // [H], optional
-  const void* b_hh = nullptr;  // [H], optional
-  const void* alpha = nullptr; // [H], the leak, optional (1)
+  const void* b_ih = nullptr;   // [H], optional
+  const void* b_hh = nullptr;   // [H], optional
+  const void* alpha = nullptr;  // [H], the leak, optional (1)
 
-  Series x;         // activation: [T, B, I], with I > 0
-  Series in[2];     // activation: u, -    tangent: w, q    adjoint: g, d     optional
-  Series gate;      // tangent, adjoint: φ(z), which is h itself where nothing leaks
-  Series out[2];    // activation: h, φ(z)  tangent: λ, w + λ Wᵀ  adjoint: δ, a   second optional
-  States first;     // state before the first step: h0, λ0; adjoint: ∂L/∂h_n      optional (0)
-  States last;      // each row's state after its last step; adjoint: ∂L/∂h0      optional
+  Series x;       // activation: [T, B, I], with I > 0
+  Series in[2];   // activation: u, -    tangent: w, q    adjoint: g, d     optional
+  Series gate;    // tangent, adjoint: φ(z), which is h itself where nothing leaks
+  Series out[2];  // activation: h, φ(z)  tangent: λ, w + λ Wᵀ  adjoint: δ, a   second optional
+  States first;   // state before the first step: h0, λ0; adjoint: ∂L/∂h_n      optional (0)
+  States last;    // each row's state after its last step; adjoint: ∂L/∂h0      optional
 };
 
 }  // namespace fusedrnn

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HERE = Path(__file__).parent
 _BUILD = "pip install --no-build-isolation"
+
+
+def _not_built(reason: str) -> ImportError:
+    where = Path(__file__).parents[1]
+    return ImportError(f"fusedrnn is not built{reason}: run `{_BUILD} -e .` in {where}")
+
 
 try:
     from ._build_info import TORCH_VERSION
 except ImportError:
-    raise ImportError(
-        f"fusedrnn is not built: run `{_BUILD} -e .` in {_HERE.parent}, where its setup.py is"
-    ) from None
+    raise _not_built("") from None
 
 if torch.__version__ != TORCH_VERSION:
     raise ImportError(
@@ -28,7 +31,10 @@ if torch.__version__ != TORCH_VERSION:
         f"build it again with `{_BUILD} --force-reinstall --no-deps .` in its checkout"
     )
 
-from . import _C  # noqa: E402  (loading it registers torch.ops.fusedrnn)
+try:
+    from . import _C  # type: ignore[attr-defined]  # loading it registers torch.ops.fusedrnn
+except ImportError as error:  # built for another Python, or not to its end
+    raise _not_built(f" for this Python ({error})") from error
 
 activation = torch.ops.fusedrnn.activation.default
 tangent = torch.ops.fusedrnn.tangent.default
@@ -49,7 +55,7 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) -> int:
+def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) -> int | torch.SymInt:
     """B, which a packed sequence tells by its batch_sizes alone."""
     if states is not None:
         return states.size(0)
@@ -75,4 +81,8 @@ def _(w, q, s0, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, full
 @torch.library.register_fake("fusedrnn::adjoint")
 def _(g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, full):  # type: ignore[no-untyped-def]
     to_first = (_batch(g_n, phi, batch_sizes), phi.size(-1)) if to_h0 else (0,)
-    return phi.new_empty(phi.shape), phi.new_empty(to_first), phi.new_empty(phi.shape if full else 0)
+    return (
+        phi.new_empty(phi.shape),
+        phi.new_empty(to_first),
+        phi.new_empty(phi.shape if full else 0),
+    )

@@ -91,7 +91,7 @@ class _Op(Function):
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
         # Not Function.apply: it would bind the arguments to a signature, at 10 us.
-        apply = super(Function, cls).apply
+        apply = super(Function, cls).apply  # type: ignore[misc]
         if transformed():  # and come down to this key at one of its levels: differentiate there
             with enable_single_level_autograd_function():
                 return apply(*args)
@@ -108,7 +108,7 @@ class Activation(_Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = inputs
+        x, w_ih, _, _, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = inputs
         h, _, phi = output
         saved = (x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, None if alpha is None else phi)
         _save(ctx, saved)
@@ -138,7 +138,9 @@ class Activation(_Op):
         if w_ih is None:
             w = x_t
         else:
-            w = _add(None if x_t is None else x_t @ w_ih.mT, None if w_ih_t is None else x @ w_ih_t.mT)
+            w = _add(
+                None if x_t is None else x_t @ w_ih.mT, None if w_ih_t is None else x @ w_ih_t.mT
+            )
         for bias_t in (b_ih_t, b_hh_t):
             w = _add(w, None if bias_t is None else bias_t.expand_as(h))
         if w_hh_t is not None:
@@ -183,7 +185,7 @@ class _Linear(_Op):
     def coefficient_gradients(
         ctx: Any, walk: Walk, delta: Tensor, a: Tensor, s: Tensor, s0: Tensor | None, m: Tensor
     ) -> Gradients:
-        phi, w_hh, alpha = ctx.saved_tensors[:3]
+        phi, _, alpha = ctx.saved_tensors[:3]
         _, _, _, to_phi, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
         dphi = dw_hh = dalpha = None
         slope, curvature = _SLOPES[ctx.nonlinearity]
@@ -252,7 +254,7 @@ class Adjoint(_Linear):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, _ = inputs
+        _, _, _, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, _ = inputs
         delta, dh0, a = output
         saved = (phi, w_hh, alpha, keep, batch_sizes, delta, a)
         _save(ctx, saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def _warn_slow(reason: str) -> None:
     warnings.warn(f"fusedrnn: {reason}; a plain loop over time runs instead", stacklevel=4)
 
 
-def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(device_type: str, *tensors: Tensor | None) -> Any:
     """Like torch's own rule for RNNs: everything runs in the low precision."""
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -39,6 +40,8 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None,
 def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
     size = like.size(0)
     if not isinstance(alpha, Tensor):
+        if not 0 < alpha <= 1:
+            raise ValueError(f"fusedrnn: alpha must be in (0, 1], got {alpha}")
         alpha = torch.full((), float(alpha), dtype=like.dtype, device=like.device)
     if alpha.dim() > 0 and alpha.shape != (size,):
         raise ValueError(
@@ -99,12 +102,14 @@ def rnn(
 
     Raises:
         RuntimeError: Sizes, dtypes or devices do not go together, or T is 0.
-        ValueError: An unknown nonlinearity, or an ``alpha`` of another shape.
+        ValueError: An unknown nonlinearity, or an ``alpha`` of another shape or not in (0, 1].
     """
     device = x.device.type
     if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
         x, w_ih, w_hh, b_ih, b_hh, h0 = _autocast(device, x, w_ih, w_hh, b_ih, b_hh, h0)
     if device not in _DEVICES or x.dtype not in _DTYPES:
+        if nonlinearity not in reference.NONLINEARITIES:
+            raise ValueError(f"Unknown nonlinearity {nonlinearity!r}")
         _warn_slow(f"no kernel for {x.dtype} tensors on {device}")
         return reference.rnn(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, reverse=reverse,

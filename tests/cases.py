@@ -28,10 +28,9 @@ class Case:
     dtype: torch.dtype = torch.float64
 
     def __str__(self) -> str:
-        default = Case()
-        return " ".join(
-            f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)
-        ) or "default"  # fmt: skip
+        usual = vars(Case())
+        unusual = [f"{k}={v}" for k, v in vars(self).items() if v != usual[k]]
+        return " ".join(unusual) or "default"
 
     @property
     def batch_sizes(self) -> Tensor | None:

@@ -24,7 +24,13 @@ def series(case: Case) -> torch.Tensor:
 
 def op_arguments(op: str, case: Case) -> tuple:
     found, flags = case.arguments(requires_grad=True), case.flags()
-    walk = (found.get("alpha"), flags["keep"], flags["batch_sizes"], case.nonlinearity, case.reverse)
+    walk = (
+        found.get("alpha"),
+        flags["keep"],
+        flags["batch_sizes"],
+        case.nonlinearity,
+        case.reverse,
+    )
     if op == "activation":
         names = ("x", "w_ih", "b_ih", "b_hh", "h0", "w_hh")
         return (*(found.get(name) for name in names), *walk)
@@ -107,6 +113,7 @@ BAD = [
     ({"h0": torch.randn(2, 7)}, "h0 must have sizes [3, 7], got [2, 7]"),
     ({"keep": torch.ones(5, 3)}, "keep must be bool, got Float"),
     ({"keep": torch.ones(5, 2).bool()}, "keep must have sizes [5, 3], got [5, 2]"),
+    ({"alpha": 1.5}, "alpha must be in (0, 1], got 1.5"),
     ({"alpha": torch.ones(3)}, "alpha must be a number or a tensor [] or [7], got [3]"),
     ({"batch_sizes": torch.tensor([3])}, "packed x must be [N, size], got [5, 3, 4]"),
     ({"x": torch.randn(5, 4), "batch_sizes": torch.tensor([1, 4])}, "never rise, got [1, 4]"),

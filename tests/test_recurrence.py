@@ -65,7 +65,8 @@ def test_matches_the_reference_whatever_the_shape(case):
 @pytest.mark.parametrize("case", [Case(), Case(lengths=(5, 3, 1)), Case(alpha=True)], ids=str)
 def test_recurrence_is_driven_by_u(case):
     arguments = case.arguments()
-    u, h0, w_hh = torch.randn(*arguments["x"].shape[:-1], case.H).double(), arguments["h0"], arguments["w_hh"]
+    u = torch.randn(*arguments["x"].shape[:-1], case.H, dtype=torch.float64)
+    h0, w_hh = arguments["h0"], arguments["w_hh"]
     flags = {**case.flags(), "alpha": arguments.get("alpha")}
     torch.testing.assert_close(
         fusedrnn.recurrence(u, h0, w_hh, **flags), reference.recurrence(u, h0, w_hh, **flags)

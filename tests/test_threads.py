@@ -33,7 +33,9 @@ PROBLEMS = [
 
 
 def plan(case: Case, threads: int) -> dict:
-    return _C.plan_cpu(T=case.T, B=case.B, I=case.I, H=case.H, threads=threads, lanes=8, number_size=8)
+    return _C.plan_cpu(
+        T=case.T, B=case.B, I=case.I, H=case.H, threads=threads, lanes=8, number_size=8
+    )
 
 
 def test_these_problems_are_split_as_meant():

@@ -173,8 +173,9 @@ class Run {
   }
   void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
 
-  // Rows that repay packing, as measured. The adjoint multiplies by W_hh itself, whose rows serve as
-  // panels if no number must be widened; forward, weights as they lie are multiplied by dot products.
+  // Rows that repay packing, as measured. The adjoint multiplies by W_hh itself, whose rows serve
+  // as panels if no number must be widened; forward, weights as they lie are multiplied by dot
+  // products.
   int64_t rows_to_pack() const {
     if (p_.pass == Pass::adjoint) return widened_ ? 0 : 48;
     return p_.H * (p_.H + p_.I) * int64_t(sizeof(C)) > (1 << 20) ? 24 : 12;
@@ -249,7 +250,8 @@ class Run {
       tile_ = r_.scratch_.template take_zeros<C>(kMaxRows * r_.tile_row_);
       if (p_.I) inputs_.resize(size_t(rows));
       if (p_.I && r_.widened_) widened_ = r_.scratch_.template take<C>(rows * p_.I);
-      if (plan_.project_ahead) projected_ = r_.scratch_.template take<C>(rows * (column1_ - column0_));
+      if (plan_.project_ahead)
+        projected_ = r_.scratch_.template take<C>(rows * (column1_ - column0_));
     }
 
     void run() {
@@ -284,8 +286,8 @@ class Run {
         const Panel& panel = panels_[i];
         if (state && !lies_in_panels(panel))
           r_.stored_.pack(r_.at(p_.w_hh, panel.column * (adjoint ? 1 : p_.w_hh_row)),
-                          adjoint ? p_.w_hh_row : 1, adjoint ? 1 : p_.w_hh_row, p_.H,
-                          panel.columns, panel.width, r_.w_state_ + panel.column * p_.H);
+                          adjoint ? p_.w_hh_row : 1, adjoint ? 1 : p_.w_hh_row, p_.H, panel.columns,
+                          panel.width, r_.w_state_ + panel.column * p_.H);
         if (p_.I)
           r_.stored_.pack(r_.at(p_.w_ih, panel.column * p_.w_ih_row), 1, p_.w_ih_row, p_.I,
                           panel.columns, panel.width, r_.w_input_ + panel.column * p_.I);
@@ -324,7 +326,8 @@ class Run {
     template <class F>
     static void for_blocks(int64_t n, int64_t most, const F& f) {
       const int64_t blocks = ceil_div(n, most);
-      for (int64_t i = 0; i < blocks; ++i) f(cut(n, blocks, i), cut(n, blocks, i + 1) - cut(n, blocks, i));
+      for (int64_t i = 0; i < blocks; ++i)
+        f(cut(n, blocks, i), cut(n, blocks, i + 1) - cut(n, blocks, i));
     }
 
     // Does row b, on its way to the s-th step, keep what it carries?
@@ -387,8 +390,8 @@ class Run {
             product.w_stride = panel.w_state_stride;
             if (plan_.project_ahead) {
               product.init_row = column1_ - column0_;
-              product.init = projected_ + (chunk_row_ + first) * product.init_row +
-                             (panel.column - column0_);
+              product.init =
+                  projected_ + (chunk_row_ + first) * product.init_row + (panel.column - column0_);
             } else {
               product.input = inputs_.data() + chunk_row_ + first;
               product.input_size = p_.I;
@@ -403,9 +406,8 @@ class Run {
               for (int64_t i = 0; i < count; ++i) {
                 const int64_t b = row0_ + first + i;
                 const bool begins = s == 0 || b >= r_.alive(time(s - 1));
-                carries[i] = begins || (r_.alpha_ && keeps(s, b))
-                                 ? r_.carry_ + b * r_.state_row_
-                                 : r_.zeros_;
+                carries[i] = begins || (r_.alpha_ && keeps(s, b)) ? r_.carry_ + b * r_.state_row_
+                                                                  : r_.zeros_;
               }
             }
             epilogue(t, first, count, panel.column, panel.columns,
@@ -462,7 +464,8 @@ class Run {
       for (const Panel& panel : panels_)
         for_blocks(row1_ - row0_, r_.k_.rows, [&](int64_t first, int64_t count) {
           const C* states[kMaxRows];
-          for (int64_t i = 0; i < count; ++i) states[i] = last + (row0_ + first + i) * r_.state_row_;
+          for (int64_t i = 0; i < count; ++i)
+            states[i] = last + (row0_ + first + i) * r_.state_row_;
           Product<C> product{};
           product.state = states;
           product.state_size = p_.H;

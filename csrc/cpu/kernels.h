@@ -23,9 +23,9 @@ struct Product {
   const C* const* input;
   int64_t input_size;  // may be 0
   const C* w_input;
-  int64_t w_stride;    // elements between rows of the panels
-  const C* init;       // optional
-  int64_t init_row;    // 0: the same for every row
+  int64_t w_stride;  // elements between rows of the panels
+  const C* init;     // optional
+  int64_t init_row;  // 0: the same for every row
   C* tile;
   int64_t tile_row;
 };
@@ -69,8 +69,8 @@ struct Step {
 // Kernels for one storage type; they compute in C.
 template <class C>
 struct StorageKernels {
-  // panel[k * width + j] = w[k * k_stride + j * j_stride] for j < columns, 0 up to width, a multiple
-  // of the lanes. One of the strides is 1.
+  // panel[k * width + j] = w[k * k_stride + j * j_stride] for j < columns, 0 up to width, a
+  // multiple of the lanes. One of the strides is 1.
   void (*pack)(const void* w, int64_t k_stride, int64_t j_stride, int64_t size, int64_t columns,
                int64_t width, C* panel);
   void (*load)(const void* from, int64_t n, C* to);
@@ -81,9 +81,9 @@ struct StorageKernels {
 
 template <class C>
 struct Kernels {
-  int lanes;         // numbers in a vector
-  int rows;          // rows of the register tile
-  int vectors;       // vectors across it
+  int lanes;                                                  // numbers in a vector
+  int rows;                                                   // rows of the register tile
+  int vectors;                                                // vectors across it
   void (*product[kMaxRows][kMaxVectors])(const Product<C>&);  // by rows - 1, vectors - 1
 };
 

@@ -6,7 +6,8 @@
 #include <type_traits>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
@@ -19,19 +20,20 @@
 
 namespace fusedrnn::cpu {
 
-extern const InstructionSet kAvx512{
-    "avx512",
-    [] {
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("fma");
-    },
-    &avx512::kF32,
-    &avx512::kF64,
-    &avx512::kStoredF32,
-    &avx512::kStoredF64,
-    &avx512::kStoredBf16,
-    &avx512::kStoredF16};
+extern const InstructionSet kAvx512{"avx512",
+                                    [] {
+                                      return __builtin_cpu_supports("avx512f") &&
+                                             __builtin_cpu_supports("avx512bw") &&
+                                             __builtin_cpu_supports("avx512dq") &&
+                                             __builtin_cpu_supports("avx512vl") &&
+                                             __builtin_cpu_supports("fma");
+                                    },
+                                    &avx512::kF32,
+                                    &avx512::kF64,
+                                    &avx512::kStoredF32,
+                                    &avx512::kStoredF64,
+                                    &avx512::kStoredBf16,
+                                    &avx512::kStoredF16};
 
 }  // namespace fusedrnn::cpu
 

@@ -50,8 +50,7 @@ FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j)
-        acc[i][j] = fma(Vec<C>(row[i][k]), column[j], acc[i][j]);
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = fma(Vec<C>(row[i][k]), column[j], acc[i][j]);
   }
 }
 
@@ -59,8 +58,9 @@ template <int Rows, int Vectors, class C>
 void product(const Product<C>& p) {
   constexpr int L = Vec<C>::lanes;
   // 8 sums keep two FMA units of latency 4 busy.
-  constexpr int Split = Rows * Vectors >= 8 ? 1 : Rows * Vectors >= 4 ? 2 * 8 / (2 * Rows * Vectors)
-                                                                      : 4;
+  constexpr int Split = Rows * Vectors >= 8   ? 1
+                        : Rows * Vectors >= 4 ? 2 * 8 / (2 * Rows * Vectors)
+                                              : 4;
   Vec<C> acc[Rows][Vectors];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Vectors; ++j)
@@ -138,7 +138,8 @@ void step(const Step<C>& s) {
   const bool leaky = s.alpha != nullptr;
   const int64_t columns = s.columns;
   const auto row_of = [](auto* p, int64_t offset) {
-    using Stored = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const S, S>;
+    using Stored =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const S, S>;
     return p ? static_cast<Stored*>(p) + offset : nullptr;
   };
   for (int64_t i = 0; i < s.rows; ++i) {

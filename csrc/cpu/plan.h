@@ -29,11 +29,11 @@ struct Plan {
 // Cycles, for a core with two vector FMAs and two vector loads a cycle. The figures need to rank
 // plans, not to predict times; they were fitted on AVX-512 machines with 1 and 2 MB of L2.
 struct CostModel {
-  static constexpr double kRegion = 12000;   // waking the thread pool and joining it
-  static constexpr double kBarrier = 800;    // threads meeting,
-  static constexpr double kMeeting = 1.1;    // and a step waiting for the last: others run here too
-  static constexpr double kCall = 60;        // one tile: two calls through pointers
-  static constexpr double kEpilogue = 12;    // nonlinearity, loads and stores of one vector
+  static constexpr double kRegion = 12000;  // waking the thread pool and joining it
+  static constexpr double kBarrier = 800;   // threads meeting,
+  static constexpr double kMeeting = 1.1;   // and a step waiting for the last: others run here too
+  static constexpr double kCall = 60;       // one tile: two calls through pointers
+  static constexpr double kEpilogue = 12;   // nonlinearity, loads and stores of one vector
   static constexpr double kL1 = 32 << 10, kL2 = 768 << 10;
   static constexpr double kL2Bytes = 40, kL3Bytes = 20;  // per cycle and core
 
@@ -50,8 +50,8 @@ struct CostModel {
     const double weights = bytes <= kL1   ? 0
                            : bytes <= kL2 ? blocks * bytes / kL2Bytes
                                           : blocks * bytes / kL3Bytes;
-    const double alone = std::max({multiplications, loads, weights}) +
-                         rows * vectors * kEpilogue + blocks * panels * kCall;
+    const double alone = std::max({multiplications, loads, weights}) + rows * vectors * kEpilogue +
+                         blocks * panels * kCall;
     return hidden_groups > 1 ? alone * kMeeting + kBarrier : alone;
   }
 
@@ -74,7 +74,8 @@ inline Plan make_plan(const PlanInput& in) {
     }
   };
   const int64_t vectors = (in.H + in.lanes - 1) / in.lanes;
-  for (int64_t batch_groups = 1; batch_groups <= std::min<int64_t>(in.threads, in.B); ++batch_groups) {
+  for (int64_t batch_groups = 1; batch_groups <= std::min<int64_t>(in.threads, in.B);
+       ++batch_groups) {
     consider(batch_groups, 1);
     consider(batch_groups, std::min(in.threads / batch_groups, vectors));
   }

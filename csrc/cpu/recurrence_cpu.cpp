@@ -20,8 +20,10 @@ Storage storage_of(const Tensor& x) {
     case at::kBFloat16: return Storage::bf16;
     case at::kHalf: return Storage::f16;
     default:
-      TORCH_CHECK_TYPE(false, "fusedrnn: the CPU engine computes in float32, float64, bfloat16 and "
-                              "float16, got ", x.scalar_type());
+      TORCH_CHECK_TYPE(false,
+                       "fusedrnn: the CPU engine computes in float32, float64, bfloat16 and "
+                       "float16, got ",
+                       x.scalar_type());
   }
 }
 
@@ -121,11 +123,13 @@ class Call {
   std::vector<Tensor> held_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> activation(
-    const Tensor& x, const OptionalTensor& w_ih, const OptionalTensor& b_ih,
-    const OptionalTensor& b_hh, const OptionalTensor& h0, const Tensor& w_hh,
-    const OptionalTensor& alpha, const OptionalTensor& keep, const OptionalTensor& batch_sizes,
-    c10::string_view nonlinearity, bool reverse) {
+std::tuple<Tensor, Tensor, Tensor> activation(const Tensor& x, const OptionalTensor& w_ih,
+                                              const OptionalTensor& b_ih,
+                                              const OptionalTensor& b_hh, const OptionalTensor& h0,
+                                              const Tensor& w_hh, const OptionalTensor& alpha,
+                                              const OptionalTensor& keep,
+                                              const OptionalTensor& batch_sizes,
+                                              c10::string_view nonlinearity, bool reverse) {
   const Sizes sizes = check_sequence("x", x, batch_sizes);
   const int64_t H = w_hh.size(0);
   Call call(Pass::activation, x, sizes, H, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse);
@@ -147,10 +151,12 @@ std::tuple<Tensor, Tensor, Tensor> activation(
   return {h, h_n, phi};
 }
 
-std::tuple<Tensor, Tensor, Tensor> tangent(
-    const OptionalTensor& w, const OptionalTensor& q, const OptionalTensor& s0, const Tensor& phi,
-    const Tensor& w_hh, const OptionalTensor& alpha, const OptionalTensor& keep,
-    const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool reverse, bool full) {
+std::tuple<Tensor, Tensor, Tensor> tangent(const OptionalTensor& w, const OptionalTensor& q,
+                                           const OptionalTensor& s0, const Tensor& phi,
+                                           const Tensor& w_hh, const OptionalTensor& alpha,
+                                           const OptionalTensor& keep,
+                                           const OptionalTensor& batch_sizes,
+                                           c10::string_view nonlinearity, bool reverse, bool full) {
   const Sizes sizes = check_sequence("phi", phi, batch_sizes);
   Call call(Pass::tangent, phi, sizes, phi.size(-1), w_hh, alpha, keep, batch_sizes, nonlinearity,
             reverse);
@@ -168,11 +174,13 @@ std::tuple<Tensor, Tensor, Tensor> tangent(
   return {lambda, lambda_n, m};
 }
 
-std::tuple<Tensor, Tensor, Tensor> adjoint(
-    const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& g_n, const Tensor& phi,
-    const Tensor& w_hh, const OptionalTensor& alpha, const OptionalTensor& keep,
-    const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool reverse, bool to_h0,
-    bool full) {
+std::tuple<Tensor, Tensor, Tensor> adjoint(const OptionalTensor& g, const OptionalTensor& d,
+                                           const OptionalTensor& g_n, const Tensor& phi,
+                                           const Tensor& w_hh, const OptionalTensor& alpha,
+                                           const OptionalTensor& keep,
+                                           const OptionalTensor& batch_sizes,
+                                           c10::string_view nonlinearity, bool reverse, bool to_h0,
+                                           bool full) {
   const Sizes sizes = check_sequence("phi", phi, batch_sizes);
   Call call(Pass::adjoint, phi, sizes, phi.size(-1), w_hh, alpha, keep, batch_sizes, nonlinearity,
             !reverse);

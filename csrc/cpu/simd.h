@@ -32,7 +32,8 @@ struct Vec {
   Raw raw;
 
   Vec() = default;
-  // From a Raw, or a number for every lane. One template: as overloads, gcc takes them for the same.
+  // From a Raw, or a number for every lane. One template: as overloads, gcc takes them for the
+  // same.
   template <class X>
   FUSEDRNN_FORCE_INLINE Vec(X x) {
     if constexpr (sizeof(X) == sizeof(Raw)) {
@@ -55,11 +56,15 @@ struct Vec {
   // a b + c, in one rounding where the machine has FMA
   friend FUSEDRNN_FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if FUSEDRNN_VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 4) return Raw(_mm512_fmadd_ps(__m512(a.raw), __m512(b.raw), __m512(c.raw)));
-    else return Raw(_mm512_fmadd_pd(__m512d(a.raw), __m512d(b.raw), __m512d(c.raw)));
+    if constexpr (sizeof(T) == 4)
+      return Raw(_mm512_fmadd_ps(__m512(a.raw), __m512(b.raw), __m512(c.raw)));
+    else
+      return Raw(_mm512_fmadd_pd(__m512d(a.raw), __m512d(b.raw), __m512d(c.raw)));
 #elif FUSEDRNN_VECTOR_BYTES == 32
-    if constexpr (sizeof(T) == 4) return Raw(_mm256_fmadd_ps(__m256(a.raw), __m256(b.raw), __m256(c.raw)));
-    else return Raw(_mm256_fmadd_pd(__m256d(a.raw), __m256d(b.raw), __m256d(c.raw)));
+    if constexpr (sizeof(T) == 4)
+      return Raw(_mm256_fmadd_ps(__m256(a.raw), __m256(b.raw), __m256(c.raw)));
+    else
+      return Raw(_mm256_fmadd_pd(__m256d(a.raw), __m256d(b.raw), __m256d(c.raw)));
 #else
     return a.raw * b.raw + c.raw;
 #endif
@@ -147,8 +152,10 @@ FUSEDRNN_FORCE_INLINE Vec<C> load(const S* p, int64_t n) {
   using V = Vec<C>;
   if (n >= V::lanes) return load<C>(p);
 #if FUSEDRNN_VECTOR_BYTES == 64
-  if constexpr (sizeof(S) == 4) return typename V::Raw(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
-  if constexpr (sizeof(S) == 8) return typename V::Raw(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+  if constexpr (sizeof(S) == 4)
+    return typename V::Raw(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+  if constexpr (sizeof(S) == 8)
+    return typename V::Raw(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
 #endif
   S some[V::lanes] = {};
   for (int64_t i = 0; i < n; ++i) some[i] = p[i];
@@ -160,8 +167,10 @@ FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v, int64_t n) {
   using V = Vec<C>;
   if (n >= V::lanes) return store<C>(p, v);
 #if FUSEDRNN_VECTOR_BYTES == 64
-  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v.raw));
-  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v.raw));
+  if constexpr (sizeof(S) == 4)
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v.raw));
+  if constexpr (sizeof(S) == 8)
+    return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v.raw));
 #endif
   S some[V::lanes];
   store<C>(static_cast<S*>(some), v);
@@ -257,15 +266,15 @@ struct ExpConstants<double> {
   static constexpr double magic = 0x1.8p52;
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double log2e = 1.4426950408889634;
-  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double ln2_high = 6.93147180369123816490e-01,
+                          ln2_low = 1.90821492927058770002e-10;
   static constexpr double largest = 709.4, smallest = -708.3;
   static constexpr double tanh_is_one = 22;
   static FUSEDRNN_FORCE_INLINE Vec<double> polynomial(Vec<double> r) {  // Taylor's: 1 / k!
     constexpr double inverse_factorials[] = {
-        1.0 / 2,         1.0 / 6,          1.0 / 24,          1.0 / 120,
-        1.0 / 720,       1.0 / 5040,       1.0 / 40320,       1.0 / 362880,
-        1.0 / 3628800,   1.0 / 39916800,   1.0 / 479001600,   1.0 / 6227020800,
-        1.0 / 87178291200};
+        1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
+        1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800, 1.0 / 39916800,
+        1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
     Vec<double> p = inverse_factorials[12];
     for (int k = 11; k >= 0; --k) p = fma(p, r, Vec<double>(inverse_factorials[k]));
     return p;
@@ -315,7 +324,8 @@ FUSEDRNN_FORCE_INLINE Vec<T> expm1(Vec<T> y) {
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> rough_inverse(Vec<T> x) {
 #if FUSEDRNN_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return typename Vec<T>::Raw(_mm512_maskz_rcp14_ps(__mmask16(-1), __m512(x.raw)));
+  if constexpr (sizeof(T) == 4)
+    return typename Vec<T>::Raw(_mm512_maskz_rcp14_ps(__mmask16(-1), __m512(x.raw)));
 #endif
   return Vec<T>(1) / x;
 }
@@ -347,8 +357,7 @@ FUSEDRNN_FORCE_INLINE Vec<T> tanh(Vec<T> x) {
   const V inverse = rough_inverse(divisor);
   const V quotient = t * inverse;
   const V zero = V(0);
-  const V remainder =
-      fma(zero - quotient, divisor_rest, fma(zero - quotient, divisor, t));
+  const V remainder = fma(zero - quotient, divisor_rest, fma(zero - quotient, divisor, t));
   const V result = fma(remainder, inverse, quotient);
   return typename V::Raw((typename V::Mask)result.raw | sign);
 }
