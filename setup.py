@@ -51,7 +51,7 @@ compile_args += ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 compile_args += ["-Wno-unused-parameter"]  # torch's headers have many
 link_args = ["-fopenmp"]
 if SANITIZE:
-    compile_args += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"]
+    compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
     link_args += [f"-fsanitize={SANITIZE}"]
 
 setup(

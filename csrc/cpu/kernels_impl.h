@@ -9,22 +9,20 @@ namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
 // ---- the product ----
 
-// acc += rows · panel. `Split` sums run side by side where a tile is too small to hide the
-// latency of an FMA; they are added in a fixed order, so that the bits do not depend on timing.
+// acc += rows · panel, over k in [k, end). `Split` sums run side by side where a tile is too small
+// to hide the latency of an FMA; they are added in a fixed order, so that the bits do not depend on
+// timing.
 template <int Rows, int Vectors, int Split, class C>
-FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const* rows,
-                                    int64_t size, const C* w, int64_t w_stride) {
+FUSEDRNN_FORCE_INLINE void accumulate(Vec<C> (&acc)[Rows][Vectors], const C* const (&row)[Rows],
+                                      int64_t k, int64_t end, const C* w, int64_t w_stride) {
   constexpr int L = Vec<C>::lanes;
-  const C* row[Rows];
-  for (int i = 0; i < Rows; ++i) row[i] = rows[i];
-
-  int64_t k = 0;
+  w += k * w_stride;
   if constexpr (Split > 1) {
     Vec<C> part[Split][Rows][Vectors];
     for (int s = 0; s < Split; ++s)
       for (int i = 0; i < Rows; ++i)
         for (int j = 0; j < Vectors; ++j) part[s][i][j] = s == 0 ? acc[i][j] : Vec<C>(C(0));
-    for (; k + Split <= size; k += Split, w += Split * w_stride)
+    for (; k + Split <= end; k += Split, w += Split * w_stride)
 #pragma GCC unroll 8
       for (int s = 0; s < Split; ++s) {
         Vec<C> column[Vectors];
@@ -43,7 +41,7 @@ FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const
       }
   }
 #pragma GCC unroll 2
-  for (; k < size; ++k, w += w_stride) {
+  for (; k < end; ++k, w += w_stride) {
     Vec<C> column[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) column[j] = load<C>(w + j * L);
@@ -54,13 +52,32 @@ FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const
   }
 }
 
+// acc += rows · panel. Long sums are summed in blocks, since the error of a sum grows with its
+// length: in one go it would be several times that of a BLAS.
+template <int Rows, int Vectors, int Split, class C>
+FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const* rows,
+                                    int64_t size, const C* w, int64_t w_stride) {
+  constexpr int64_t block = 256;
+  const C* row[Rows];
+  for (int i = 0; i < Rows; ++i) row[i] = rows[i];
+  accumulate<Rows, Vectors, Split>(acc, row, 0, size < block ? size : block, w, w_stride);
+  for (int64_t k = block; k < size; k += block) {
+    Vec<C> part[Rows][Vectors];
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Vectors; ++j) part[i][j] = Vec<C>(C(0));
+    accumulate<Rows, Vectors, Split>(part, row, k, size - k < block ? size : k + block, w,
+                                     w_stride);
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = acc[i][j] + part[i][j];
+  }
+}
+
 template <int Rows, int Vectors, class C>
 void product(const Product<C>& p) {
   constexpr int L = Vec<C>::lanes;
   // 8 sums keep two FMA units of latency 4 busy.
-  constexpr int Split = Rows * Vectors >= 8   ? 1
-                        : Rows * Vectors >= 4 ? 2 * 8 / (2 * Rows * Vectors)
-                                              : 4;
+  constexpr int Tile = Rows * Vectors;
+  constexpr int Split = Tile >= 8 ? 1 : Tile >= 2 ? 8 / Tile : 4;
   Vec<C> acc[Rows][Vectors];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Vectors; ++j)
