@@ -74,8 +74,7 @@ class CharFusedModel(CharLoopModel):
         different, which = torch.stack(cs).unique(return_inverse=True)  # [D] and, in them, [T, B]
         v = F.relu(self.l_in(self.e(different)))  # [D, H]
         u = F.embedding(which, self.l_hidden(v))  # [T, B, H]
-        h0 = u.new_zeros(u.shape[1:])
-        _, hidden = recurrence(u, h0, self.l_hidden.weight)
+        _, hidden = recurrence(u, None, self.l_hidden.weight)  # from a hidden state of zeros
         return F.log_softmax(self.l_out(hidden), dim=-1)
 
 

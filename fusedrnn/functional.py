@@ -139,8 +139,9 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The bare engine: :func:`rnn` driven by ``u [T, B, H]`` itself, whatever made it.
 
-    ``h[t] = (1 - alpha) k + alpha * phi(u[t] + k @ w_hh.T)`` with ``k = keep[t] * h[t-1]``; see
-    :func:`rnn` for the arguments, the results and the errors.
+    ``h[t] = (1 - alpha) k + alpha * phi(u[t] + k @ w_hh.T)`` with ``k = keep[t] * h[t-1]``, from
+    ``h0 [B, H]``, or zeros if that is None; see :func:`rnn` for the other arguments, the results
+    and the errors.
     """
     return rnn(
         u, None, w_hh, None, None, h0, nonlinearity=nonlinearity, reverse=reverse,

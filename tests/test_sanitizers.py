@@ -41,7 +41,16 @@ def sanitized(tmp_path_factory) -> Path:
 def test_no_complaint(sanitized, tests):
     chosen = "not finite and not torch_func and not higher and not set_num_threads"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", ROOT / "tests" / tests]
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            ROOT / "tests" / tests,
+        ]
         + ["-m", "not slow", "-k", chosen, "--rootdir", ROOT / "tests"],
         cwd=sanitized,
         env={
