@@ -46,7 +46,8 @@ class BuildExtensionAndInfo(BuildExtension):
         (package / "_build_info.py").write_text(info)
 
 
-compile_args = ["-O0" if DEBUG else "-O3", "-g" if DEBUG or SANITIZE else "-g0"]
+level = "-O0" if DEBUG else "-O1" if SANITIZE else "-O3"  # more takes a sanitizer very long
+compile_args = [level, "-g" if DEBUG else "-g1" if SANITIZE else "-g0"]
 compile_args += ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 compile_args += ["-Wno-unused-parameter"]  # torch's headers have many
 link_args = ["-fopenmp"]

@@ -139,8 +139,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   if (to_b_ih || to_b_hh) db = rows(delta).sum(0);
   if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, keep, batch_sizes, reverse);
   if (to_alpha) dalpha = rows(a * (*phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
-  return {dx,    dw_ih, to_b_ih ? db : Tensor(), to_b_hh ? db : Tensor(), to_h0 ? dh0 : Tensor(),
-          dw_hh, dalpha};
+  // Not one tensor twice: people scale gradients in place.
+  const Tensor db_hh = !to_b_hh ? Tensor() : to_b_ih ? db.clone() : db;
+  return {dx, dw_ih, to_b_ih ? db : Tensor(), db_hh, to_h0 ? dh0 : Tensor(), dw_hh, dalpha};
 }
 
 }  // namespace

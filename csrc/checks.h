@@ -48,6 +48,9 @@ inline Sizes check_sequence(const char* name, const at::Tensor& x,
     TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
                 "fusedrnn: batch_sizes must be positive and never rise, got ",
                 at::IntArrayRef(sizes, size_t(T)));
+    // before adding, which could overflow
+    TORCH_CHECK(sizes[t] <= x.size(0) - rows, "fusedrnn: batch_sizes sum to more than the ",
+                x.size(0), " rows of packed ", name);
     rows += sizes[t];
   }
   TORCH_CHECK(rows == x.size(0), "fusedrnn: batch_sizes sum to ", rows, ", but packed ", name,
@@ -70,8 +73,11 @@ inline void check_like(const char* name, const std::optional<at::Tensor>& tensor
   if (tensor) check_like(name, *tensor, sizes, like);
 }
 
-inline void check_keep(const std::optional<at::Tensor>& keep, at::IntArrayRef sizes) {
+inline void check_keep(const std::optional<at::Tensor>& keep, at::IntArrayRef sizes,
+                       const at::Tensor& like) {
   if (!keep) return;
+  TORCH_CHECK(keep->device() == like.device(), "fusedrnn: keep must be on ", like.device(),
+              " like the others, got ", keep->device());
   TORCH_CHECK(keep->scalar_type() == at::kBool, "fusedrnn: keep must be bool, got ",
               keep->scalar_type());
   TORCH_CHECK(keep->sizes() == sizes, "fusedrnn: keep must have sizes ", sizes, ", got ",

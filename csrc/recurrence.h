@@ -17,7 +17,7 @@ namespace fusedrnn {
 enum class Pass { activation, tangent, adjoint };
 constexpr int kPasses = 3;
 
-// In the order of kNonlinearityNames (bindings.cpp) and of the list in epilogues.h.
+// In the order of kNonlinearityNames (checks.h) and of the list in epilogues.h.
 enum class Nonlinearity {
   tanh,
   relu,
@@ -33,7 +33,6 @@ constexpr int kNonlinearities = 9;
 
 // How tensors are stored. bf16 and f16 are widened on load: arithmetic and carries are f32.
 enum class Storage { f32, f64, bf16, f16 };
-constexpr int kStorages = 4;
 
 struct bf16 {
   uint16_t bits;

@@ -64,8 +64,18 @@ def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) ->
     return torch.library.get_ctx().new_dynamic_size()
 
 
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """Real kernels check more; but where one tensor is on meta, a fake one runs for all of them."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"fusedrnn: all tensors must be on {x.device} like the others, got {other.device}"
+            )
+
+
 @torch.library.register_fake("fusedrnn::activation")
 def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse):  # type: ignore[no-untyped-def]
+    _check_devices(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep)
     size = w_hh.size(0)
     h = x.new_empty((*x.shape[:-1], size))
     h_n = x.new_empty((_batch(h0, x, batch_sizes), size))
@@ -74,12 +84,14 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, rev
 
 @torch.library.register_fake("fusedrnn::tangent")
 def _(w, q, s0, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, full):  # type: ignore[no-untyped-def]
+    _check_devices(phi, w, q, s0, w_hh, alpha, keep)
     s_n = phi.new_empty((_batch(s0, phi, batch_sizes), phi.size(-1)))
     return phi.new_empty(phi.shape), s_n, phi.new_empty(phi.shape if full else 0)
 
 
 @torch.library.register_fake("fusedrnn::adjoint")
 def _(g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, full):  # type: ignore[no-untyped-def]
+    _check_devices(phi, g, d, g_n, w_hh, alpha, keep)
     to_first = (_batch(g_n, phi, batch_sizes), phi.size(-1)) if to_h0 else (0,)
     return (
         phi.new_empty(phi.shape),

@@ -18,6 +18,7 @@ all rows at once, or elementwise: plain torch, and so differentiable by itself.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -72,14 +73,45 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+class _Modes(threading.local):
+    """Whether whoever called a Function under torch.func wants gradients, and tangents."""
+
+    gradients = True
+    tangents = True
+
+
+_modes = _Modes()
+
+
 def _run(op: Callable[..., Any], *args: Any) -> Any:
     """The op below the Autograd key, where its kernels are, or torch.func's next level."""
     with torch._C._AutoDispatchBelowAutograd():
         if not transformed():
             return op(*args)
         # A Function's forward runs without gradients. That is for its own level, not for the next.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with (
+            torch.set_grad_enabled(_modes.gradients),
+            forward_ad._set_fwd_grad_enabled(_modes.tangents),
+        ):
             return op(*args)
+
+
+def _jvp(function: Callable[..., Any]) -> Any:
+    """Makes ``function(ctx, saved, *tangents)`` the jvp of a Function.
+
+    torch runs a jvp with forward mode switched off, and at every level of torch.func, though only
+    this one's tangents must not count: switched on again, those are taken off what was saved.
+    """
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        saved = ctx.saved_tensors
+        if not transformed():
+            return function(ctx, saved, *tangents)
+        with forward_ad._set_fwd_grad_enabled(True):
+            primals = [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
+            return function(ctx, primals, *tangents)
+
+    return staticmethod(jvp)
 
 
 class _Op(Function):
@@ -93,6 +125,8 @@ class _Op(Function):
         # Not Function.apply: it would bind the arguments to a signature, at 10 us.
         apply = super(Function, cls).apply  # type: ignore[misc]
         if transformed():  # and come down to this key at one of its levels: differentiate there
+            _modes.gradients = torch.is_grad_enabled()
+            _modes.tangents = forward_ad._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
                 return apply(*args)
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
@@ -129,9 +163,9 @@ class Activation(_Op):
         )  # fmt: skip
         return *gradients, None, None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = ctx.saved_tensors
+    @_jvp
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = saved
         x_t, w_ih_t, b_ih_t, b_hh_t, h0_t, w_hh_t, alpha_t, *_ = tangents
         walk = (keep, batch_sizes, ctx.reverse)
         q = None
@@ -230,9 +264,9 @@ class Tangent(_Linear):
             *(None,) * 5,
         )  # fmt: skip
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        phi, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
+    @_jvp
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        phi, w_hh, alpha, keep, batch_sizes, s0, s, m = saved
         w, q, s0_t, phi_t, w_hh_t, alpha_t, *_ = tangents
         walk = (keep, batch_sizes, ctx.reverse)
         if w_hh_t is not None:
@@ -280,9 +314,9 @@ class Adjoint(_Linear):
             *(None,) * 6,
         )  # fmt: skip
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        phi, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
+    @_jvp
+    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
+        phi, w_hh, alpha, keep, batch_sizes, delta, a = saved
         g, d, g_n, phi_t, w_hh_t, alpha_t, *_ = tangents
         walk = (keep, batch_sizes, ctx.reverse)
         # What a step hands to the one before it changes with W_hh and alpha themselves.

@@ -333,7 +333,7 @@ class Settings:
 
     text: str | None = None
     chars: int = 400_000
-    epochs: int = 4
+    epochs: int = 3
     hidden: int = 256
     embedding: int = 42
     context: int = 8

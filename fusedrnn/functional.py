@@ -102,7 +102,8 @@ def rnn(
 
     Raises:
         RuntimeError: Sizes, dtypes or devices do not go together, or T is 0.
-        ValueError: An unknown nonlinearity, or an ``alpha`` of another shape or not in (0, 1].
+        ValueError: An unknown nonlinearity, an ``alpha`` of another shape, or a number that
+            is not in (0, 1].
     """
     device = x.device.type
     if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
@@ -118,7 +119,11 @@ def rnn(
     if alpha is not None:
         alpha = _alpha_per_unit(alpha, w_hh)
     # The op itself where somebody watches; past one dispatch of it, at 4 us, where nobody does.
-    watched = torch.compiler.is_compiling() or transformed()
+    watched = (
+        torch.compiler.is_compiling()
+        or transformed()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+    )
     activation = _ops.activation if watched else Activation.differentiate
     h, h_n, _ = activation(
         x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse

@@ -87,6 +87,8 @@ class RNN(nn.RNNBase):
         - The constructor's signature is a real one, so ``torch.nn.utils.skip_init`` works.
         - ``_flat_weights`` is looked up when it is asked for; assigning it does nothing.
           ``flatten_parameters`` does nothing on any device: no kernel wants one chunk of memory.
+        - ``output`` is what backward needs and nothing else is kept in its place: changed in place
+          before backward, it raises an error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
 
     Example::

@@ -108,6 +108,13 @@ def test_backward_twice():
     torch.testing.assert_close(torch.autograd.grad(h.sum(), tensors), first, rtol=0, atol=0)
 
 
+def test_gradients_do_not_share_memory():
+    tensors = list(SMALL.arguments(requires_grad=True).values())
+    h, _ = function_of(SMALL)(*tensors)
+    gradients = torch.autograd.grad(h.sum(), tensors)
+    assert len({g.data_ptr() for g in gradients}) == len(gradients)
+
+
 class Calls(TorchDispatchMode):
     """Counts the ops that run."""
 

@@ -56,10 +56,14 @@ def test_opcheck_with_little_given(op, full):
     torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, arguments)
 
 
-def of_w_hh(rnn):
-    arguments = Case(T=3, B=2, I=2, H=3).arguments()
-    w_hh = arguments.pop("w_hh")
-    return (lambda w: rnn(w_hh=w, **arguments)[0]), w_hh
+FUNCTIONS = [Case(T=3, B=2, I=2, H=3), Case(T=3, B=2, I=2, H=3, keep=True, alpha=True)]
+
+
+def function_of(name, case, rnn):
+    """The layer as a function of one of its arguments, and that argument."""
+    arguments = case.arguments()
+    argument, flags = arguments.pop(name), case.flags()
+    return (lambda a: rnn(**{name: a}, **arguments, **flags)[0]), argument
 
 
 TRANSFORMS = {
@@ -72,22 +76,51 @@ TRANSFORMS = {
     "grad of grad": lambda f, w: grad(lambda w: grad(lambda w: f(w).pow(3).sum())(w).sum())(w),
     "jvp of grad": lambda f, w: jvp(grad(lambda w: f(w).pow(3).sum()), (w,), (w,)),
     "grad of jvp": lambda f, w: grad(lambda w: jvp(f, (w,), (w,))[1].pow(2).sum())(w),
+    "jvp of jvp": lambda f, w: jvp(lambda w: jvp(f, (w,), (w,))[1], (w,), (w,)),
+    "jvp of jvp of grad": lambda f, w: jvp(
+        lambda w: jvp(grad(lambda w: f(w).pow(3).sum()), (w,), (w,))[1], (w,), (w,)
+    ),
+    "grad of jvp of jvp": lambda f, w: grad(
+        lambda w: jvp(lambda w: jvp(f, (w,), (w,))[1], (w,), (w,))[1].pow(2).sum()
+    )(w),
+    "grad in which no_grad holds": lambda f, w: grad(lambda w: without_grad(f, w).pow(2).sum())(w),
+    "grad of grad in which no_grad holds": lambda f, w: grad(
+        lambda w: grad(lambda w: (without_grad(f, w) * w.sum()).sum())(w).sum()
+    )(w),
 }
 
 
+def without_grad(f, w):
+    with torch.no_grad():
+        return f(w)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap has no rule of its own yet
+@pytest.mark.parametrize("case", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("argument", ["x", "w_ih", "b_ih", "h0", "w_hh", "alpha"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_torch_func(transform):
-    torch.testing.assert_close(
-        transform(*of_w_hh(fusedrnn.rnn)), transform(*of_w_hh(reference.rnn))
+def test_torch_func(transform, argument, case):
+    if argument == "alpha" and not case.alpha:
+        case = case.with_(alpha=True)
+    found, expected = (
+        transform(*function_of(argument, case, rnn)) for rnn in (fusedrnn.rnn, reference.rnn)
     )
+    torch.testing.assert_close(found, expected)
 
 
 def test_jvp_without_grad_mode():
     with torch.no_grad():
-        torch.testing.assert_close(
-            TRANSFORMS["jvp"](*of_w_hh(fusedrnn.rnn)), TRANSFORMS["jvp"](*of_w_hh(reference.rnn))
+        found, expected = (
+            TRANSFORMS["jvp"](*function_of("w_hh", FUNCTIONS[0], rnn))
+            for rnn in (fusedrnn.rnn, reference.rnn)
         )
+    torch.testing.assert_close(found, expected)
+
+
+def test_jit_trace_of_a_trained_module():
+    rnn, x = fusedrnn.RNN(3, 4), torch.randn(5, 2, 3)
+    traced = torch.jit.trace(rnn, (x,))
+    torch.testing.assert_close(traced(x), rnn(x))
 
 
 def test_functional_call():
@@ -101,6 +134,14 @@ def test_functional_call():
 def test_meta_tensors_give_shapes():
     h, h_n = fusedrnn.RNN(3, 4, device="meta")(torch.empty(5, 2, 3, device="meta"))
     assert (h.shape, h_n.shape) == ((5, 2, 4), (1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["w_ih", "w_hh", "b_ih", "h0", "keep", "alpha"])
+def test_one_tensor_elsewhere_is_an_error(name):
+    arguments = {**Case(alpha=True).arguments(), "keep": torch.ones(5, 3, dtype=torch.bool)}
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(RuntimeError, match="must be on cpu like the others, got meta"):
+        fusedrnn.rnn(**arguments)
 
 
 BAD = [
@@ -118,6 +159,10 @@ BAD = [
     ({"batch_sizes": torch.tensor([3])}, "packed x must be [N, size], got [5, 3, 4]"),
     ({"x": torch.randn(5, 4), "batch_sizes": torch.tensor([1, 4])}, "never rise, got [1, 4]"),
     ({"x": torch.randn(5, 4), "batch_sizes": torch.tensor([3, 1])}, "sum to 4, but packed x has 5"),
+    (
+        {"x": torch.randn(4, 4), "batch_sizes": torch.tensor([2**62 + 1] * 4)},
+        "more than the 4 rows",
+    ),
     ({"x": torch.randn(5, 4), "batch_sizes": torch.tensor([3.0, 2])}, "1-D int64 CPU tensor"),
 ]
 

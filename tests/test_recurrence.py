@@ -119,6 +119,13 @@ def test_nan_and_inf_go_where_the_reference_sends_them():
         )
 
 
+def test_a_nan_in_the_weights_shows_at_once():
+    arguments = Case(h0=False).arguments()
+    arguments["w_hh"].fill_(torch.nan)
+    h, _ = fusedrnn.rnn(**arguments)
+    assert h.isnan().all()
+
+
 def test_a_forgotten_nan_is_gone():
     case = Case(T=4, B=2)
     arguments = case.arguments()

@@ -2,12 +2,14 @@
 // batch and some hidden units, and walks through time with them.
 #include "engine.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -63,17 +65,18 @@ class Block {
   int64_t bytes_;
 };
 
-// Scratch memory of one call. The calling thread keeps a block of the size that its calls needed,
-// up to a limit: fresh memory from the system costs a page fault for every 4 KB, more than packing
-// a megabyte of weights into it.
+// Scratch memory of one call. The calling thread keeps a block of the size that its last call
+// needed, up to a limit: fresh memory from the system costs a page fault for every 4 KB, more than
+// packing a megabyte of weights into it.
 class Scratch {
  public:
-  ~Scratch() {
-    if (taken_ > kept_.bytes() && taken_ <= kMostKept) {
-      kept_ = Block();
-      kept_ = Block(taken_);
-    }
+  Scratch() {
+    if (wanted_ <= kept_.bytes()) return;
+    kept_ = Block();
+    kept_ = Block(std::exchange(wanted_, 0));
   }
+  ~Scratch() { wanted_ = taken_ <= kMostKept ? taken_ : 0; }
+
   template <class C>
   C* take(int64_t numbers) {
     const int64_t bytes = (numbers * int64_t(sizeof(C)) + kCacheLine - 1) & -kCacheLine;
@@ -92,10 +95,12 @@ class Scratch {
  private:
   static constexpr int64_t kMostKept = 32 << 20;
   static thread_local Block kept_;
+  static thread_local int64_t wanted_;
   int64_t taken_ = 0;
   std::vector<Block> more_;
 };
 thread_local Block Scratch::kept_;
+thread_local int64_t Scratch::wanted_ = 0;
 
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -281,7 +286,8 @@ class Run {
     void pack() {
       if (multiplies_by_dot()) return;
       const bool adjoint = p_.pass == Pass::adjoint;
-      const bool state = p_.T > 1 || (adjoint ? p_.last.data : p_.first.data);
+      const bool state =
+          p_.T > 1 || p_.pass == Pass::activation || (adjoint ? p_.last.data : p_.first.data);
       for (size_t i = size_t(group_); i < panels_.size(); i += size_t(plan_.batch_groups)) {
         const Panel& panel = panels_[i];
         if (state && !lies_in_panels(panel))
@@ -349,8 +355,10 @@ class Run {
           std::memcpy(to + b * r_.state_row_ + column0_, from + b * r_.state_row_ + column0_,
                       size_t(column1_ - column0_) * sizeof(C));
       }
-      // At first there is nothing to multiply, unless a first state was given.
-      const bool zero_state = s == 0 && (p_.pass == Pass::adjoint || !p_.first.data);
+      // At first a derivative has nothing to multiply, unless a first state was given. Forward,
+      // zeros are multiplied like any state: what is NaN or Inf in W_hh must show.
+      const bool zero_state =
+          s == 0 && (p_.pass == Pass::adjoint || (p_.pass == Pass::tangent && !p_.first.data));
       const auto states_of = [&](const C* states, int64_t first, int64_t count, const C** list) {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t b = row0_ + first + i;

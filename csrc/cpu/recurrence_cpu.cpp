@@ -37,7 +37,7 @@ class Call {
       : like_(like), sizes_(sizes), packed_(batch_sizes) {
     check_like("w_hh", w_hh, {H, H}, like);
     check_like("alpha", alpha, {H}, like);
-    check_keep(keep, like.sizes().slice(0, like.dim() - 1));
+    check_keep(keep, like.sizes().slice(0, like.dim() - 1), like);
     problem.pass = pass;
     problem.nonlinearity = nonlinearity_named(nonlinearity);
     problem.storage = storage_of(like);
@@ -48,9 +48,7 @@ class Call {
     problem.descending = descending;
     if (packed_) problem.batch_sizes = batch_sizes->const_data_ptr<int64_t>();
     if (keep) problem.keep = static_cast<const bool*>(hold(keep->contiguous()));
-    const Tensor w = dense(w_hh);
-    problem.w_hh = hold(w);
-    problem.w_hh_row = w.stride(0);
+    problem.w_hh = matrix(w_hh, problem.w_hh_row);
     problem.alpha = vector("alpha", alpha);
   }
 
@@ -86,9 +84,7 @@ class Call {
   void input(const Tensor& x, const Tensor& w_ih) {
     problem.I = x.size(-1);
     check_like("w_ih", w_ih, {problem.H, problem.I}, like_);
-    const Tensor w = dense(w_ih);
-    problem.w_ih = hold(w);
-    problem.w_ih_row = w.stride(0);
+    problem.w_ih = matrix(w_ih, problem.w_ih_row);
     problem.x = series(x);
   }
 
@@ -105,6 +101,12 @@ class Call {
  private:
   static Tensor dense(const Tensor& t) {
     return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous();
+  }
+
+  const void* matrix(const Tensor& tensor, int64_t& row) {
+    const Tensor t = dense(tensor);
+    row = t.stride(0);
+    return hold(t);
   }
 
   const void* hold(const Tensor& t) {
