@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 import torch
+
+from . import __version__
 
 # What decides between the kernels, as Linux names it: x86 first, then Arm.
 INSTRUCTION_SETS = (
@@ -22,7 +23,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
     threads = f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"
     model, flags = cpu()
     lines = [
-        ("fusedrnn", version()),
+        ("fusedrnn", f"{__version__} in {Path(__file__).parent}"),
         ("Python", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("torch", str(torch.__version__)),
         ("platform", platform.platform()),
@@ -44,15 +45,6 @@ def report() -> tuple[list[tuple[str, str]], bool]:
         ("CPU engine", f"built: kernels for {kernels}; this machine runs {built['isa_chosen']}"),
         ("CUDA engine", str(built["cuda"])),
     ], True
-
-
-def version() -> str:
-    """The installed version and where it is."""
-    where = Path(__file__).parent
-    try:
-        return f"{importlib.metadata.version('fusedrnn')} in {where}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"not installed; used from {where}"
 
 
 def cpu() -> tuple[str, set[str]]:
