@@ -15,9 +15,9 @@ from .autograd import Activation, transformed
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "meta")
 
-# Up to where torch.rnn_tanh_cell is as fast as the engine or faster, forward and with backward, in
-# weights read and multiplied: measured with `bench/bench_rnn.py --set cell` on AVX-512.
-_SMALL_STEP = 1 << 15
+# Multiplications of a step up to which torch.rnn_tanh_cell is as fast as the engine or faster,
+# forward and with backward: measured with `bench/bench_rnn.py --set cell` on AVX-512.
+_SMALL_STEP = 1 << 14
 _SMALL_STEP_WITH_GRAD = 3 << 20
 
 
@@ -169,7 +169,7 @@ def rnn_cell(
     """
     if not torch.compiler.is_compiling():  # which would be bound to the sizes it saw
         small = _SMALL_STEP_WITH_GRAD if torch.is_grad_enabled() else _SMALL_STEP
-        if (x.size(0) + 1) * (w_ih.numel() + w_hh.numel()) < small:
+        if x.size(0) * (w_ih.numel() + w_hh.numel()) < small:
             cell = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
             return cell(x, h, w_ih, w_hh, b_ih, b_hh)
     return rnn(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, h, nonlinearity=nonlinearity)[1]
