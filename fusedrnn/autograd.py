@@ -196,11 +196,6 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _gate(phi: Tensor, alpha: Tensor | None, nonlinearity: str) -> Tensor:
-    slope = _SLOPES[nonlinearity][0](phi)
-    return slope if alpha is None else alpha * slope
-
-
 def _gate_tangent(
     phi: Tensor, alpha: Tensor | None, phi_t: Tensor | None, alpha_t: Tensor | None, name: str
 ) -> Tensor | None:

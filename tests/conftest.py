@@ -11,6 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from fusedrnn import _C
+
 # No deadline: a first call compiles, and the machine may be shared. Under CI the same examples
 # each time: what fails there must fail again at the desk.
 settings.register_profile("local", deadline=None)
@@ -25,6 +27,16 @@ def one_seed_one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)  # a test that changed it must not reach the next
+
+
+@pytest.fixture(params=_C.build_info()["isa_compiled"])
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The engine on each instruction set that was compiled and that this machine has."""
+    before = _C.build_info()["isa_chosen"]
+    if not _C.use_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield
+    _C.use_isa(before)
 
 
 def as_tensors(results: Any) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from cases import Case
 from conftest import assert_as_accurate_as_torch
 
 import fusedrnn
-from fusedrnn import _C, reference
+from fusedrnn import reference
 
 
 def apply(nonlinearity: str, z: torch.Tensor) -> torch.Tensor:
@@ -27,15 +27,6 @@ def ulps(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Errors in units of the last place of float32, of numbers in float64."""
     _, exponent = torch.frexp(exact)
     return (found.double() - exact).abs() * torch.exp2(24.0 - exponent)
-
-
-@pytest.fixture(params=_C.build_info()["isa_compiled"])
-def isa(request):
-    before = _C.build_info()["isa_chosen"]
-    if not _C.use_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    _C.use_isa(before)
 
 
 TINY, TEN = 0x20000000, 0x41200000  # bits of 1e-19 and 10.0

@@ -9,16 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusedrnn
-from fusedrnn import _C, reference
+from fusedrnn import reference
 
-
-@pytest.fixture(params=_C.build_info()["isa_compiled"], autouse=True)
-def isa(request):
-    before = _C.build_info()["isa_chosen"]
-    if not _C.use_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.use_isa(before)
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def check(case: Case) -> None:

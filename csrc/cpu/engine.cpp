@@ -231,7 +231,7 @@ class Run {
       const int64_t vector1 = cut(r_.vectors_, plan_.hidden_groups, member + 1);
       column0_ = vector0 * r_.k_.lanes;
       column1_ = vector1 * r_.k_.lanes;
-      const int64_t count = ceil_div(vector1 - vector0, r_.k_.vectors);
+      const int64_t count = multiplies_by_dot() ? 0 : ceil_div(vector1 - vector0, r_.k_.vectors);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t v0 = vector0 + cut(vector1 - vector0, count, i);
         const int64_t v1 = vector0 + cut(vector1 - vector0, count, i + 1);
@@ -284,7 +284,6 @@ class Run {
 
     // Threads with the same hidden units share their panels, and the packing of them.
     void pack() {
-      if (multiplies_by_dot()) return;
       const bool adjoint = p_.pass == Pass::adjoint;
       const bool state =
           p_.T > 1 || p_.pass == Pass::activation || (adjoint ? p_.last.data : p_.first.data);

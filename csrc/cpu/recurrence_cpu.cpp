@@ -54,8 +54,8 @@ class Call {
 
   Series series(const Tensor& tensor) {
     const Tensor t = dense(tensor);
-    hold(t);
-    return {t.data_ptr(), packed_ ? 0 : t.stride(0), packed_ ? t.stride(0) : t.stride(1)};
+    return {const_cast<void*>(hold(t)), packed_ ? 0 : t.stride(0),
+            packed_ ? t.stride(0) : t.stride(1)};
   }
 
   // An optional [T, B, H].
@@ -70,8 +70,7 @@ class Call {
     if (!tensor) return {};
     check_like(name, *tensor, {sizes_.B, problem.H}, like_);
     const Tensor t = dense(*tensor);
-    hold(t);
-    return {t.data_ptr(), t.stride(0)};
+    return {const_cast<void*>(hold(t)), t.stride(0)};
   }
 
   // An optional [H].
