@@ -55,14 +55,17 @@ if SANITIZE:
     compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
     link_args += [f"-fsanitize={SANITIZE}"]
 
+# relative and sorted: the same command every time, so that ninja sees no change
+PATTERNS = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/plan.cpp")  # the CUDA planner is plain C++
+sources = sorted(str(p.relative_to(ROOT)) for pattern in PATTERNS for p in ROOT.glob(pattern))
+
 setup(
     packages=["fusedrnn"],
     package_data={"fusedrnn": ["py.typed"]},
     ext_modules=[
         CppExtension(
             "fusedrnn._C",
-            # relative and sorted: the same command every time, so that ninja sees no change
-            sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")),
+            sources,
             extra_compile_args=compile_args,
             extra_link_args=link_args,
         )
