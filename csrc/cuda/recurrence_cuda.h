@@ -1,0 +1,67 @@
+// A Call on the CUDA engine: the plan, what must be made before the chain, the launch. Shared by
+// the ops on CUDA tensors (recurrence_cuda.cpp) and by the tests, which run them on an emulator
+// (tests/emulated_engine.cpp); so nothing here calls libtorch_cuda.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros.h>
+
+#include "../ops.h"
+#include "engine.h"
+
+namespace fusedrnn::cuda {
+
+// Before architecture 80, neither tensor cores nor arithmetic know bf16.
+inline at::ScalarType dtype_on(const Device& device, at::ScalarType type) {
+  return type == at::kBFloat16 && device.architecture < 80 ? at::kFloat : type;
+}
+
+inline PlanInput plan_input(const Call& call) {
+  const Problem& p = call.problem;
+  PlanInput in;
+  in.pass = p.pass;
+  in.storage = p.storage;
+  // as cuBLAS asks; an error where old and new settings of torch contradict each other
+  in.tf32 = p.storage == Storage::f32 && !at::NoTF32Guard::should_disable_tf32() &&
+            at::globalContext().allowTF32CuBLAS();
+  in.T = p.T;
+  in.B = p.B;
+  in.I = p.I;
+  in.H = p.H;
+  in.leaky = p.alpha;
+  in.packed = p.batch_sizes;
+  return in;
+}
+
+// Rows before each step and after the last, [T + 1]. From pinned memory, since the copy would wait
+// for the stream otherwise.
+inline Tensor row_offsets(const Problem& p, const Tensor& like) {
+  const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(like.is_cuda());
+  const Tensor offsets = at::empty({p.T + 1}, options);
+  int64_t* data = offsets.mutable_data_ptr<int64_t>();
+  data[0] = 0;
+  for (int64_t t = 0; t < p.T; ++t) data[t + 1] = data[t] + p.batch_sizes[t];
+  return offsets.to(like.device(), /*non_blocking=*/true);
+}
+
+// Tensors made here may go when their launches are queued: the allocator gives their memory to
+// nobody else on another stream.
+inline Plan run(Call& call, int device, cudaStream_t stream) {
+  const Problem& problem = call.problem;
+  const Plan plan = make_plan(plan_input(call), device_properties(device), regime_in_use());
+  if (problem.I > 0 && !plan.fuse_input) call.project(at::matmul(call.x, call.w_ih.t()));
+  const Tensor counters = at::zeros({plan.counters}, call.like.options().dtype(at::kInt));
+  Workspace workspace;
+  workspace.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
+  Tensor offsets;
+  if (problem.batch_sizes) {
+    offsets = row_offsets(problem, call.like);
+    workspace.offsets = offsets.const_data_ptr<int64_t>();
+  }
+  run(problem, plan, workspace, stream);
+  return plan;
+}
+
+}  // namespace fusedrnn::cuda
