@@ -26,12 +26,22 @@ Tensor kept(const Tensor& series, const OptionalTensor& keep) {
   return keep ? at::where(keep->unsqueeze(-1), series, at::zeros_like(series)) : series;
 }
 
+// batch_sizes, a CPU tensor, beside the series that it tells about. Nobody waits for the copy.
+Tensor beside(const Tensor& batch_sizes, const Tensor& series) {
+  const c10::Device device = series.device();
+  // only what is really in memory can be pinned, not what a compiler traces
+  const bool pin = device.is_cuda() && !batch_sizes.key_set().has(c10::DispatchKey::Python);
+  return (pin ? batch_sizes.pin_memory() : batch_sizes).to(device, /*non_blocking=*/true);
+}
+
 // For packed row (t, b): where rows (t-1, b) and (t+1, b) are, or -1; and b.
 struct Neighbours {
   Tensor previous, next, b;
 };
 
-Neighbours neighbours(const Tensor& sizes, const c10::SymInt& n, bool reverse) {
+Neighbours neighbours(const Tensor& batch_sizes, const Tensor& series, bool reverse) {
+  const Tensor sizes = beside(batch_sizes, series);
+  const c10::SymInt n = series.sym_size(0);
   const Tensor starts = sizes.cumsum(0) - sizes;
   const c10::SymInt T = sizes.sym_size(0);
   const Tensor t = at::arange(T, sizes.options()).repeat_interleave_symint(sizes, 0, n);
@@ -53,7 +63,7 @@ Tensor previous(const Tensor& series, const OptionalTensor& first, const Optiona
         reverse ? at::cat({series.slice(0, 1), ends}) : at::cat({ends, series.slice(0, 0, -1)}),
         keep);
   }
-  const auto [before, after, b] = neighbours(*batch_sizes, series.sym_size(0), reverse);
+  const auto [before, after, b] = neighbours(*batch_sizes, series, reverse);
   const Tensor ends = first ? *first : at::zeros_like(series.slice(0, 0, 1));
   const Tensor end = at::full_like(b, 1) * series.sym_size(0) + (first ? b : at::zeros_like(b));
   return kept(at::cat({series, ends}).index_select(0, at::where(before < 0, end, before)), keep);
@@ -67,7 +77,7 @@ Tensor following(const Tensor& series, const OptionalTensor& keep,
   if (!batch_sizes)
     return reverse ? at::cat({zeros, masked.slice(0, 0, -1)})
                    : at::cat({masked.slice(0, 1), zeros});
-  const auto [before, after, b] = neighbours(*batch_sizes, series.sym_size(0), reverse);
+  const auto [before, after, b] = neighbours(*batch_sizes, series, reverse);
   const Tensor end = at::full_like(b, 1) * series.sym_size(0);
   return at::cat({masked, zeros}).index_select(0, at::where(after < 0, end, after));
 }
@@ -78,9 +88,10 @@ Tensor following_first(const Tensor& series, const OptionalTensor& keep,
   const Tensor masked = kept(series, keep);
   if (!batch_sizes) return masked.select(0, reverse ? -1 : 0);
   if (!reverse) return masked.slice_symint(0, 0, batch);
-  const Tensor b = at::arange(batch, batch_sizes->options());
-  const Tensor lengths = (batch_sizes->unsqueeze(1) > b).sum(0);
-  const Tensor starts = batch_sizes->cumsum(0) - *batch_sizes;
+  const Tensor sizes = beside(*batch_sizes, series);
+  const Tensor b = at::arange(batch, sizes.options());
+  const Tensor lengths = (sizes.unsqueeze(1) > b).sum(0);
+  const Tensor starts = sizes.cumsum(0) - sizes;
   return masked.index_select(0, starts.index_select(0, lengths - 1) + b);
 }
 
@@ -144,14 +155,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   return {dx, dw_ih, to_b_ih ? db : Tensor(), db_hh, to_h0 ? dh0 : Tensor(), dw_hh, dalpha};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fusedrnn, CompositeImplicitAutograd, m) {
+void implement(torch::Library& m) {
   m.impl("bptt", &bptt);
   m.impl("previous", &previous);
   m.impl("following", &following);
   m.impl("following_first", &following_first);
   m.impl("recurrent_product", &recurrent_product);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fusedrnn, CompositeImplicitAutograd, m) { implement(m); }
+TORCH_LIBRARY_IMPL(fusedrnn, FuncTorchBatchedDecomposition, m) { implement(m); }  // vmap
 
 }  // namespace fusedrnn
