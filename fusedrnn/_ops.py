@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import onnx
+
 _BUILD = "pip install --no-build-isolation"
 
 
@@ -75,6 +77,12 @@ def _check_devices(x: Tensor, *others: Tensor | None) -> None:
 
 @torch.library.register_fake("fusedrnn::activation")
 def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse):  # type: ignore[no-untyped-def]
+    if torch.onnx.is_in_onnx_export():  # which would only say that it does not know the op
+        onnx.check(alpha, keep, batch_sizes, nonlinearity)
+        raise NotImplementedError(
+            "fusedrnn: torch.onnx.export cannot translate a program that torch.export made; "
+            "call its run_decompositions(fusedrnn.onnx.decompositions()) first"
+        )
     _check_devices(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep)
     size = w_hh.size(0)
     h = x.new_empty((*x.shape[:-1], size))

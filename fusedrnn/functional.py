@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _ops, onnx, reference
 from .autograd import Activation, transformed
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -119,12 +119,13 @@ def rnn(
     if alpha is not None:
         alpha = _alpha_per_unit(alpha, w_hh)
     # The op itself where somebody watches; past one dispatch of it, at 4 us, where nobody does.
+    compiling = torch.compiler.is_compiling()
     watched = (
-        torch.compiler.is_compiling()
-        or transformed()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        compiling or transformed() or torch._C._get_tracing_state() is not None  # torch.jit.trace
     )
     activation = _ops.activation if watched else Activation.differentiate
+    if compiling and torch.onnx.is_in_onnx_export():
+        activation = onnx.activation
     h, h_n, _ = activation(
         x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse
     )

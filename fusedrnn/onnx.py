@@ -1,0 +1,99 @@
+"""A layer as a node ``RNN`` of ONNX.
+
+``torch.onnx.export(model, ...)`` needs nothing but the model: while it looks on,
+:func:`fusedrnn.rnn` puts this node where otherwise it would put its own op. A program that
+``torch.export`` made before has that op in it; :func:`decompositions` makes nodes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The functions that ONNX has as well, and their parameters there.
+_ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
+    "tanh": ("Tanh", {}),
+    "relu": ("Relu", {}),
+    "identity": ("Affine", {"alpha": 1.0, "beta": 0.0}),
+    "sigmoid": ("Sigmoid", {}),
+    "softplus": ("Softplus", {}),
+    "leaky_relu": ("LeakyRelu", {"alpha": 0.01}),
+    "elu": ("Elu", {"alpha": 1.0}),
+}
+
+
+def check(
+    alpha: Tensor | None, keep: Tensor | None, batch_sizes: Tensor | None, nonlinearity: str
+) -> None:
+    """Raise NotImplementedError where ONNX's RNN lacks what a layer has."""
+    lacks = None
+    if alpha is not None:
+        lacks = "no leak (alpha)"
+    elif keep is not None:
+        lacks = "no resets (keep)"
+    elif batch_sizes is not None:
+        lacks = "no packed sequences"
+    elif nonlinearity not in _ACTIVATIONS:
+        lacks = f"no nonlinearity {nonlinearity!r}, only {', '.join(_ACTIVATIONS)}"
+    if lacks is not None:
+        raise NotImplementedError(f"fusedrnn: ONNX cannot express this layer: its RNN has {lacks}")
+
+
+def activation(
+    x: Tensor,
+    w_ih: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    w_hh: Tensor,
+    alpha: Tensor | None,
+    keep: Tensor | None,
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op of the same name as a node of ONNX: for tracing alone, it computes nothing."""
+    check(alpha, keep, batch_sizes, nonlinearity)
+    steps, rows, _ = x.shape
+    size = w_hh.size(0)
+    if w_ih is None:  # x drives the units itself
+        w_ih = torch.eye(size, dtype=x.dtype, device=x.device)
+    biases = None
+    if b_ih is not None or b_hh is not None:
+        zeros = x.new_zeros(size)
+        biases = torch.cat([zeros if b is None else b for b in (b_ih, b_hh)]).unsqueeze(0)
+    name, parameters = _ACTIVATIONS[nonlinearity]
+    h, h_n = torch.onnx.ops.symbolic_multi_out(
+        "RNN",
+        (
+            x,
+            w_ih.unsqueeze(0),
+            w_hh.unsqueeze(0),
+            biases,
+            None,  # sequence_lens
+            None if h0 is None else h0.unsqueeze(0),
+        ),
+        {
+            "activations": [name],
+            **{f"activation_{key}": [value] for key, value in parameters.items()},
+            "direction": "reverse" if reverse else "forward",
+            "hidden_size": size,
+        },
+        dtypes=(x.dtype, x.dtype),
+        shapes=((steps, 1, rows, size), (1, rows, size)),  # 1: the direction
+    )
+    return h.squeeze(1), h_n.squeeze(0), x.new_empty(0)
+
+
+def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., object]]:
+    """What turns a program of ``torch.export`` into one that ``torch.onnx.export`` accepts.
+
+    Example::
+
+        >>> program = torch.export.export(model, (x,))
+        >>> program = program.run_decompositions(fusedrnn.onnx.decompositions())
+        >>> torch.onnx.export(program, f="model.onnx")
+    """
+    return {torch.ops.fusedrnn.activation.default: activation}

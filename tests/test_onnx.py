@@ -1,0 +1,228 @@
+"""The way to ONNX: one node RNN a layer and direction, which onnxruntime runs on any T and B."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
+
+import fusedrnn
+from fusedrnn.reference import NONLINEARITIES
+
+if not os.environ.get("CI"):  # where what .ci/requirements.txt names must be there
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed (see .ci/requirements.txt)")
+
+import onnx
+import onnxruntime
+
+I, H = 4, 6
+T_AND_B = {0: Dim("T"), 1: Dim("B")}
+
+
+def export(model: nn.Module | torch.export.ExportedProgram, *arguments: Any, **options: Any) -> Any:
+    """The model as ONNX, which onnx itself has checked."""
+    with warnings.catch_warnings():  # what a user sees is test_no_warning_of_ours's business
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, arguments, verbose=False, **options)
+    proto = program.model_proto
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def nodes(proto: onnx.ModelProto, kind: str = "RNN") -> list[onnx.NodeProto]:
+    return [node for node in proto.graph.node if node.op_type == kind and node.domain == ""]
+
+
+def run(proto: onnx.ModelProto, *arguments: Tensor) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [i.name for i in session.get_inputs()]
+    feed = {name: argument.numpy() for name, argument in zip(names, arguments, strict=True)}
+    return [torch.from_numpy(found) for found in session.run(None, feed)]
+
+
+class Function(nn.Module):
+    """One layer by :func:`fusedrnn.rnn`, or by the bare recurrence."""
+
+    def __init__(self, bare: bool = False, **flags: Any) -> None:
+        super().__init__()
+        self.bare, self.flags = bare, flags
+        self.w_ih = nn.Parameter(torch.randn(H, I) * I**-0.5)
+        self.w_hh = nn.Parameter(torch.randn(H, H) * H**-0.5)
+        self.bias = nn.Parameter(torch.randn(H))
+        self.eval()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.bare:
+            return fusedrnn.recurrence(x, None, self.w_hh, **self.flags)
+        return fusedrnn.rnn(x, self.w_ih, self.w_hh, None, self.bias, **self.flags)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "tanh": {},
+    "relu": {"nonlinearity": "relu"},
+    "no bias": {"bias": False},
+    "batch_first": {"batch_first": True},
+    "bidirectional": {"bidirectional": True},
+    "layers": {"num_layers": 3, "dropout": 0.5},  # in eval mode, nothing drops
+    "all": {"num_layers": 2, "nonlinearity": "relu", "bidirectional": True, "batch_first": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "state"),
+    [
+        pytest.param(mode, state, id=f"{name} from {'a state' if state else 'zeros'}")
+        for name, mode in MODES.items()
+        for state in (False, True)
+        if state or name in ("tanh", "all")
+    ],
+)
+def test_every_mode_runs_in_onnxruntime_at_any_length_and_batch(mode, state):
+    rnn = fusedrnn.RNN(I, H, **mode).eval()
+    count = rnn.num_layers * (2 if rnn.bidirectional else 1)
+
+    def arguments(T, B):
+        x = torch.randn((B, T, I) if rnn.batch_first else (T, B, I))
+        return (x, torch.randn(count, B, H)) if state else (x,)
+
+    T_and_B = {0: Dim("B"), 1: Dim("T")} if rnn.batch_first else T_AND_B
+    shapes = (T_and_B, {1: Dim("B")}) if state else (T_and_B,)
+    proto = export(rnn, *arguments(5, 3), dynamic_shapes=shapes)
+    assert len(nodes(proto)) == count
+    for T, B in [(5, 3), (1, 1), (12, 2), (200, 7)]:
+        given = arguments(T, B)
+        assert_close(run(proto, *given), list(rnn(*given)), rtol=1e-5, atol=1e-5)
+
+
+def test_unbatched_input():
+    rnn, x, hx = fusedrnn.RNN(I, H, 2).eval(), torch.randn(5, I), torch.randn(2, H)
+    proto = export(rnn, x, hx, dynamic_shapes=({0: Dim("T")}, None))
+    assert len(nodes(proto)) == 2
+    x = torch.randn(30, I)
+    assert_close(run(proto, x, hx), list(rnn(x, hx)))
+
+
+def test_the_graph_does_not_grow_with_the_length():
+    rnn = fusedrnn.RNN(I, H, 2).eval()
+    short, long = (export(rnn, torch.randn(T, 3, I)) for T in (8, 640))
+    assert len(short.graph.node) == len(long.graph.node)
+
+
+def test_a_cell_is_a_node_too():
+    cell, x, hx = fusedrnn.RNNCell(I, H, nonlinearity="relu").eval(), *torch.randn(2, 3, H)
+    proto = export(cell, x[:, :I], hx, dynamic_shapes=({0: Dim("B")}, {0: Dim("B")}))
+    assert len(nodes(proto)) == 1
+    x, hx = torch.randn(7, I), torch.randn(7, H)
+    assert_close(run(proto, x, hx), [cell(x, hx)])
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("bare", [False, True], ids=["rnn", "recurrence"])
+def test_the_functions(bare, reverse):
+    layer, size = Function(bare, reverse=reverse), H if bare else I
+    proto = export(layer, torch.randn(5, 3, size), dynamic_shapes=(T_AND_B,))
+    x = torch.randn(9, 4, size)
+    assert_close(run(proto, x), list(layer(x)))
+
+
+KNOWN_TO_ONNX = ["tanh", "relu", "identity", "sigmoid", "softplus", "leaky_relu", "elu"]
+
+
+@pytest.mark.parametrize("nonlinearity", KNOWN_TO_ONNX)
+def test_nonlinearities_that_onnx_has(nonlinearity):
+    layer, x = Function(nonlinearity=nonlinearity), torch.randn(9, 4, I)
+    assert_close(run(export(layer, x), x), list(layer(x)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"alpha": 0.5}, "no leak (alpha)"),
+        ({"keep": torch.ones(5, 3, dtype=torch.bool)}, "no resets (keep)"),
+        *(
+            ({"nonlinearity": name}, f"no nonlinearity '{name}', only tanh, relu, ")
+            for name in NONLINEARITIES
+            if name not in KNOWN_TO_ONNX
+        ),
+    ],
+    ids=["alpha", "keep", *(name for name in NONLINEARITIES if name not in KNOWN_TO_ONNX)],
+)
+def test_what_onnx_cannot_express_is_named(flags, text):
+    with pytest.raises(Exception) as error:
+        export(Function(**flags), torch.randn(5, 3, I))
+    assert f"ONNX cannot express this layer: its RNN has {text}" in str(error.value)
+
+
+def test_packed_sequences_are_named():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = fusedrnn.RNN(I, H)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.rnn(pack_padded_sequence(x, lengths))[1]
+
+    with pytest.raises(Exception) as error:
+        export(Model().eval(), torch.randn(5, 3, I), torch.tensor([5, 2, 1]))
+    assert "ONNX cannot express this layer: its RNN has no packed sequences" in str(error.value)
+
+
+def test_a_program_exported_before_needs_a_call_and_says_which():
+    rnn, x = fusedrnn.RNN(I, H, 2).eval(), torch.randn(5, 3, I)
+    program = torch.export.export(rnn, (x,), dynamic_shapes=(T_AND_B,))
+    with pytest.raises(Exception) as error:
+        export(program)
+    assert "call its run_decompositions(fusedrnn.onnx.decompositions()) first" in str(error.value)
+    leaky = torch.export.export(Function(alpha=0.5), (x,))
+    with pytest.raises(Exception) as error:
+        export(leaky)
+    assert "its RNN has no leak (alpha)" in str(error.value)
+
+    proto = export(program.run_decompositions(fusedrnn.onnx.decompositions()))
+    assert len(nodes(proto)) == 2
+    x = torch.randn(9, 2, I)
+    assert_close(run(proto, x), list(rnn(x)))
+
+
+def test_a_model_with_its_rnn_replaced():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(20, I)
+            self.rnn = nn.RNN(I, H, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(2 * H, 5)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.rnn(self.embed(tokens))[0]).log_softmax(-1)
+
+    theirs = Tagger().eval()
+    tokens = torch.randint(20, (3, 40))
+    want = theirs(tokens)
+    ours = fusedrnn.replace(theirs)
+    proto = export(ours, tokens[:, :8], dynamic_shapes=({0: Dim("B"), 1: Dim("T")},))
+    assert len(nodes(proto)) == 2
+    assert_close(run(proto, tokens), [want])
+
+
+def test_no_warning_that_a_linear_layer_does_not_give():
+    """torch and onnxscript warn for themselves; a layer of ours must not add to it."""
+
+    def seen(model: nn.Module) -> set[tuple[type, str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x = torch.randn(5, 3, I)
+            torch.onnx.export(model.eval(), (x,), io.BytesIO(), dynamic_shapes=(T_AND_B,))
+        return {(w.category, str(w.message)) for w in caught}
+
+    assert seen(fusedrnn.RNN(I, H, 2, bidirectional=True)) <= seen(nn.Linear(I, H))
