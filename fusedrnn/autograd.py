@@ -28,7 +28,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from . import _ops
+from . import _ops, vmap  # noqa: F401  (which registers how the ops batch)
 
 Gradients = tuple[Tensor | None, ...]
 Walk = tuple[Tensor | None, Tensor | None, bool]  # keep, batch_sizes, reverse
@@ -60,7 +60,7 @@ _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def _sum_rows(series: Tensor) -> Tensor:
-    return series.flatten(0, -2).sum(0)
+    return series.sum(tuple(range(series.dim() - 1)))
 
 
 def _save(ctx: Any, saved: Gradients) -> None:
@@ -124,6 +124,8 @@ class _Op(_SingleLevelFunction):
     the arguments to a signature.)
     """
 
+    op: Callable[..., Any]
+
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
         if transformed():  # and come down to this key at one of its levels: differentiate there
@@ -134,10 +136,12 @@ class _Op(_SingleLevelFunction):
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if wanted or forward_ad._current_level >= 0:  # which no_grad does not end
             return cls.apply(*args)  # type: ignore[attr-defined]
-        return cls.forward(*args)
+        return _run(cls.op, *args)
 
 
 class Activation(_Op):
+    op = torch.ops.fusedrnn.activation.default
+
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run(_ops.activation, *args)
@@ -231,6 +235,8 @@ class _Linear(_Op):
 
 
 class Tangent(_Linear):
+    op = torch.ops.fusedrnn.tangent.default
+
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run(_ops.tangent, *args[:-1], True)  # its derivative needs m
@@ -279,6 +285,8 @@ class Tangent(_Linear):
 
 
 class Adjoint(_Linear):
+    op = torch.ops.fusedrnn.adjoint.default
+
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run(_ops.adjoint, *args[:-1], True)  # its derivative needs a

@@ -29,8 +29,8 @@ CASES = [
 
 
 def function_of(case: Case, rnn=fusedrnn.rnn):
-    names = list(case.arguments())
-    return lambda *tensors: rnn(**dict(zip(names, tensors)), **case.flags())
+    names, flags = list(case.arguments()), case.flags()
+    return lambda *tensors: rnn(**dict(zip(names, tensors)), **flags)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

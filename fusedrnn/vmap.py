@@ -1,0 +1,116 @@
+"""vmap: how each op runs with one more dimension, of size V, in any of its arguments.
+
+Rows of the batch never meet in a recurrence, so V problems of B rows that share ``W_hh`` and
+``alpha`` are one problem of B V rows: V becomes the fastest dimension of the batch,
+
+    x [..., B, V, I]  ->  [..., B V, I],    sample v's row b is row b V + v,
+
+which suits packed sequences as well: step t then has ``batch_sizes[t] V`` rows, still falling.
+And a sample's rows of all steps are equally far apart, so that the products over all rows in its
+derivatives, per-sample gradients among them, are one bmm of views.
+
+An ensemble has V matrices ``W_hh``: that is V calls of the engine, each as fast as any.
+
+The rules stand below the derivatives of the ops, which therefore batch by what they consist of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+Results = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int, place: int = -2) -> Tensor | None:
+    """``[..., B, *]`` with V at ``dim``, or V times the same, as ``[..., B V, *]``.
+
+    ``place``, counted from the end, is V's place after B.
+    """
+    if tensor is None:
+        return None
+    if dim is not None:
+        tensor = tensor.movedim(dim, place)
+    else:
+        tensor = tensor.unsqueeze(place)
+        shape = list(tensor.shape)
+        shape[place] = size
+        tensor = tensor.expand(shape)
+    return tensor.flatten(place - 1, place)
+
+
+def _unfold(results: tuple[Tensor, ...], size: int) -> Results:
+    """``[..., B V, H]`` as ``[..., B, V, H]``. A result that was not wanted is ``[0]``."""
+    wanted = [result.dim() > 1 for result in results]
+    return (
+        tuple(t.unflatten(-2, (-1, size)) if w else t for t, w in zip(results, wanted)),
+        tuple(t.dim() - 1 if w else None for t, w in zip(results, wanted)),
+    )
+
+
+def _each(op: Callable[..., Any], size: int, in_dims: Any, args: Any) -> Results:
+    """One call for each member of an ensemble."""
+    members = zip(*(a.unbind(d) if d is not None else [a] * size for a, d in zip(args, in_dims)))
+    results = zip(*(op(*member) for member in members))
+    return tuple(map(torch.stack, results)), (0, 0, 0)
+
+
+def _drive(args: Any, in_dims: Any) -> Tensor:
+    """``u = x @ w_ih.T + b_ih + b_hh`` as ``[..., B, V, H]``, with 1 for V where nothing has it."""
+
+    def moved(tensor: Tensor, dim: int | None, place: int) -> Tensor:
+        return tensor.unsqueeze(place) if dim is None else tensor.movedim(dim, place)
+
+    x, w_ih, *biases = args
+    u = moved(x, in_dims[0], -2)
+    if w_ih is not None:
+        u = torch.einsum("...vi,vhi->...vh", u, moved(w_ih, in_dims[1], 0))
+    for bias, dim in zip(biases, in_dims[2:]):
+        u = u if bias is None else u + moved(bias, dim, 0)
+    return u
+
+
+def _fold_input(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
+    """The arguments of ``activation`` before ``W_hh``."""
+    x, w_ih, b_ih, b_hh, h0 = args
+    h0 = _fold(h0, in_dims[4], size)
+    if in_dims[0] is not None and in_dims[1:4] == (None, None, None):
+        return [_fold(x, in_dims[0], size), w_ih, b_ih, b_hh, h0]
+    # V products, which are one bmm; or one product for all, better multiplied once.
+    u = _drive(args[:4], in_dims[:4])
+    return [u.expand(*u.shape[:-2], size, -1).flatten(-3, -2), None, None, None, h0]
+
+
+def _fold_each(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
+    """Those of ``tangent`` and ``adjoint``: series, states, and phi."""
+    return [_fold(tensor, dim, size) for tensor, dim in zip(args, in_dims)]
+
+
+def _register(name: str, before: int, fold: Callable[..., list[Tensor | None]]) -> None:
+    """``fold`` makes the arguments of one call of the op from those ``before`` ``W_hh``."""
+    op = getattr(_ops, name)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> Results:
+        size = info.batch_size
+        w_hh, alpha, keep, batch_sizes, *flags = args[before:]
+        w_hh_dim, alpha_dim, keep_dim, batch_sizes_dim, *_ = in_dims[before:]
+        if batch_sizes_dim is not None:
+            raise RuntimeError("fusedrnn: vmap over batch_sizes: all samples must be packed alike")
+        if w_hh_dim is not None or alpha_dim is not None:
+            return _each(op, size, in_dims, args)
+        rows = fold(args[:before], in_dims[:before], size)
+        keep = _fold(keep, keep_dim, size, -1)
+        batch_sizes = None if batch_sizes is None else batch_sizes * size
+        return _unfold(op(*rows, w_hh, alpha, keep, batch_sizes, *flags), size)
+
+    torch.library.register_vmap(op.name(), rule)
+
+
+_register("activation", 5, _fold_input)
+_register("tangent", 4, _fold_each)
+_register("adjoint", 4, _fold_each)
