@@ -33,40 +33,52 @@ class Case:
         return " ".join(unusual) or "default"
 
     @property
+    def multiplications(self) -> int:
+        rows = self.T * self.B if self.lengths is None else sum(self.lengths)
+        return rows * self.H * (self.I + self.H)
+
+    @property
     def batch_sizes(self) -> Tensor | None:
         if self.lengths is None:
             return None
         longest = max(self.lengths)
-        return torch.tensor([sum(n > t for n in self.lengths) for t in range(longest)])
+        return torch.tensor(
+            [sum(n > t for n in self.lengths) for t in range(longest)], device="cpu"
+        )
 
     def arguments(self, requires_grad: bool = False) -> dict[str, Tensor]:
-        """Everything that has a gradient, by the name that ``rnn`` calls it."""
+        """Everything that has a gradient, by the name that ``rnn`` calls it.
+
+        On torch's default device, and the same numbers on each.
+        """
         torch.manual_seed(0)
         rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
         batch = self.B if self.lengths is None else len(self.lengths)
+        wide = {"dtype": torch.float64, "device": "cpu"}
         scale = self.H**-0.5
         found = {
-            "x": torch.randn(*rows, self.I, dtype=torch.float64),
-            "w_ih": torch.randn(self.H, self.I, dtype=torch.float64) * self.I**-0.5,
-            "w_hh": torch.randn(self.H, self.H, dtype=torch.float64) * scale,
+            "x": torch.randn(*rows, self.I, **wide),
+            "w_ih": torch.randn(self.H, self.I, **wide) * self.I**-0.5,
+            "w_hh": torch.randn(self.H, self.H, **wide) * scale,
         }
         if self.bias:
-            found["b_ih"] = torch.randn(self.H, dtype=torch.float64)
-            found["b_hh"] = torch.randn(self.H, dtype=torch.float64)
+            found["b_ih"] = torch.randn(self.H, **wide)
+            found["b_hh"] = torch.randn(self.H, **wide)
         if self.h0:
-            found["h0"] = torch.randn(batch, self.H, dtype=torch.float64)
+            found["h0"] = torch.randn(batch, self.H, **wide)
         if self.alpha:
-            found["alpha"] = torch.rand(self.H, dtype=torch.float64) * 0.9 + 0.05
-        return {k: v.to(self.dtype).requires_grad_(requires_grad) for k, v in found.items()}
+            found["alpha"] = torch.rand(self.H, **wide) * 0.9 + 0.05
+        device = torch.get_default_device()
+        return {k: v.to(device, self.dtype).requires_grad_(requires_grad) for k, v in found.items()}
 
     def flags(self) -> dict[str, object]:
         rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
-        generator = torch.Generator().manual_seed(1)
+        keep = torch.rand(rows, generator=torch.Generator().manual_seed(1), device="cpu") > 0.3
         return {
             "nonlinearity": self.nonlinearity,
             "reverse": self.reverse,
             "batch_sizes": self.batch_sizes,
-            "keep": torch.rand(rows, generator=generator) > 0.3 if self.keep else None,
+            "keep": keep.to(torch.get_default_device()) if self.keep else None,
         }
 
     def with_(self, **changes: object) -> Case:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from cases import Case
+from engines import ENGINES, Engine
 from hypothesis import settings
 from torch import Tensor
-
-from fusedrnn import _C
 
 # No deadline: a first call compiles, and the machine may be shared. Under CI the same examples
 # each time: what fails there must fail again at the desk.
@@ -29,14 +32,39 @@ def one_seed_one_thread() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)  # a test that changed it must not reach the next
 
 
-@pytest.fixture(params=_C.build_info()["isa_compiled"])
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The engine on each instruction set that was compiled and that this machine has."""
-    before = _C.build_info()["isa_chosen"]
-    if not _C.use_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    _C.use_isa(before)
+@pytest.fixture(params=ENGINES, ids=str)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Every engine: the test runs on each, with new tensors on its device."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    with request.param.installed(seed):
+        yield request.param
+
+
+# Multiplications up to which an emulated case is quick.
+QUICK = 300_000
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m "not slow" takes effect
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        engine, case = params.get("engine"), params.get("case")
+        if isinstance(engine, Engine) and engine.kind == "emulated":
+            large = isinstance(case, Case) and case.multiplications > QUICK
+            if large or item.get_closest_marker("slow_emulated"):
+                item.add_marker("slow")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many tests the CUDA engine passed, which a skip would hide."""
+    passed = Counter(
+        name
+        for report in terminalreporter.stats.get("passed", [])
+        for name in re.findall(r"(?<=[\[-])(?:emulated|cuda)(?::\w+)*", report.nodeid)
+    )
+    if passed:
+        each = ", ".join(f"{count} {name}" for name, count in passed.items())
+        terminalreporter.write_line(f"passed by the CUDA engine: {each}")
 
 
 def as_tensors(results: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The engine's forward pass against the reference, on every instruction set of this machine."""
+"""The engines' forward pass against the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fusedrnn
 from fusedrnn import reference
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def check(case: Case) -> None:
@@ -35,6 +35,7 @@ lengths = st.lists(st.integers(1, 12), min_size=1, max_size=9).map(
 )
 
 
+@pytest.mark.slow_emulated
 @given(
     st.builds(
         Case,
