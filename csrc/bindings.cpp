@@ -1,12 +1,19 @@
 // What this library exports: the op schemas, the one list of them, and the module _C, which tells
 // how it was built and what the planner decides. The kernels register themselves beside their code
-// (cpu/); fake kernels and derivatives are in fusedrnn/_ops.py and fusedrnn/autograd.py.
+// (cpu/, cuda/); fake kernels and derivatives are in fusedrnn/_ops.py and fusedrnn/autograd.py.
+#include <ATen/Context.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
 #include "checks.h"
 #include "cpu/engine.h"
 #include "cpu/plan.h"
+#include "cuda/plan.h"
+#ifdef FUSEDRNN_CUDA
+#include "cuda/engine.h"
+#endif
 
 // T time steps, B batch rows, H hidden units; [T, B, *] is [N, *] where batch_sizes [T] is given.
 //   activation: x [T, B, I] (without w_ih: u [T, B, H])      -> h [T, B, H], h_n [B, H], phi
@@ -64,6 +71,96 @@ py::dict plan_cpu(int64_t T, int64_t B, int64_t I, int64_t H, int64_t number_siz
   return result;
 }
 
+template <class Names>
+int place_of(const std::string& name, const Names& names, const char* what) {
+  std::string all;
+  for (size_t i = 0; i < std::size(names); ++i) {
+    if (name == names[i]) return int(i);
+    all += std::string(i ? ", " : "") + names[i];
+  }
+  throw py::value_error(std::string(what) + " must be one of " + all + ", got " + name);
+}
+
+using Regime = fusedrnn::cuda::Regime;
+
+std::optional<Regime> regime_named(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  return Regime(place_of(*name, fusedrnn::cuda::kRegimeNames, "regime"));
+}
+
+fusedrnn::cuda::Device cuda_device(const py::object& device) {
+  if (!py::isinstance<py::dict>(device)) {
+#ifdef FUSEDRNN_CUDA
+    return fusedrnn::cuda::device_properties(device.cast<int>());
+#else
+    throw py::type_error("built without CUDA: device must be a dict of properties");
+#endif
+  }
+  fusedrnn::cuda::Device result;
+  result.name = device["name"].cast<std::string>();
+  result.architecture = device["architecture"].cast<int>();
+  result.sms = device["sms"].cast<int>();
+  result.shared_memory = device["shared_memory"].cast<int64_t>();
+  result.clock = device["clock"].cast<double>();
+  result.memory_bandwidth = device["memory_bandwidth"].cast<double>();
+  const auto clusters = device["clusters"].cast<std::array<int, 5>>();
+  std::copy(clusters.begin(), clusters.end(), result.clusters);
+  return result;
+}
+
+// The CUDA planner's decision: `device` is an index or, with or without a GPU, a dict of its
+// properties. `tf32` None is torch's setting.
+py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
+                   int64_t H, bool leaky, bool packed, std::optional<bool> tf32,
+                   const std::optional<std::string>& regime, const py::object& device) {
+  constexpr const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+  const fusedrnn::cuda::Device on = cuda_device(device);
+  fusedrnn::cuda::PlanInput in;
+  in.pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
+  in.storage = fusedrnn::Storage(place_of(dtype, dtypes, "dtype"));
+  // as cuda/recurrence_cuda.h has it
+  if (in.storage == fusedrnn::Storage::bf16 && on.architecture < 80)
+    in.storage = fusedrnn::Storage::f32;
+  in.tf32 = in.storage == fusedrnn::Storage::f32 &&
+            (tf32 ? *tf32 : at::globalContext().allowTF32CuBLAS());
+  in.T = T;
+  in.B = B;
+  in.I = I;
+  in.H = H;
+  in.leaky = leaky;
+  in.packed = packed;
+  const fusedrnn::cuda::Plan plan = make_plan(in, on, regime_named(regime));
+  py::dict result;
+  result["regime"] = fusedrnn::cuda::kRegimeNames[int(plan.regime)];
+  result["fuse_input"] = plan.fuse_input;
+  result["tile"] = plan.tile;
+  result["split"] = plan.split;
+  result["rows"] = plan.rows;
+  result["units"] = plan.units;
+  result["blocks"] = plan.blocks;
+  result["teams"] = plan.teams;
+  result["shared_memory"] = plan.shared.end;
+  result["counters"] = plan.counters;
+  result["microseconds"] = plan.microseconds;
+  result["words"] = in_words(in, plan, on);
+  return result;
+}
+
+#ifdef FUSEDRNN_CUDA
+py::dict device_properties(int index) {
+  const fusedrnn::cuda::Device& device = fusedrnn::cuda::device_properties(index);
+  py::dict result;
+  result["name"] = device.name;
+  result["architecture"] = device.architecture;
+  result["sms"] = device.sms;
+  result["shared_memory"] = device.shared_memory;
+  result["clock"] = device.clock;
+  result["memory_bandwidth"] = device.memory_bandwidth;
+  result["clusters"] = std::vector<int>(std::begin(device.clusters), std::end(device.clusters));
+  return result;
+}
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -83,12 +180,33 @@ py::dict build_info() {
   return info;
 }
 
+// Whether tensors may have tangents. Compiled code that enters forward mode does not tell
+// torch.autograd.forward_ad.
+bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.def("forward_mode", &forward_mode);
   m.def("build_info", &build_info);
   m.def("use_isa", &fusedrnn::cpu::use_instruction_set, py::arg("name"));
   m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("number_size") = 4, py::arg("lanes") = 16, py::arg("tile_rows") = 6,
         py::arg("tile_vectors") = 4, py::arg("threads"), py::arg("rows_to_pack") = 16);
+  m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("adjoint") = false,
+        py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("leaky") = false, py::arg("packed") = false, py::arg("tf32") = py::none(),
+        py::arg("regime") = py::none(), py::arg("device"));
+#ifdef FUSEDRNN_CUDA
+  m.attr("has_cuda") = true;
+  m.def("device_properties", &device_properties, py::arg("index"));
+  m.def(
+      "use_regime",
+      [](const std::optional<std::string>& name) {
+        fusedrnn::cuda::use_regime(regime_named(name));
+      },
+      py::arg("name"));
+#else
+  m.attr("has_cuda") = false;
+#endif
 }

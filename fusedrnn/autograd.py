@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import _ops, vmap  # noqa: F401  (which registers how the ops batch)
+from ._C import forward_mode
 
 Gradients = tuple[Tensor | None, ...]
 Walk = tuple[Tensor | None, Tensor | None, bool]  # keep, batch_sizes, reverse
@@ -65,7 +66,7 @@ def _sum_rows(series: Tensor) -> Tensor:
 
 def _save(ctx: Any, saved: Gradients) -> None:
     ctx.save_for_backward(*saved)
-    if forward_ad._current_level >= 0 or transformed():
+    if forward_mode() or transformed():
         ctx.save_for_forward(*saved)
 
 
@@ -109,7 +110,8 @@ def _jvp(function: Callable[..., Any]) -> Any:
         if not transformed():
             return function(ctx, saved, *tangents)
         with forward_ad._set_fwd_grad_enabled(True):
-            primals = [t if t is None else forward_ad.unpack_dual(t).primal for t in saved]
+            # as forward_ad.unpack_dual does, which compiled code does not tell the level, always 0
+            primals = [t if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in saved]  # type: ignore[attr-defined]
             return function(ctx, primals, *tangents)
 
     return staticmethod(jvp)
@@ -134,7 +136,7 @@ class _Op(_SingleLevelFunction):
             with enable_single_level_autograd_function():
                 return cls.apply(*args)  # type: ignore[attr-defined]
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if wanted or forward_ad._current_level >= 0:  # which no_grad does not end
+        if wanted or forward_mode():  # which no_grad does not end
             return cls.apply(*args)  # type: ignore[attr-defined]
         return _run(cls.op, *args)
 
