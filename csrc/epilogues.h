@@ -123,15 +123,15 @@ struct Elu {
 
 // h = (1 - α) k + α φ(z)
 template <class F, class V>
-FUSEDRNN_INLINE void activation(V z, V k, bool leaky, V alpha, V& h, V& phi) {
-  phi = F::value(z);
+FUSEDRNN_INLINE void activation(F f, V z, V k, bool leaky, V alpha, V& h, V& phi) {
+  phi = f.value(z);
   h = leaky ? k + alpha * (phi - k) : phi;
 }
 
 // p = α φ'(z)
 template <class F, class V>
-FUSEDRNN_INLINE V gate(V phi, bool leaky, V alpha) {
-  return leaky ? alpha * F::slope(phi) : F::slope(phi);
+FUSEDRNN_INLINE V gate(F f, V phi, bool leaky, V alpha) {
+  return leaky ? alpha * f.slope(phi) : f.slope(phi);
 }
 
 // m = w + k Wᵀ,  λ = q + p m + (1 - α) k    (acc is k Wᵀ, k the tangent carried over)

@@ -177,11 +177,11 @@ void step(const Step<C>& s) {
       V first, second;
       if constexpr (pass == Pass::activation) {
         const V z = in0 ? acc + load<C>(in0 + j, n) : acc;
-        activation<F>(z, from, leaky, alpha, first, second);
+        activation(F{}, z, from, leaky, alpha, first, second);
       } else {
         const V drive = in0 ? load<C>(in0 + j, n) : V(C(0));
         const V extra = in1 ? load<C>(in1 + j, n) : V(C(0));
-        const V p = gate<F>(load<C>(phi + j, n), leaky, alpha);
+        const V p = gate(F{}, load<C>(phi + j, n), leaky, alpha);
         if constexpr (pass == Pass::tangent) {
           tangent(acc, drive, extra, p, from, leaky, alpha, first, second);
         } else {

@@ -50,17 +50,21 @@ inline Tensor row_offsets(const Problem& p, const Tensor& like) {
 // nobody else on another stream.
 inline Plan run(Call& call, int device, cudaStream_t stream) {
   const Problem& problem = call.problem;
-  const Plan plan = make_plan(plan_input(call), device_properties(device), regime_in_use());
+  const Device& properties = device_properties(device);
+  const PlanInput in = plan_input(call);
+  const Plan plan = make_plan(in, properties, regime_in_use());
   if (problem.I > 0 && !plan.fuse_input) call.project(at::matmul(call.x, call.w_ih.t()));
   const Tensor counters = at::zeros({plan.counters}, call.like.options().dtype(at::kInt));
   Workspace workspace;
   workspace.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
+  const Tensor carry = at::empty({plan.carry_bytes}, call.like.options().dtype(at::kByte));
+  workspace.carry = carry.mutable_data_ptr();
   Tensor offsets;
   if (problem.batch_sizes) {
     offsets = row_offsets(problem, call.like);
     workspace.offsets = offsets.const_data_ptr<int64_t>();
   }
-  run(problem, plan, workspace, stream);
+  run(problem, in, plan, properties, workspace, stream);
   return plan;
 }
 

@@ -1,0 +1,209 @@
+#include "engine.h"
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "params.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+std::atomic<int> forced{-1};
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next one to ask would get it again
+  throw std::runtime_error(std::string("fusedrnn: ") + what + ": " + cudaGetErrorString(error));
+}
+
+PersistentKernel persistent_kernel(int tile, Pass pass) {
+  const TileKernels* const lists[] = {kFmaF32, kFmaF64, kMmaBf16, kMmaF16, kMmaTf32};
+  int index = 0;  // among the tiles of the same arithmetic
+  while (index < tile && kTiles[tile - index - 1].arithmetic == kTiles[tile].arithmetic) ++index;
+  return lists[int(kTiles[tile].arithmetic)][index].of_pass[int(pass)];
+}
+
+StepKernel step_kernel(Storage storage, Pass pass) {
+  const StepKernels* const kernels[] = {&kStepF32, &kStepF64, &kStepBf16, &kStepF16};
+  return kernels[int(storage)]->of_pass[int(pass)];
+}
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, index), "a device attribute");
+  return value;
+}
+
+// Raises the limits that a launch needs; both are the kernel's own and stay.
+void allow(const void* kernel, int64_t shared, int64_t cluster) {
+  if (shared > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+          "shared memory");
+  if (cluster > 8)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "clusters of more than 8 blocks");
+}
+
+// A launch of clusters, or of blocks that all run at once.
+struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[1];
+
+  Launch(int64_t blocks, int64_t shared, cudaStream_t stream) {
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = size_t(shared);
+    config.stream = stream;
+    config.attrs = attributes;
+  }
+  void clusters_of(int64_t blocks) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = unsigned(blocks);
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    config.numAttrs = 1;
+  }
+  void all_at_once() {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+};
+
+// Of one block, 2, 4, 8 and 16, how many clusters the device holds at once. Not a division: SMs
+// come in groups of uneven size, and a cluster lies in one of them.
+void count_clusters(Device& device) {
+  for (int log2 = 0; log2 < 5; ++log2) device.clusters[log2] = 0;
+  device.clusters[0] = device.sms;
+  if (device.architecture < 90) return;
+  const auto kernel = reinterpret_cast<const void*>(persistent_kernel(0, Pass::activation));
+  for (int log2 = 1; log2 < 5; ++log2) {
+    Launch launch(int64_t(1) << log2, device.shared_memory, nullptr);
+    launch.clusters_of(int64_t(1) << log2);
+    int clusters = 0;
+    try {
+      allow(kernel, device.shared_memory, int64_t(1) << log2);
+      check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), "occupancy");
+    } catch (const std::runtime_error&) {
+      clusters = 0;  // no such clusters here
+    }
+    device.clusters[log2] = clusters;
+  }
+}
+
+Device ask(int index) {
+  Device device;
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "device properties");
+  device.name = properties.name;
+  device.architecture = properties.major * 10 + properties.minor;
+  device.sms = properties.multiProcessorCount;
+  device.shared_memory = int64_t(properties.sharedMemPerBlockOptin);
+  device.clock = attribute(cudaDevAttrClockRate, index) / 1e6;
+  // two transfers a cycle
+  device.memory_bandwidth = 2.0 * attribute(cudaDevAttrMemoryClockRate, index) *
+                            attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8 / 1e6;
+  count_clusters(device);
+  return device;
+}
+
+std::mutex known_mutex;
+std::map<int, std::unique_ptr<const Device>> known;
+
+// The most bytes by which rows of numbers can be copied, beginning `row` and `step` numbers apart.
+int copy_bytes(const Series& series, int64_t count, int64_t number_size) {
+  for (int bytes = 16; bytes >= 4; bytes /= 2) {
+    const auto fits = [&](int64_t n) { return n * number_size % bytes == 0; };
+    if (reinterpret_cast<uintptr_t>(series.data) % uintptr_t(bytes) == 0 && fits(series.row) &&
+        fits(series.step) && fits(count))
+      return bytes;
+  }
+  return 0;
+}
+
+Params parameters(const Problem& problem, const Plan& plan, const Workspace& workspace) {
+  const Tile& tile = kTiles[plan.tile];
+  Params p = {};
+  p.problem = problem;
+  p.offsets = workspace.offsets;
+  p.counters = workspace.counters;
+  p.carry = workspace.carry;
+  p.regime = plan.regime;
+  p.blocks = int(plan.blocks);
+  p.rows = int(plan.rows);
+  p.units = int(plan.units);
+  p.split = plan.split;
+  p.state_k = int(plan.state_chunks) * tile.chunk();
+  p.chunks = int(plan.chunks);
+  p.e_row = int(plan.shared.e_row);
+  p.e_rows = int(plan.shared.e_rows);
+  p.e_offset = int(plan.shared.e);
+  const bool carries = problem.alpha || (problem.pass == Pass::adjoint && problem.first.data);
+  p.carry_offset = carries ? int(plan.shared.carry) : 0;
+  p.vectors_offset = int(plan.shared.vectors);
+  p.partial_offset = int(plan.shared.partial);
+  p.x_copy = problem.I ? copy_bytes(problem.x, problem.I, tile.number_size()) : 0;
+  p.state_copies = copy_bytes(problem.out[0], problem.H, tile.number_size()) == 16;
+  return p;
+}
+
+void launch(const Problem& problem, const Plan& plan, const Workspace& workspace,
+            cudaStream_t stream) {
+  Params p = parameters(problem, plan, workspace);
+  if (plan.regime == Regime::step) {
+    StepKernel kernel = step_kernel(problem.storage, problem.pass);
+    const bool finish = problem.pass == Pass::adjoint && problem.last.data;
+    const Launch launch(plan.blocks * plan.teams, 0, stream);
+    for (int64_t s = 0; s < problem.T + finish; ++s) {
+      void* arguments[] = {&p, &s};
+      check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments),
+            "the launch failed");
+    }
+    return;
+  }
+  PersistentKernel kernel = persistent_kernel(plan.tile, problem.pass);
+  const bool cluster = plan.regime == Regime::cluster;
+  allow(reinterpret_cast<const void*>(kernel), plan.shared.end, cluster ? plan.blocks : 1);
+  Launch launch(plan.blocks * plan.teams, plan.shared.end, stream);
+  if (cluster) launch.clusters_of(plan.blocks);
+  if (plan.regime == Regime::grid) launch.all_at_once();
+  void* arguments[] = {&p};
+  check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments),
+        "the launch failed");
+}
+
+}  // namespace
+
+const Device& device_properties(int index) {
+  const std::lock_guard<std::mutex> lock(known_mutex);
+  auto& device = known[index];
+  if (!device) device = std::make_unique<const Device>(ask(index));
+  return *device;
+}
+
+void forget_device_properties() {
+  const std::lock_guard<std::mutex> lock(known_mutex);
+  known.clear();
+}
+
+void use_regime(std::optional<Regime> regime) { forced = regime ? int(*regime) : -1; }
+
+std::optional<Regime> regime_in_use() {
+  const int regime = forced;
+  return regime < 0 ? std::nullopt : std::optional<Regime>(Regime(regime));
+}
+
+void run(const Problem& problem, const PlanInput& in, const Plan& plan, const Device& device,
+         const Workspace& workspace, cudaStream_t stream) {
+  if (problem.B == 0 || problem.H == 0) return;
+  try {
+    launch(problem, plan, workspace, stream);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string(error.what()) + " (the plan was: " +
+                             in_words(in, plan, device) + ")");
+  }
+}
+
+}  // namespace fusedrnn::cuda

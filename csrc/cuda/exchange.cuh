@@ -1,0 +1,123 @@
+// How states get from block to block, and copies that wait for nobody.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fusedrnn::cuda {
+
+// ---- clusters ----
+
+// All threads of the cluster; what they wrote into each other's shared memory is then seen.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
+
+// Numbers that are stored at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T v[N];
+};
+
+// Stores `pack` at the place in `peer`'s shared memory that `place` is in ours.
+template <class T, int N>
+__device__ __forceinline__ void store_at_peer(T* place, int peer, const Pack<T, N>& pack) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(place))), "r"(peer));
+  if constexpr (sizeof(pack) == 8) {
+    uint64_t word;
+    memcpy(&word, &pack, 8);
+    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(word) : "memory");
+  } else {
+    static_assert(sizeof(pack) == 4);
+    uint32_t word;
+    memcpy(&word, &pack, 4);
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+  }
+#endif
+}
+
+// ---- the grid ----
+
+// All blocks of a team, which run at once: `arrived` counts them, over all steps together. Their
+// threads see each other's writes to global memory afterwards, through L2.
+__device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unsigned now;
+#if __CUDA_ARCH__ >= 700
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+    } while (int(now - full) < 0);
+#endif
+  }
+  __syncthreads();
+}
+
+// What other blocks wrote: L1 may hold an older version, L2 does not.
+template <class T>
+__device__ __forceinline__ T load_through_l2(const T* from) {
+  T value;
+  if constexpr (sizeof(T) == 8) {
+    const auto word = __ldcg(reinterpret_cast<const unsigned long long*>(from));
+    memcpy(&value, &word, 8);
+  } else if constexpr (sizeof(T) == 4) {
+    const auto word = __ldcg(reinterpret_cast<const unsigned*>(from));
+    memcpy(&value, &word, 4);
+  } else {
+    const auto word = __ldcg(reinterpret_cast<const unsigned short*>(from));
+    memcpy(&value, &word, 2);
+  }
+  return value;
+}
+
+// ---- copies from global to shared memory ----
+
+// 16 bytes, past L1.
+__device__ __forceinline__ void copy_through_l2(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = __ldcg(static_cast<const uint4*>(from));
+#endif
+}
+
+// 4, 8 or 16 bytes, aligned alike.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (bytes == 16)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  else if (bytes == 8)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+#else
+  if (bytes == 16)
+    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  else if (bytes == 8)
+    *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
+  else
+    *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
+#endif
+}
+
+// This thread's copies are there; after a barrier, everyone's.
+__device__ __forceinline__ void copies_done() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,22 @@
+// The kernels of a tile. Included by kernels_*.cu, a file for each arithmetic, so that they compile
+// side by side.
+#pragma once
+
+#include "persistent.cuh"
+#include "step.cuh"
+
+namespace fusedrnn::cuda {
+
+template <class Product>
+TileKernels tile_kernels() {
+  return {{&persistent<Product, Pass::activation>, &persistent<Product, Pass::tangent>,
+           &persistent<Product, Pass::adjoint>}};
+}
+
+template <class S>
+StepKernels step_kernels() {
+  return {{&fused_step<S, Pass::activation>, &fused_step<S, Pass::tangent>,
+           &fused_step<S, Pass::adjoint>}};
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,148 @@
+// What a step computes for one unit of one row, and where everything lies: common to the kernels
+// that keep weights on the chip (persistent.cuh) and the one that does not (step.cuh).
+#pragma once
+
+#include "numbers.cuh"
+#include "params.h"
+
+namespace fusedrnn::cuda {
+
+// A step of the walk: where its rows lie, and how many there are.
+struct Step {
+  int64_t t;
+  int64_t offset;  // packed: rows before it
+  int alive;       // of the rows b0, b0 + 1, ... of this layer
+};
+
+// Some rows of the batch, b0 and on, and some hidden units, j0 and on.
+template <class S, Pass pass>
+struct Layer {
+  using C = Computed<S>;
+  static constexpr bool kForward = pass != Pass::adjoint;
+
+  // What a step brings to one unit of one row.
+  struct Inputs {
+    C in[2];
+    C gate;
+    bool keep;  // whether what this step leaves goes on
+  };
+
+  const Params& p;
+  const Problem& q;
+  const int64_t b0;
+  const int rows;
+  const int64_t j0;
+  const int units;
+  const bool leaky;
+
+  __device__ Layer(const Params& params, int64_t b0, int64_t j0)
+      : p(params),
+        q(params.problem),
+        b0(b0),
+        rows(int(min(int64_t(params.rows), q.B - b0))),
+        j0(j0),
+        units(int(max(int64_t(0), min(int64_t(params.units), q.H - j0)))),
+        leaky(q.alpha != nullptr) {}
+
+  // ---- the walk ----
+
+  __device__ Step step(int64_t s) const {
+    if (s < 0 || s >= q.T) return {0, 0, 0};
+    const int64_t t = q.descending ? q.T - 1 - s : s;
+    if (!p.offsets) return {t, 0, rows};
+    const int64_t offset = p.offsets[t], alive = p.offsets[t + 1] - offset - b0;
+    return {t, offset, int(max(int64_t(0), min(int64_t(rows), alive)))};
+  }
+  // Packed, rows join and leave on the way.
+  __device__ Step start_of(int row) const {
+    int64_t s = 0;
+    while (step(s).alive <= row) ++s;
+    return step(s);
+  }
+  __device__ Step end_of(int row) const {
+    int64_t s = q.T - 1;
+    while (step(s).alive <= row) --s;
+    return step(s);
+  }
+
+  __device__ S* at(const Series& series, const Step& step, int row, int64_t j) const {
+    const int64_t place = p.offsets ? (step.offset + b0 + row) * series.row
+                                    : step.t * series.step + (b0 + row) * series.row;
+    return static_cast<S*>(series.data) + (place + j);
+  }
+  __device__ S* at(const States& states, int row, int64_t j) const {
+    return static_cast<S*>(states.data) + ((b0 + row) * states.row + j);
+  }
+  __device__ bool keeps(const Step& step, int row) const {
+    return !q.keep || q.keep[(p.offsets ? step.offset : step.t * q.B) + b0 + row];
+  }
+
+  // Where row `row` has the state that step `now` starts from; null is zeros.
+  __device__ const S* state_before(int row, const Step& before, const Step& now) const {
+    if (row < before.alive) {
+      // Forward, a cut lies before the step that starts; backward, before the one that ended.
+      return keeps(kForward ? now : before, row) ? at(q.out[0], before, row, 0) : nullptr;
+    }
+    return kForward && q.first.data && keeps(now, row) ? at(q.first, row, 0) : nullptr;
+  }
+  // And after its last step; backward, for ∂L/∂h0.
+  __device__ const S* state_after_all(int row) const {
+    const Step end = end_of(row);
+    return keeps(end, row) ? at(q.out[0], end, row, 0) : nullptr;
+  }
+
+  // What a row carries into its first step.
+  __device__ C first_carry(int row, int64_t j, const Step& start) const {
+    if (!q.first.data || (kForward && !keeps(start, row))) return C(0);
+    return widen(*at(q.first, row, j));
+  }
+
+  // ---- a step ----
+
+  __device__ static C value_of(const void* vector, int64_t j) {
+    return vector ? C(widen(static_cast<const S*>(vector)[j])) : C(0);
+  }
+  __device__ C bias(int64_t j) const { return value_of(q.b_ih, j) + value_of(q.b_hh, j); }
+  __device__ C alpha(int64_t j) const { return value_of(q.alpha, j); }
+
+  __device__ Inputs inputs(int unit, int row, const Step& now, const Step& after) const {
+    Inputs in{{C(0), C(0)}, C(0), true};
+    if (row >= now.alive || unit >= units) return in;
+#pragma unroll
+    for (int n = 0; n < (pass == Pass::activation ? 1 : 2); ++n)
+      if (q.in[n].data) in.in[n] = widen(*at(q.in[n], now, row, j0 + unit));
+    if (pass != Pass::activation) in.gate = widen(*at(q.gate, now, row, j0 + unit));
+    // Forward, what a step leaves meets the keep of the next one; backward, its own.
+    if (q.keep) in.keep = kForward ? row < after.alive && keeps(after, row) : keeps(now, row);
+    return in;
+  }
+
+  // Returns what the next step multiplies. `carry` is what the row carries, and will carry.
+  __device__ __forceinline__ S compute(const Inputs& in, C sum, int unit, int row, const Step& now,
+                                       bool begins, bool ends, C bias, C alpha, C& carry) const {
+    const int64_t j = j0 + unit;
+    const Chosen<C> phi{q.nonlinearity};
+    C state, second;
+    if constexpr (pass == Pass::activation) {
+      activation(phi, sum + in.in[0] + bias, carry, leaky, alpha, state, second);
+      carry = state;
+    } else {
+      // Where nothing came before there is nothing to multiply, be W_hh NaN or not.
+      if (begins && !(kForward && q.first.data)) sum = C(0);
+      const C p = gate(phi, in.gate, leaky, alpha);
+      if constexpr (pass == Pass::tangent) {
+        tangent(sum, in.in[0], in.in[1], p, carry, leaky, alpha, state, second);
+        carry = state;
+      } else {
+        adjoint(sum, in.in[0], in.in[1], p, carry, leaky, alpha, second, state);
+      }
+    }
+    *at(q.out[0], now, row, j) = narrow<S>(state);
+    if (q.out[1].data) *at(q.out[1], now, row, j) = narrow<S>(second);
+    if (kForward && ends && q.last.data) *at(q.last, row, j) = narrow<S>(state);
+    if (!in.keep) carry = C(0);
+    return in.keep ? narrow<S>(state) : S(0.0f);
+  }
+};
+
+}  // namespace fusedrnn::cuda

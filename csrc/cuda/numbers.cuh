@@ -1,0 +1,100 @@
+// Numbers as they are stored and as they are computed with; and the functions that epilogues.h
+// wants of its V, for float and double in device code.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+template <class V>
+__device__ __forceinline__ V select(bool condition, V yes, V no) {
+  return condition ? yes : no;
+}
+// CUDA's tanh is within 2 ulp and odd, its exp and expm1 within 2 ulp.
+__device__ __forceinline__ float tanh(float z) { return ::tanhf(z); }
+__device__ __forceinline__ double tanh(double z) { return ::tanh(z); }
+__device__ __forceinline__ float exp(float z) { return ::expf(z); }
+__device__ __forceinline__ double exp(double z) { return ::exp(z); }
+__device__ __forceinline__ float expm1(float z) { return ::expm1f(z); }
+__device__ __forceinline__ double expm1(double z) { return ::expm1(z); }
+__device__ __forceinline__ float log1p_of_at_most_one(float z) { return ::log1pf(z); }
+__device__ __forceinline__ double log1p_of_at_most_one(double z) { return ::log1p(z); }
+
+}  // namespace fusedrnn
+
+#include "../epilogues.h"
+#include "../recurrence.h"
+
+namespace fusedrnn::cuda {
+
+// What numbers stored as S are computed with.
+template <class S>
+struct ComputedWith {
+  using type = float;
+};
+template <>
+struct ComputedWith<double> {
+  using type = double;
+};
+template <class S>
+using Computed = typename ComputedWith<S>::type;
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+
+template <class S>
+__device__ __forceinline__ S narrow(Computed<S> v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+template <>
+__device__ __forceinline__ __half narrow<__half>(float v) {
+  return __float2half_rn(v);
+}
+
+// The nonlinearity that a kernel was launched with. A kernel for each would be nine times as many;
+// the branch is the same for all threads. The two that people use are inline, the others a call.
+template <class V>
+struct Chosen {
+  Nonlinearity which;
+
+  __device__ __forceinline__ V value(V z) const {
+    if (which == Nonlinearity::tanh) return Tanh::value(z);
+    if (which == Nonlinearity::relu) return Relu::value(z);
+    return other_value(which, z);
+  }
+  __device__ __forceinline__ V slope(V h) const {
+    if (which == Nonlinearity::tanh) return Tanh::slope(h);
+    if (which == Nonlinearity::relu) return Relu::slope(h);
+    return other_slope(which, h);
+  }
+
+ private:
+  // Tries them in the order of the enum.
+  static __device__ __noinline__ V other_value(Nonlinearity which, V z) {
+    int i = 0;
+#define FUSEDRNN_TRY(F) \
+  if (int(which) == i++) return F::value(z);
+    FUSEDRNN_FOR_EACH_NONLINEARITY(FUSEDRNN_TRY)
+#undef FUSEDRNN_TRY
+    return z;
+  }
+  static __device__ __noinline__ V other_slope(Nonlinearity which, V h) {
+    int i = 0;
+#define FUSEDRNN_TRY(F) \
+  if (int(which) == i++) return F::slope(h);
+    FUSEDRNN_FOR_EACH_NONLINEARITY(FUSEDRNN_TRY)
+#undef FUSEDRNN_TRY
+    return h;
+  }
+};
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,41 @@
+// What a kernel is launched with.
+#pragma once
+
+#include <cstdint>
+
+#include "../recurrence.h"
+#include "plan.h"
+
+namespace fusedrnn::cuda {
+
+struct Params {
+  Problem problem;
+  const int64_t* offsets;  // packed: rows before each step, on the device
+  unsigned* counters;      // grid: one for each team
+  void* carry;             // step, with a leak: what rows carry, [B, H]
+  Regime regime;
+  int blocks, rows, units;  // of a team, of a team, of a block
+  int split;                // warps that share the K of their units
+  int state_k;              // where inputs follow the states in K
+  int chunks;               // of K
+  int e_row, e_rows;        // shared memory: e is [buffers][e_rows][e_row], and where things begin
+  int e_offset, carry_offset, vectors_offset, partial_offset;
+  int x_copy;         // bytes by which x can be copied; 0: number by number
+  bool state_copies;  // rows of out[0] are whole multiples of 16 bytes
+};
+
+// The kernels of a tile (plan.h), and those of a step, one for each pass.
+using PersistentKernel = void (*)(Params);
+struct TileKernels {
+  PersistentKernel of_pass[kPasses];
+};
+using StepKernel = void (*)(Params, int64_t);
+struct StepKernels {
+  StepKernel of_pass[kPasses];
+};
+
+// kernels_*.cu; in the order of kTiles
+extern const TileKernels kFmaF32[4], kFmaF64[2], kMmaBf16[2], kMmaF16[2], kMmaTf32[2];
+extern const StepKernels kStepF32, kStepF64, kStepBf16, kStepF16;
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,104 @@
+// How the CUDA engine runs a recurrence: a pure function of the problem and the device's
+// properties, tested as a table. Knows neither CUDA nor torch.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "../recurrence.h"
+
+namespace fusedrnn::cuda {
+
+// Where W_hh lives while time passes, and how far its parts are from each other.
+//   step     in L2 or device memory: one launch a step
+//   block    in the registers and shared memory of one SM; the batch is split over SMs
+//   cluster  in those of 2 to 16 SMs, which write states into each other's shared memory
+//   grid     in those of many SMs, which exchange states through L2
+enum class Regime { step, block, cluster, grid };
+constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid"};
+
+struct Device {
+  std::string name;
+  int architecture;         // 90 for compute capability 9.0
+  int sms;                  // streaming multiprocessors
+  int64_t shared_memory;    // bytes that a block may have
+  double clock;             // GHz
+  double memory_bandwidth;  // GB/s
+  // How many clusters of 1, 2, 4, 8 and 16 blocks, each block with an SM of its own, the device
+  // holds at once; 0 where it cannot.
+  int clusters[5];
+};
+
+struct PlanInput {
+  Pass pass;
+  Storage storage;
+  bool tf32;           // f32 products may be rounded to TF32: torch's settings say so
+  int64_t T, B, I, H;  // I = 0: no input product
+  bool leaky = false;
+  bool packed = false;
+};
+
+// What multiplies, and how a block's 256 threads lie over the product (products.cuh).
+enum class Arithmetic { fma_f32, fma_f64, mma_bf16, mma_f16, mma_tf32 };
+struct Tile {
+  Arithmetic arithmetic;
+  int units;  // fma: of a thread, which are 32 times as many of a block; mma: 16 of a warp
+  int rows;   // of the batch at once
+
+  constexpr bool mma() const { return arithmetic >= Arithmetic::mma_bf16; }
+  constexpr int number_size() const {
+    return arithmetic == Arithmetic::fma_f64                                            ? 8
+           : arithmetic == Arithmetic::fma_f32 || arithmetic == Arithmetic::mma_tf32 ? 4
+                                                                                       : 2;
+  }
+  constexpr int computed_size() const { return arithmetic == Arithmetic::fma_f64 ? 8 : 4; }
+  // K is cut into chunks; a thread holds its part of `held` of them, and more lie in shared memory.
+  constexpr int chunk() const { return mma() ? 64 / number_size() : 128 / number_size(); }
+  constexpr int held() const { return (mma() ? 16 : 32) / units; }
+  constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
+  // of a block, where `split` warps share the K of their units
+  constexpr int block_units(int split) const { return (mma() ? 128 / split : 32) * units; }
+};
+constexpr Tile kTiles[] = {
+    {Arithmetic::fma_f32, 2, 1},  {Arithmetic::fma_f32, 2, 4},  {Arithmetic::fma_f32, 4, 2},
+    {Arithmetic::fma_f32, 1, 8},  {Arithmetic::fma_f64, 2, 1},  {Arithmetic::fma_f64, 2, 4},
+    {Arithmetic::mma_bf16, 1, 8}, {Arithmetic::mma_bf16, 2, 8}, {Arithmetic::mma_f16, 1, 8},
+    {Arithmetic::mma_f16, 2, 8},  {Arithmetic::mma_tf32, 1, 8}, {Arithmetic::mma_tf32, 2, 8},
+};
+constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+
+constexpr int kThreads = 256;  // of a block, in every kernel
+constexpr int kStepUnits = 64;  // of a block in the step regime,
+constexpr int kStepRows = 32;   // and its batch rows
+
+// Where a block's shared memory has what, in bytes, after the weights that registers do not hold.
+struct Shared {
+  int64_t e, carry, vectors, partial, end;
+  int64_t e_row, e_rows;  // e is [buffers][e_rows][e_row]
+};
+
+struct Plan {
+  Regime regime = Regime::step;
+  bool fuse_input = true;   // W_ih beside W_hh; otherwise one GEMM makes u before the chain
+  int tile = 0;             // index into kTiles
+  int split = 1;            // mma: warps that share the K of their units
+  int64_t rows = 0;         // of the batch, that a team owns
+  int64_t units = 0;        // hidden units that a block owns
+  int64_t blocks = 0;       // of a team, which shares a W_hh
+  int64_t teams = 0;
+  int64_t chunks = 0;       // of K
+  int64_t state_chunks = 0; // of these, of the states
+  Shared shared{};          // memory of a block
+  int64_t counters = 0;     // words of zeros that the workspace must have,
+  int64_t carry_bytes = 0;  // and memory for what rows carry from launch to launch
+  double microseconds = 0;  // a step, as the cost model has it
+};
+
+// The best plan; with `only`, of that regime, if it can run the problem.
+Plan make_plan(const PlanInput& in, const Device& device, std::optional<Regime> only = {});
+
+// The plan in a sentence or two, for explain() and for errors.
+std::string in_words(const PlanInput& in, const Plan& plan, const Device& device);
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,365 @@
+// Products of the states of some batch rows with the weights that a block holds: two ways to lay
+// them over 256 threads. Either way the weights of a block, [units, K], are cut into chunks of K;
+// each thread holds its part of as many chunks as fit into 128 registers, and the rest lies in
+// shared memory in the order in which threads load it. States e [rows, K] are read from shared
+// memory. A product ends with each thread owning the sums of kItems pairs of unit and row.
+#pragma once
+
+#include <cstdint>
+
+#include "numbers.cuh"
+#include "plan.h"
+
+namespace fusedrnn::cuda {
+
+constexpr int kWarps = kThreads / 32;
+
+// Which weights a block holds: rows of its units, and the columns of W_hh, then of W_ih.
+struct Weights {
+  const void* w_hh;
+  const void* w_ih;
+  int64_t w_hh_unit, w_hh_k;  // distance of units, and of numbers along K
+  int64_t w_ih_unit;
+  int units;              // that exist
+  int64_t H, I, state_k;  // K: H states, padded to state_k, then I inputs
+
+  template <class S>
+  __device__ S at(int unit, int64_t k) const {
+    if (unit >= units) return S(0.0f);
+    if (k < state_k)
+      return k < H ? static_cast<const S*>(w_hh)[unit * w_hh_unit + k * w_hh_k] : S(0.0f);
+    k -= state_k;
+    return k < I ? static_cast<const S*>(w_ih)[unit * w_ih_unit + k] : S(0.0f);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ uint32_t bits(T v) {
+  static_assert(sizeof(T) == 4);
+  uint32_t u;
+  memcpy(&u, &v, 4);
+  return u;
+}
+
+// ---- plain multiplication and addition ----
+
+// A warp's lanes are 4 groups of units times 8 parts of K: a 16-byte load of e then serves 8
+// different lanes at once, and the other 24 by broadcast.
+template <class C, int UnitsPerThread, int Rows>
+struct Fma {
+  using Stored = C;
+  static constexpr int kVector = 16 / sizeof(C);
+  static constexpr int kChunk = 8 * kVector;
+  static constexpr int kHeld = 32 / UnitsPerThread;  // chunks in registers
+  static constexpr int kRows = Rows;                 // batch rows at once
+  static constexpr int kSums = UnitsPerThread * Rows;
+  static_assert(kSums <= 8);  // so that 8 lanes can own one each
+  static constexpr int kItems = 1;
+  static constexpr int kPack = 1;  // items of neighbouring units in a row
+
+  struct alignas(16) Vector {
+    C v[kVector];
+  };
+
+  Vector held[kHeld][UnitsPerThread];
+  const Vector* spilled;  // [chunk][unit][thread] in shared memory
+  int lane, warp;
+
+  // `split` is Mma's.
+  __device__ Fma(void* spill, int /*split*/)
+      : spilled(static_cast<const Vector*>(spill)), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+
+  __device__ int first_unit() const { return (warp * 4 + lane / 8) * UnitsPerThread; }
+
+  static __device__ __noinline__ Vector load(const Weights& weights, int unit, int64_t k) {
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) vector.v[i] = weights.at<C>(unit, k + i);
+    return vector;
+  }
+
+  __device__ void hold(const Weights& weights, int chunks) {
+    const int64_t k = (lane % 8) * kVector;
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c)
+      if (c < chunks)
+#pragma unroll
+        for (int u = 0; u < UnitsPerThread; ++u)
+          held[c][u] = load(weights, first_unit() + u, k + c * kChunk);
+    Vector* spill = const_cast<Vector*>(spilled);
+    for (int c = kHeld; c < chunks; ++c)
+      for (int u = 0; u < UnitsPerThread; ++u)
+        spill[((c - kHeld) * UnitsPerThread + u) * kThreads + threadIdx.x] =
+            load(weights, first_unit() + u, k + c * kChunk);
+  }
+
+  static __device__ __forceinline__ void add(C (&sum)[UnitsPerThread][Rows],
+                                             const Vector (&w)[UnitsPerThread],
+                                             const C* __restrict__ e, int e_row) {
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+      const Vector state = *reinterpret_cast<const Vector*>(e + r * e_row);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+#pragma unroll
+        for (int u = 0; u < UnitsPerThread; ++u)
+          sum[u][r] = ::fma(w[u].v[i], state.v[i], sum[u][r]);
+    }
+  }
+
+  // The sums of rows e, e + e_row, ...
+  __device__ __forceinline__ void multiply(const C* e, int e_row, int chunks, float* /*partial*/,
+                                           C (&item)[kItems]) {
+    C sum[UnitsPerThread][Rows] = {};
+    e += (lane % 8) * kVector;
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c)
+      if (c < chunks) add(sum, held[c], e + c * kChunk, e_row);
+    for (int c = kHeld; c < chunks; ++c) {
+      Vector w[UnitsPerThread];
+#pragma unroll
+      for (int u = 0; u < UnitsPerThread; ++u)
+        w[u] = spilled[((c - kHeld) * UnitsPerThread + u) * kThreads + threadIdx.x];
+      add(sum, w, e + c * kChunk, e_row);
+    }
+    // Sums over the 8 lanes. As long as a lane has two or more sums it gives half of them away.
+    C value[kSums];
+#pragma unroll
+    for (int r = 0; r < Rows; ++r)
+#pragma unroll
+      for (int u = 0; u < UnitsPerThread; ++u) value[r * UnitsPerThread + u] = sum[u][r];
+    int count = kSums;
+#pragma unroll
+    for (int bit = 1; bit < 8; bit *= 2) {
+      if (count > 1) {
+        count /= 2;
+        const bool odd = lane & bit;
+#pragma unroll
+        for (int i = 0; i < kSums / 2; ++i)
+          if (i < count) {
+            const C mine = odd ? value[2 * i + 1] : value[2 * i];
+            const C theirs = odd ? value[2 * i] : value[2 * i + 1];
+            value[i] = mine + __shfl_xor_sync(~0u, theirs, bit);
+          }
+      } else {
+        value[0] += __shfl_xor_sync(~0u, value[0], bit);
+      }
+    }
+    item[0] = value[0];
+  }
+
+  // The sum that lane `lane % 8` ended with was number `lane % kSums`.
+  __device__ bool owns(int /*i*/) const { return lane % 8 < kSums; }
+  __device__ int unit(int /*i*/) const { return first_unit() + lane % kSums % UnitsPerThread; }
+  __device__ int row(int /*i*/) const { return lane % kSums / UnitsPerThread; }
+};
+
+// ---- tensor cores ----
+
+// D += A B for A [16, 16] of weights and B [16, 8] of states; [16, 8] and [8, 8] in TF32.
+__device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
+                                    __half) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(b0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.z), "r"(a.w), "r"(b1));
+#endif
+}
+__device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
+                                    __nv_bfloat16) {
+#if __CUDA_ARCH__ >= 800  // the planner sends no bf16 to older ones
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+#endif
+}
+__device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
+                                    float) {
+#if __CUDA_ARCH__ >= 800  // nor TF32
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+#endif
+}
+
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t u;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(v));
+  return u;
+#else
+  return bits(v);
+#endif
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers; each lane says where one row of 16 bytes begins.
+__device__ __forceinline__ uint4 load_matrices(const void* row) {
+  uint4 m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+               : "r"(shared_address(row))
+               : "memory");
+  return m;
+}
+
+// Weights stand still as the A operand, and the batch is its N of 8 rows. Warps share the units,
+// and `split` warps share the K of the same units, chunk by chunk in turns. Of the two units 2g and
+// 2g + 1, one is row g of A and the other row g + 8: so a thread owns neighbours, which it stores
+// at once.
+template <class S, int TilesPerWarp>
+struct Mma {
+  using Stored = S;
+  static constexpr bool kTf32 = sizeof(S) == 4;
+  static constexpr int kFragment = kTf32 ? 8 : 16;
+  static constexpr int kChunk = 2 * kFragment;
+  static constexpr int kHeld = 16 / TilesPerWarp;
+  static constexpr int kRows = 8;
+  static constexpr int kItems = 4 * TilesPerWarp;
+  static constexpr int kPack = 2;
+
+  uint4 held[kHeld][2][TilesPerWarp];
+  const uint4* spilled;  // [chunk][fragment][tile][thread]
+  int lane, warp, split, part;
+  int turn = 0;
+
+  __device__ Mma(void* spill, int split)
+      : spilled(static_cast<const uint4*>(spill)),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        split(split),
+        part(warp % split) {}
+
+  __device__ int first_unit() const { return warp / split * (16 * TilesPerWarp); }
+
+  static __device__ __noinline__ uint4 load(const Weights& weights, int unit, int64_t k) {
+    const int lane = threadIdx.x % 32;
+    unit += lane / 4 * 2;
+    k += lane % 4 * 2;
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int u = unit + (i & 1);
+      if constexpr (kTf32) {
+        a[i] = to_tf32(weights.at<float>(u, k + i / 2));
+      } else {
+        const int64_t at = k + i / 2 * 8;
+        S pair[2] = {weights.at<S>(u, at), weights.at<S>(u, at + 1)};
+        memcpy(&a[i], pair, 4);
+      }
+    }
+    return make_uint4(a[0], a[1], a[2], a[3]);
+  }
+
+  __device__ void hold(const Weights& weights, int chunks) {
+    uint4* spill = const_cast<uint4*>(spilled) + threadIdx.x;
+    const int64_t stride = int64_t(split) * kChunk, k = int64_t(part) * kChunk;
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c)
+      if (c * split + part < chunks)
+#pragma unroll
+        for (int f = 0; f < 2; ++f)
+#pragma unroll
+          for (int m = 0; m < TilesPerWarp; ++m)
+            held[c][f][m] =
+                load(weights, first_unit() + m * 16, k + c * stride + f * kFragment);
+    for (int c = kHeld; c * split + part < chunks; ++c)
+      for (int f = 0; f < 2; ++f)
+        for (int m = 0; m < TilesPerWarp; ++m)
+          spill[(((c - kHeld) * 2 + f) * TilesPerWarp + m) * kThreads] =
+              load(weights, first_unit() + m * 16, k + c * stride + f * kFragment);
+  }
+
+  // A chunk of 8 rows of states, as the B operands of its two fragments.
+  static __device__ __forceinline__ uint4 load_states(const S* e, int e_row, int lane) {
+    if constexpr (kTf32) {
+      // k and k + 4 of the fragment are neighbours in memory: the weights are permuted alike
+      e += lane / 4 * e_row + lane % 4 * 2;
+      const float2 first = *reinterpret_cast<const float2*>(e);
+      const float2 second = *reinterpret_cast<const float2*>(e + kFragment);
+      return make_uint4(to_tf32(first.x), to_tf32(first.y), to_tf32(second.x), to_tf32(second.y));
+    } else {
+      return load_matrices(e + lane % 8 * e_row + lane / 8 * 8);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const S* e, int e_row, int chunks, float* partial,
+                                           float (&item)[kItems]) {
+    // Fragments in turns go to two sums, so that a product need not wait for the one before.
+    float sum[2][TilesPerWarp][4] = {};
+    e += part * kChunk;
+    const int stride = split * kChunk;
+#pragma unroll
+    for (int c = 0; c < kHeld; ++c)
+      if (c * split + part < chunks) {
+        const uint4 b = load_states(e + c * stride, e_row, lane);
+#pragma unroll
+        for (int f = 0; f < 2; ++f)
+#pragma unroll
+          for (int m = 0; m < TilesPerWarp; ++m)
+            mma(sum[f][m], held[c][f][m], f ? b.z : b.x, f ? b.w : b.y, S{});
+      }
+    for (int c = kHeld; c * split + part < chunks; ++c) {
+      const uint4 b = load_states(e + c * stride, e_row, lane);
+#pragma unroll
+      for (int f = 0; f < 2; ++f)
+#pragma unroll
+        for (int m = 0; m < TilesPerWarp; ++m) {
+          const uint4 a =
+              spilled[(((c - kHeld) * 2 + f) * TilesPerWarp + m) * kThreads + threadIdx.x];
+          mma(sum[f][m], a, f ? b.z : b.x, f ? b.w : b.y, S{});
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < TilesPerWarp; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)  // the tensor core has rows 2t, 2t + 1 of the batch side by side
+        item[m * 4 + i % 2 * 2 + i / 2] = sum[0][m][i] + sum[1][m][i];
+    if (split > 1) add_parts(partial, item);
+  }
+
+  // Adds what the warps of the same units found, in the same order in each of them. Two buffers in
+  // turns: when a warp writes one again, all have passed the barrier after reading it.
+  __device__ __forceinline__ void add_parts(float* partial, float (&item)[kItems]) {
+    const int group = warp / split;
+    float* mine = partial + ((turn * kWarps + warp) * kItems) * 32 + lane;
+    turn ^= 1;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) mine[i * 32] = item[i];
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(split * 32) : "memory");
+    const float* first = mine - part * kItems * 32;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (owns(i)) {
+        float sum = first[i * 32];
+        for (int w = 1; w < split; ++w) sum += first[(w * kItems + i) * 32];
+        item[i] = sum;
+      }
+  }
+
+  __device__ bool owns(int i) const { return i / 2 % split == part; }
+  __device__ int unit(int i) const { return first_unit() + i / 4 * 16 + lane / 4 * 2 + i % 2; }
+  __device__ int row(int i) const { return lane % 4 * 2 + i / 2 % 2; }
+};
+
+}  // namespace fusedrnn::cuda
