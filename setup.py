@@ -1,22 +1,51 @@
 """Builds fusedrnn._C: ``pip install --no-build-isolation .`` (or ``-e .``), with torch installed.
 
 Environment variables:
-    DEBUG=1     No optimisation, debug symbols.
-    SANITIZE    Passed to -fsanitize=, e.g. ``address,undefined`` (see tests/test_sanitizers.py).
-    MAX_JOBS    Compilers at once (torch's own; default: as many as there are cores).
+    FUSEDRNN_CUDA         0: no CUDA engine; 1: an error where it cannot be built. Left out: where
+                          torch has CUDA and a toolkit of the same major version is found.
+    CUDA_HOME             The toolkit; left out: where nvcc is found, or /usr/local/cuda.
+    TORCH_CUDA_ARCH_LIST  Architectures of GPUs, "8.0;9.0+PTX"; left out: all from 7.5 on. The
+                          builder itself needs no GPU.
+    DEBUG=1               No optimisation, debug symbols.
+    WERROR=1              Warnings are errors.
+    SANITIZE              Passed to -fsanitize=, e.g. ``address,undefined``
+                          (tests/test_sanitizers.py); without the CUDA engine.
+    MAX_JOBS              Compilers at once (torch's own; default: as many as there are cores).
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
+
+def find_toolkit() -> Path | None:
+    """Where the CUDA toolkit is. nvcc on PATH may be a link, or a script that stands elsewhere."""
+    nvcc = shutil.which("nvcc")
+    for home in (
+        os.getenv("CUDA_HOME"),
+        os.getenv("CUDA_PATH"),
+        Path(nvcc).resolve().parents[1] if nvcc else None,
+        "/usr/local/cuda",
+    ):
+        if home and (Path(home) / "bin/nvcc").exists() and (Path(home) / "include").exists():
+            return Path(home)
+    return None
+
+
+TOOLKIT = find_toolkit()
+if TOOLKIT is not None:
+    os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch looks when it is imported, in fewer places
+
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit(
         "fusedrnn is built against the torch it will run with, and none is installed here: "
@@ -34,6 +63,49 @@ except ImportError:
 ROOT = Path(__file__).parent
 DEBUG = os.getenv("DEBUG") == "1"
 SANITIZE = os.getenv("SANITIZE")
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+def nvcc_says(*question: str) -> str:
+    return subprocess.check_output([f"{TOOLKIT}/bin/nvcc", *question], text=True)
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA engine is not built; None if it is. Asks for no GPU: builders have none."""
+    wanted = os.getenv("FUSEDRNN_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"FUSEDRNN_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return "FUSEDRNN_CUDA was 0"
+    if SANITIZE:
+        return "SANITIZE was set"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if TOOLKIT is None:
+        return "no CUDA toolkit was found (CUDA_HOME, or nvcc on PATH)"
+    release = re.search(r"release (\d+)\.(\d+)", nvcc_says("--version"))
+    if release and release[1] != torch.version.cuda.split(".")[0]:
+        found = f"{release[1]}.{release[2]} in {TOOLKIT}"
+        return (
+            f"torch {torch.__version__} needs CUDA {torch.version.cuda}, and the toolkit is {found}"
+        )
+    return None
+
+
+def default_architectures() -> str:
+    known = nvcc_says("--list-gpu-arch").split()
+    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
+
+
+REASON = why_no_cuda()
+if REASON is not None and os.getenv("FUSEDRNN_CUDA") == "1":
+    sys.exit(f"FUSEDRNN_CUDA=1, but the CUDA engine cannot be built: {REASON}")
+if REASON is None:
+    # torch's own default is the GPU it sees, and an error where it sees none
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
+    CUDA = f"CUDA {torch.version.cuda}, architectures {architectures.replace(';', ' ')}"
+else:
+    CUDA = f"not built: {REASON}"
 
 
 class BuildExtensionAndInfo(BuildExtension):
@@ -42,31 +114,37 @@ class BuildExtensionAndInfo(BuildExtension):
     def run(self) -> None:
         super().run()
         package = ROOT / "fusedrnn" if self.inplace else Path(self.build_lib) / "fusedrnn"
-        info = f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
-        (package / "_build_info.py").write_text(info)
+        info = f'TORCH_VERSION = "{torch.__version__}"\nCUDA = "{CUDA}"\n'
+        (package / "_build_info.py").write_text('"""Written by setup.py."""\n\n' + info)
 
 
 level = "-O0" if DEBUG else "-O1" if SANITIZE else "-O3"  # more takes a sanitizer very long
-compile_args = [level, "-g" if DEBUG else "-g1" if SANITIZE else "-g0"]
-compile_args += ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
-compile_args += ["-Wno-unused-parameter"]  # torch's headers have many
+cxx_args = [level, "-g" if DEBUG else "-g1" if SANITIZE else "-g0"]
+cxx_args += ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+cxx_args += ["-Wno-unused-parameter"]  # torch's headers have many
+nvcc_args = [level, "-G" if DEBUG else "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 link_args = ["-fopenmp"]
+if os.getenv("WERROR") == "1":
+    cxx_args += ["-Werror"]
+    nvcc_args += ["-Werror=all-warnings"]
 if SANITIZE:
-    compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
+    cxx_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
     link_args += [f"-fsanitize={SANITIZE}"]
 
-# relative and sorted: the same command every time, so that ninja sees no change
-PATTERNS = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/plan.cpp")  # the CUDA planner is plain C++
-sources = sorted(str(p.relative_to(ROOT)) for pattern in PATTERNS for p in ROOT.glob(pattern))
+patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/plan.cpp"]  # the planner is plain C++
+if REASON is None:
+    patterns += ["csrc/cuda/recurrence_cuda.cpp", "csrc/cuda/*.cu"]
+    cxx_args += ["-DFUSEDRNN_CUDA"]
 
 setup(
     packages=["fusedrnn"],
     package_data={"fusedrnn": ["py.typed"]},
     ext_modules=[
-        CppExtension(
+        (CppExtension if REASON else CUDAExtension)(
             "fusedrnn._C",
-            sources,
-            extra_compile_args=compile_args,
+            # relative and sorted: the same command every time, so that ninja sees no change
+            sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)),
+            extra_compile_args={"cxx": cxx_args, "nvcc": nvcc_args},
             extra_link_args=link_args,
         )
     ],

@@ -23,13 +23,14 @@ def _not_built(reason: str) -> ImportError:
 
 
 try:
-    from ._build_info import TORCH_VERSION
+    from . import _build_info
 except ImportError:
     raise _not_built("") from None
 
-if torch.__version__ != TORCH_VERSION:
+if torch.__version__ != _build_info.TORCH_VERSION:
     raise ImportError(
-        f"fusedrnn was built with torch {TORCH_VERSION}, but this is torch {torch.__version__}: "
+        f"fusedrnn was built with torch {_build_info.TORCH_VERSION}, but this is torch "
+        f"{torch.__version__}: "
         f"build it again with `{_BUILD} --force-reinstall --no-deps .` in its checkout"
     )
 
@@ -51,8 +52,8 @@ recurrent_product = torch.ops.fusedrnn.recurrent_product.default
 def build_info() -> dict[str, Any]:
     """How the extension was built, and the instruction set that the CPU engine uses here."""
     return {
-        "torch_built": TORCH_VERSION,
-        "cuda": "not built: fusedrnn has no CUDA engine yet",
+        "torch_built": _build_info.TORCH_VERSION,
+        "cuda": _build_info.CUDA,
         **_C.build_info(),
     }
 

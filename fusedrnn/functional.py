@@ -13,7 +13,7 @@ from . import _ops, onnx, reference
 from .autograd import Activation, transformed
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_DEVICES = ("cpu", "meta")
+_DEVICES = ("cpu", "meta", "cuda") if _ops._C.has_cuda else ("cpu", "meta")
 
 # Multiplications of a step up to which torch.rnn_tanh_cell is as fast as the engine or faster,
 # forward and with backward: measured with `bench/bench_rnn.py --set cell` on AVX-512.
@@ -111,7 +111,8 @@ def rnn(
     if device not in _DEVICES or x.dtype not in _DTYPES:
         if nonlinearity not in reference.NONLINEARITIES:
             raise ValueError(f"Unknown nonlinearity {nonlinearity!r}")
-        _warn_slow(f"no kernel for {x.dtype} tensors on {device}")
+        why = f" ({_ops.build_info()['cuda']})" if device == "cuda" else ""
+        _warn_slow(f"no kernel for {x.dtype} tensors on {device}{why}")
         return reference.rnn(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, reverse=reverse,
             batch_sizes=batch_sizes, keep=keep, alpha=alpha,
