@@ -34,7 +34,8 @@ def find_toolkit() -> Path | None:
         Path(nvcc).resolve().parents[1] if nvcc else None,
         "/usr/local/cuda",
     ):
-        if home and (Path(home) / "bin/nvcc").exists() and (Path(home) / "include").exists():
+        files = ("bin/nvcc", "include/cuda_runtime.h")
+        if home and all((Path(home) / file).exists() for file in files):
             return Path(home)
     return None
 
