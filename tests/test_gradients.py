@@ -36,13 +36,16 @@ def function_of(case: Case, rnn=fusedrnn.rnn):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_first_derivatives(case):
     tensors = tuple(case.arguments(requires_grad=True).values())
-    assert gradcheck(function_of(case), tensors, check_forward_ad=True)
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(function_of(case), tensors, check_forward_ad=True, **batched)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_second_derivatives(case):
     tensors = tuple(case.arguments(requires_grad=True).values())
-    assert gradgradcheck(function_of(case), tensors, check_fwd_over_rev=True)
+    assert gradgradcheck(
+        function_of(case), tensors, check_fwd_over_rev=True, check_batched_grad=True
+    )
 
 
 def derivatives(case: Case, rnn, order: int) -> list[torch.Tensor]:
