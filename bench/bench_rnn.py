@@ -113,7 +113,7 @@ def measure(
     dtype = DTYPES[options.dtype]
     problem = exact.to(dtype)
     ready = prepared(kinds, problem, mode, report)
-    judge = Judge(exact, dtype, mode, ready[0])
+    judge = Judge(exact, torch.finfo(dtype).eps, mode, ready[0])
     flops = exact.flops(mode)
     results = {p.name: Result(mode, exact.shape, p.name, judge.check(p), flops) for p in ready}
     right = [peer for peer in ready if results[peer.name].check.passed]

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,14 @@ class Check:
 
 
 def distances(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Largest error of each result, relative to the largest value of its truth."""
+    """Largest error of each result, relative to the largest value of its truth.
+
+    A truth of fewer steps is that of the first ones.
+    """
     if len(results) != len(truth):
         raise ValueError(f"{len(results)} results instead of {len(truth)}")
     scales = [t.abs().max().clamp_min(1e-300) for t in truth]
+    results = [r if r.numel() == t.numel() else r[: t.size(0)] for r, t in zip(results, truth)]
     return [
         ((r.double().reshape(t.shape) - t).abs().max() / scale).item()
         for r, t, scale in zip(results, truth, scales)
@@ -51,12 +55,12 @@ def distances(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]
 class Judge:
     """Holds the float64 truth of one problem and mode, and the baseline's distance from it."""
 
-    def __init__(self, problem: Problem, dtype: torch.dtype, mode: str, baseline: Peer) -> None:
+    def __init__(self, problem: Problem, eps: float, mode: str, baseline: Peer) -> None:
         loop = UnbindLoop()
         loop.prepare(problem)
         self.mode = mode
         self.truth = loop.results(mode)
-        self.eps = torch.finfo(dtype).eps
+        self.eps = eps
         self.baseline = baseline
         self.baseline_distances = distances(baseline.results(mode), self.truth)
 
@@ -64,10 +68,14 @@ class Judge:
         if peer is self.baseline:
             return Check(max(self.baseline_distances), math.sqrt(self.eps))
         found = distances(peer.results(self.mode), self.truth)
-        bounds = [SLACK * d + FLOOR * self.eps for d in self.baseline_distances]
+        floor = FLOOR * max(self.eps, peer.eps)
+        bounds = [SLACK * d + floor for d in self.baseline_distances]
         checks = [Check(d, b) for d, b in zip(found, bounds)]
         nans = [check for check in checks if math.isnan(check.error)]
         return nans[0] if nans else max(checks, key=lambda check: check.error / check.bound)
+
+
+Timer = Callable[[Callable[[], Any], int], float]  # (call, calls) -> seconds a call
 
 
 def time_calls(call: Callable[[], Any], calls: int) -> float:
@@ -78,7 +86,52 @@ def time_calls(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+def time_calls_on_gpu(call: Callable[[], Any], calls: int) -> float:
+    """The same by CUDA events: from the first call's start to the last one's end on the stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def timer_for(device: torch.device) -> Timer:
+    return time_calls_on_gpu if device.type == "cuda" else time_calls
+
+
+def capture(make: Callable[[], Callable[[], Any]], device: torch.device) -> Callable[[], Any]:
+    """Replays a CUDA graph of the call that `make` returns; without CUDA, that call itself.
+
+    `make` runs on the stream that is captured: a backward runs where its forward ran.
+    """
+    if device.type != "cuda":
+        return make()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call = make()
+        for _ in range(2):  # what a library sets up on its first call cannot be captured
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def take_turns(
+    calls: dict[str, Callable[[], Any]],
+    seconds: float,
+    time_calls: Timer = time_calls,
+    pause: float = PAUSE,
+) -> dict[str, list[float]]:
     """Seconds a call of each, once a round, until the time box is full."""
     slot = seconds / (TURNS * len(calls))
     repeats = {}
@@ -95,7 +148,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
         order = list(calls)
         while len(times[order[0]]) < MIN_ROUNDS or time.perf_counter() < end:
             for name in order:
-                time.sleep(PAUSE)
+                time.sleep(pause)
                 if repeats[name] > 1:  # a single long call hardly feels it
                     calls[name]()  # wakes its thread pool, and warms the caches
                 times[name].append(time_calls(calls[name], repeats[name]))
@@ -137,10 +190,7 @@ def peak_growth(peer: Peer, problem: Problem) -> int:
     Honest only in a fresh process: memory freed earlier and not returned would be used again
     unseen. So the peer is warmed with a problem of one step.
     """
-    one = replace(
-        problem, shape=problem.shape._replace(T=1), x=problem.x[:1], grad=problem.grad[:1]
-    )
-    peer.prepare(one)
+    peer.prepare(problem.first(1))
     peer.forward_backward()
     peer.prepare(problem)
     gc.collect()

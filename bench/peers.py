@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 MODES = (FORWARD, BACKWARD)
+CPU = torch.device("cpu")
 
 
 class Shape(NamedTuple):
@@ -48,21 +49,28 @@ class Problem:
 
     @classmethod
     def random(
-        cls, shape: Shape, dtype: torch.dtype, *, cell: bool, grad_input: bool, threads: int
+        cls,
+        shape: Shape,
+        dtype: torch.dtype,
+        *,
+        cell: bool,
+        grad_input: bool,
+        threads: int,
+        device: torch.device = CPU,
     ) -> Problem:
         """Weights as nn.RNN initialises them; every number is one that `dtype` holds exactly."""
         T, B, I, H = shape
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator(device).manual_seed(0)
         bound = 1 / math.sqrt(H)
 
         def exact(values: Tensor) -> Tensor:
             return values.to(dtype).double()
 
         def normal(*size: int) -> Tensor:
-            return exact(torch.randn(size, generator=random, dtype=torch.float64))
+            return exact(torch.randn(size, generator=random, dtype=torch.float64, device=device))
 
         def uniform(*size: int) -> Tensor:
-            numbers = torch.rand(size, generator=random, dtype=torch.float64)
+            numbers = torch.rand(size, generator=random, dtype=torch.float64, device=device)
             return exact((2 * numbers - 1) * bound)
 
         return cls(
@@ -84,6 +92,11 @@ class Problem:
             h0=None if self.h0 is None else self.h0.to(dtype),
         )
 
+    def first(self, steps: int) -> Problem:
+        """The first steps alone; at most as many as there are."""
+        x, grad = self.x[:steps], self.grad[:steps]
+        return replace(self, shape=self.shape._replace(T=x.size(0)), x=x, grad=grad)
+
     def flops(self, mode: str) -> int:
         T, B, I, H = self.shape
         rows = T * B
@@ -97,6 +110,8 @@ class Peer:
     """One way to run the layer. Results may be in the peer's own arrays, but are finished."""
 
     name: ClassVar[str]
+    eps: float = 0.0  # of a peer that computes in less than the problem's precision
+    compile_seconds: float | None = None  # of a peer that tells
     requires: ClassVar[tuple[str, ...]] = ()  # modules to import
 
     @classmethod
@@ -166,6 +181,13 @@ class TorchPeer(Peer):
         output = self.output()
         return output, torch.autograd.grad(output, self.wanted, self.problem.grad)
 
+    def backward_alone(self) -> Callable[[], Any]:
+        """Goes backward through one and the same forward each time it is called."""
+        output = self.output()
+        return lambda: torch.autograd.grad(
+            output, self.wanted, self.problem.grad, retain_graph=True
+        )
+
 
 class ModulePeer(TorchPeer):
     """A peer that is a module with nn.RNN's parameters in nn.RNN's order."""
@@ -174,7 +196,8 @@ class ModulePeer(TorchPeer):
         raise NotImplementedError
 
     def make_weights(self, problem: Problem) -> list[Tensor]:
-        module = self.make_module(problem.shape.I, problem.shape.H).to(problem.x.dtype)
+        with problem.x.device:
+            module = self.make_module(problem.shape.I, problem.shape.H).to(problem.x.dtype)
         with torch.no_grad():
             for parameter, value in zip(module.parameters(), problem.weights):
                 parameter.copy_(value)

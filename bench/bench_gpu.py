@@ -1,0 +1,302 @@
+#!/usr/bin/env python3
+"""Times fusedrnn on a GPU beside cuDNN, CUDA graphs, torch.compile and FlashRNN; measures the
+latencies that its planner counts on. See bench/README.md.
+
+Kernels that are new may hang, or take the device down with them. So the work is done by a child
+process, which says what it is about to do; where it falls silent or dies, it is ended, that is
+written down, and another child goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_cases import TINY_CHECK_STEPS, Case, Run, all_cases, tiny_cases
+from gpu_report import device_facts, render, summary
+from report import environment
+
+# For a checkout that is built but not installed; an installed fusedrnn comes first.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+MARK = "@@"  # before each line that a child means for its parent
+SILENCE = 30.0  # seconds without a word after which a child is taken to hang
+FATAL = 3  # times that a peer may take a child down; then it is left out of everything
+GROUPS = ("probes", "shapes", "compile", "sweep")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", default="bench/results/gpu", help="a folder (default: %(default)s)")
+    add("--budget", type=float, default=300, help="seconds in all (default: %(default)g)")
+    add("--groups", default=",".join(GROUPS), help="by comma (default: %(default)s)")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cuda, or cpu to try the script (default: cuda)",
+    )
+    add("--tiny", action="store_true", help="the smallest shapes, to try the script")
+    add("--emulated", action="store_true", help="probes on the emulator: their times mean nothing")
+    add("--silence", type=float, default=SILENCE, help=argparse.SUPPRESS)
+    add("--child", help=argparse.SUPPRESS)  # what a child has to do, as JSON
+    options = parser.parse_args(arguments)
+    options.groups = options.groups.split(",")
+    if unknown := [group for group in options.groups if group not in GROUPS]:
+        parser.error(f"unknown groups {unknown}; known: {', '.join(GROUPS)}")
+    if options.budget <= 0:
+        parser.error("--budget must be positive")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU that torch can use; --device cpu --tiny tries the script without")
+    return options
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    cases = tiny_cases() if options.tiny else all_cases()
+    return [case for case in cases if case.group in options.groups]
+
+
+# ---- the child
+
+
+def say(kind: str, **what: Any) -> None:
+    print(MARK + json.dumps({"kind": kind, **what}), flush=True)
+
+
+def child(options: argparse.Namespace) -> int:
+    """Do the tasks, ``"probes"`` or the number of a case, and say what comes of each."""
+    work = json.loads(options.child)
+    cases = cases_of(options)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.init()
+    say("environment", environment={**environment(1, "several", 0), **device_facts(device)})
+    for place, task in enumerate(work["tasks"]):
+        without = work["without"].get(task, {})
+
+        def tell(name: str, phase: str = "", limit: float | None = None, task: str = task) -> None:
+            say("at", task=task, name=name, phase=phase, limit=limit)
+
+        left = work["deadline"] - time.time()
+        if left < needed(task, cases):
+            say("no time", task=task)
+        elif task == "probes":
+            probe(options, without, tell)
+        else:
+            case = cases[int(task)]
+            # Half of the time goes into checks, captures and warming up.
+            share = left / (len(work["tasks"]) - place) / 2
+            seconds = min(3.0, max(0.2, 2 * share if case.group == "shapes" else share))
+            start = time.perf_counter()
+            run = Run(case, device, seconds, tell, without)
+            if options.tiny:
+                run.seconds, run.check_steps = 0.05, TINY_CHECK_STEPS
+            result = run()
+            result["took_seconds"] = time.perf_counter() - start
+            say("result", task=task, result=result)
+        say("done", task=task)
+    say("end")
+    return 0
+
+
+def needed(task: str, cases: list[Case]) -> float:
+    """Seconds without which it is not worth beginning a task."""
+    return 60 if task != "probes" and cases[int(task)].group == "compile" else 0
+
+
+def probe(options: argparse.Namespace, without: dict[str, str], tell: Any) -> None:
+    from probes import Probes, Setting, build, build_emulated
+
+    if options.device != "cuda" and not options.emulated:
+        say("probe", row={"probe": "all", "error": "no GPU here, and --emulated was not asked for"})
+        return
+    tell("nvcc", limit=180.0)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            library = build_emulated() if options.emulated else build(Path(folder))
+        except (ImportError, OSError, RuntimeError) as error:
+            say("probe", row={"probe": "all", "error": f"not built: {error}"})
+            return
+        setting = Setting.on_emulator() if options.emulated else Setting.on_gpu()
+        for row in Probes(library, setting, without, tell).run():
+            say("probe", row=row)
+
+
+# ---- the parent
+
+
+@dataclass
+class Record:
+    """Everything that was found, as it goes into the JSON file."""
+
+    environment: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    emulated: bool = False
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task
+    lost: list[dict[str, Any]] = field(default_factory=list)  # what took a child down
+    not_run: list[str] = field(default_factory=list)  # for lack of time
+    seconds: float = 0
+
+    def as_json(self) -> dict[str, Any]:
+        results = list(self.results.values())
+        return {**vars(self), "results": results, "summary": summary(results)}
+
+
+def words_of(process: subprocess.Popen[str], silence: float) -> Iterator[dict[str, Any]]:
+    """What a child says, until it ends; TimeoutError when it is silent for too long."""
+    words: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def listen() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                words.put(json.loads(line.removeprefix(MARK)))
+            else:  # a library's own words
+                sys.stderr.write(line)
+        words.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    limit = silence
+    while True:
+        try:
+            word = words.get(timeout=limit)
+        except queue.Empty:
+            raise TimeoutError(f"silent for {limit:g} s") from None
+        if word is None or word["kind"] == "end":  # those whom it started may keep its pipe open
+            return
+        limit = max(silence, word.get("limit") or 0)
+        yield word
+
+
+class Foreman:
+    """Has children do all tasks, one child after another."""
+
+    script = __file__
+
+    def __init__(self, options: argparse.Namespace, arguments: Sequence[str]) -> None:
+        self.options, self.arguments = options, arguments
+        self.cases = cases_of(options)
+        self.tasks = ["probes"] if "probes" in options.groups else []
+        self.tasks += [str(number) for number in range(len(self.cases))]
+        self.without: dict[str, dict[str, str]] = {task: {} for task in self.tasks}
+        self.deadline = time.time() + options.budget
+        self.record = Record(command=" ".join(["python", *sys.argv]), emulated=options.emulated)
+
+    def name_of(self, task: str) -> str:
+        return task if task == "probes" else str(self.cases[int(task)])
+
+    def run(self) -> Record:
+        start = time.time()
+        while self.tasks and time.time() < self.deadline:
+            self.send_child()
+        self.record.not_run += map(self.name_of, self.tasks)
+        self.record.seconds = round(time.time() - start, 1)
+        return self.record
+
+    def send_child(self) -> None:
+        work = {"tasks": self.tasks, "without": self.without, "deadline": self.deadline}
+        process = subprocess.Popen(
+            [sys.executable, self.script, *self.arguments, "--child", json.dumps(work)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        at: dict[str, Any] = {"task": self.tasks[0], "name": "start", "phase": ""}
+        try:
+            for word in words_of(process, self.options.silence):
+                at = self.hear(word, at)
+            how = "it ended"
+        except TimeoutError as error:
+            how = str(error)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a GPU may linger
+            process.wait(5 if how == "it ended" else 0)
+        process.kill()
+        if self.tasks:
+            self.write_off(at, f"{how}, exit status {process.returncode}")
+
+    def hear(self, word: dict[str, Any], at: dict[str, Any]) -> dict[str, Any]:
+        """Note what a child says; returns where it is now."""
+        kind = word.pop("kind")
+        if kind == "environment":
+            self.record.environment = self.record.environment or word["environment"]
+        elif kind == "probe":
+            self.record.probes.append(word["row"])
+            self.without["probes"][word["row"]["probe"]] = "done"
+        elif kind == "result":
+            self.record.results[word["task"]] = word["result"]
+            case = self.cases[int(word["task"])]
+            print(f"{case}: {word['result']['took_seconds']:.1f} s", file=sys.stderr, flush=True)
+        elif kind == "no time":
+            self.record.not_run.append(self.name_of(word["task"]))
+        elif kind == "done":
+            self.tasks.remove(word["task"])
+            self.save()
+        else:
+            return word
+        return at
+
+    def write_off(self, at: dict[str, Any], how: str) -> None:
+        """What a child was at when it was lost is left out from now on."""
+        task, name, phase = at["task"], at["name"], at["phase"]
+        note = f"{phase}: took the process down ({how})"
+        where = self.name_of(task)
+        self.record.lost.append({"where": where, "name": name, "phase": phase, "how": how})
+        print(f"LOST at {where}: {name}, {note}", file=sys.stderr, flush=True)
+        times = sum(lost["name"] == name for lost in self.record.lost)
+        if name == "start" and times >= FATAL:
+            self.record.not_run += map(self.name_of, self.tasks)
+            self.tasks.clear()
+            return
+        if task == "probes":
+            self.record.probes.append({"probe": name, "error": note})
+            if name == "nvcc" or name in self.without[task]:
+                self.tasks.remove(task)
+            self.without[task][name] = note
+            return
+        # A loss that names no peer, or one that was left out already, would only come again.
+        known = {kind.name for kind in self.cases[int(task)].kinds}
+        blamed = name if name in known else "fusedrnn"
+        if blamed in self.without[task]:
+            self.tasks.remove(task)
+        for other in self.tasks if times >= FATAL else [task]:
+            if other != "probes":
+                self.without[other][blamed] = note
+                if blamed.startswith("fusedrnn"):
+                    self.without[other]["fusedrnn in a graph"] = note
+
+    def save(self) -> None:
+        folder = Path(self.options.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.record.as_json(), indent=1)
+        (folder / "gpu.json").write_text(text + "\n")
+        (folder / "gpu.txt").write_text(render(self.record.as_json()) + "\n")
+
+
+def main() -> int:
+    options = parse_arguments()
+    if options.child:
+        return child(options)
+    foreman = Foreman(options, sys.argv[1:])
+    record = foreman.run()
+    foreman.save()
+    print(render(record.as_json()))
+    return 1 if record.as_json()["summary"]["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

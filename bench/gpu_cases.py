@@ -1,0 +1,303 @@
+"""One shape in one precision: every peer checked, then timed, with what the planner foretold."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from gpu_peers import (
+    ALONE,
+    COMPILED,
+    EVERYWHERE,
+    GPU_MODES,
+    TF32_EPS,
+    TF32RNN,
+    CompiledShortLoop,
+    FlashRNN,
+    call_of,
+    tf32,
+)
+from measure import PAUSE, Judge, kept_bytes, take_turns, timer_for
+from peers import BACKWARD, FORWARD, MODES, FusedRNN, Peer, Problem, Shape, TorchPeer
+
+CHECK_STEPS = 64  # only these have a gradient at first: what comes after changes no result then
+COMPILE_LIMIT = 180.0  # seconds without a sign of life that compiling a loop may take
+
+
+class Precision(NamedTuple):
+    dtype: torch.dtype
+    eps: float
+
+
+PRECISIONS = {
+    "bf16": Precision(torch.bfloat16, 2.0**-7),
+    "f32": Precision(torch.float32, 2.0**-23),
+    "tf32": Precision(torch.float32, TF32_EPS),  # float32 tensors, TF32 products allowed
+    "f16": Precision(torch.float16, 2.0**-10),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    group: str
+    shape: Shape
+    precision: str
+
+    @property
+    def kinds(self) -> list[type[Peer]]:
+        kinds = COMPILED if self.group == "compile" else EVERYWHERE
+        return [kind for kind in kinds if kind is not TF32RNN or self.precision == "f32"]
+
+    def __str__(self) -> str:
+        return f"{self.group} ({self.shape}) {self.precision}"
+
+
+# performance.md section 7: T, B, I, H.
+SHAPES = [
+    Shape(1024, 1, 64, 64),
+    Shape(1024, 16, 128, 256),
+    Shape(512, 32, 256, 512),
+    Shape(512, 64, 1024, 1024),
+    Shape(256, 128, 2048, 2048),
+]
+
+
+def all_cases() -> list[Case]:
+    """In the order of importance: time may end before they do."""
+    compiled = [Shape(16, 16, 128, 256), Shape(16, 64, 1024, 1024)]  # T: the graph is unrolled
+    sweep = [
+        Shape(256 if H < 1024 else 128, B, H, H)
+        for B in (16, 64, 1, 256)
+        for H in (64, 128, 256, 384, 512, 768, 1024, 2048)
+    ]
+    return [
+        *(Case("shapes", shape, p) for p in ("bf16", "f32", "f16", "tf32") for shape in SHAPES),
+        *(Case("compile", shape, "bf16") for shape in compiled),
+        *(Case("sweep", shape, p) for shape in sweep for p in ("bf16", "f32")),
+    ]
+
+
+TINY_CHECK_STEPS = 4
+
+
+def tiny_cases() -> list[Case]:
+    """The same kinds of cases, so small that a CPU runs them in a moment."""
+    return [
+        *(Case("shapes", Shape(6, 2, 3, 8), precision) for precision in PRECISIONS),
+        Case("compile", Shape(2, 2, 3, 8), "bf16"),
+        Case("sweep", Shape(5, 1, 8, 8), "f32"),
+    ]
+
+
+@dataclass
+class Found:
+    """What came of one peer."""
+
+    failed: str | None = None
+    coarse: bool = False  # computed in less than the precision of the case
+    check: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # a call, by mode and round
+    peak_bytes: int | None = None
+    kept_bytes: int | None = None
+    compile_seconds: float | None = None
+
+
+Tell = Callable[..., None]  # at what peer and phase the work is, and for how long that may take
+
+
+class Run:
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        seconds: float,
+        tell: Tell = lambda *words, **more: None,
+        without: Mapping[str, str] = MappingProxyType({}),
+        check_steps: int = CHECK_STEPS,
+    ) -> None:
+        self.case, self.device, self.seconds, self.tell = case, device, seconds, tell
+        self.check_steps = check_steps
+        self.precision = PRECISIONS[case.precision]
+        self.found: dict[str, Found] = {k.name: Found() for k in case.kinds}
+        for name, reason in without.items():
+            self.found[name] = Found(failed=reason)
+
+    def __call__(self) -> dict[str, Any]:
+        with tf32(self.case.precision == "tf32"):
+            problem, exact, peers = self.prepare()
+            for mode in MODES:
+                self.check(exact, mode, peers)
+            del exact
+            # From here on all steps have a gradient, in the memory that graphs know.
+            random = torch.Generator(self.device).manual_seed(1)
+            problem.grad[self.check_steps :].normal_(generator=random)
+            peers = [peer for peer in peers if not self.found[peer.name].failed]
+            for mode in GPU_MODES:
+                self.time(mode, peers)
+            for peer in peers:
+                self.weigh(peer)
+            chains = self.time_chains(problem)
+            foretold = self.foretell(problem)
+        result = {
+            "group": self.case.group,
+            "shape": self.case.shape._asdict(),
+            "precision": self.case.precision,
+            "peers": {name: asdict(found) for name, found in self.found.items()},
+            "chains": chains,
+            "foretold": foretold,
+        }
+        peers.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return result
+
+    def attempt(self, name: str, phase: str, action: Callable[[], Any], **more: Any) -> Any:
+        """The action's result; None, and noted, where it fails."""
+        self.tell(name, phase, **more)
+        try:
+            return action()
+        except Exception as error:
+            if is_fatal(error, self.device):
+                raise  # nothing runs on this device any more: a new process goes on
+            note = f"{phase}: {type(error).__name__}: {str(error).strip()[:600]}"
+            self.found.setdefault(name, Found()).failed = note
+            return None
+
+    def prepare(self) -> tuple[Problem, Problem, list[Peer]]:
+        """The problem, its first steps in float64, and who can run it."""
+        exact = Problem.random(
+            self.case.shape,
+            self.precision.dtype,
+            cell=False,
+            grad_input=True,
+            threads=1,
+            device=self.device,
+        )
+        exact.grad[self.check_steps :] = 0
+        problem = exact.to(self.precision.dtype)
+        peers = [peer for kind in self.case.kinds if (peer := self.prepared(kind, problem))]
+        return problem, exact.first(self.check_steps), peers
+
+    def prepared(self, kind: type[Peer], problem: Problem) -> Peer | None:
+        found = self.found[kind.name]
+        found.failed = found.failed or kind.missing() or kind.declines(problem, BACKWARD)
+        if found.failed:
+            return None
+        peer = kind()
+        compiles = kind in (CompiledShortLoop, FlashRNN)
+        self.attempt(
+            peer.name,
+            "prepare",
+            lambda: peer.prepare(problem),
+            limit=COMPILE_LIMIT if compiles else None,
+        )
+        found.coarse = peer.eps > self.precision.eps
+        found.compile_seconds = peer.compile_seconds
+        return None if found.failed else peer
+
+    def check(self, exact: Problem, mode: str, peers: list[Peer]) -> None:
+        """The first that runs, nn.RNN, is the measure of the others."""
+        judge = None
+        for peer in peers:
+            phase = f"check {mode}"
+            if judge is None:
+                make = functools.partial(Judge, exact, self.precision.eps, mode, peer)
+                judge = self.attempt(peer.name, phase, make)
+            if judge is not None:
+                check = self.attempt(peer.name, phase, functools.partial(judge.check, peer))
+                if check is not None:
+                    verdict = {**asdict(check), "passed": check.passed}
+                    self.found[peer.name].check[mode] = verdict
+
+    def time(self, mode: str, peers: list[Peer]) -> None:
+        calls = {}
+        for peer in peers:
+            if mode == ALONE and isinstance(peer, CompiledShortLoop):
+                continue  # its graphs reuse the memory of a forward that is to be kept
+            call = self.attempt(
+                peer.name, f"ready to time {mode}", functools.partial(call_of, peer, mode)
+            )
+            if call is not None:
+                calls[peer.name] = call
+        times = self.attempt("everyone", f"time {mode}", functools.partial(self.turns, calls))
+        for name, seconds in (times or {}).items():
+            self.found[name].seconds[mode] = seconds
+
+    def turns(self, calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        if not calls:
+            return {}
+        pause = 0 if self.device.type == "cuda" else PAUSE
+        seconds = self.seconds / (len(GPU_MODES) + 1)  # the chains are the fourth
+        return take_turns(calls, seconds, timer_for(self.device), pause)
+
+    def weigh(self, peer: Peer) -> None:
+        """Memory. That of a graph is its peer's, and lives as long as the graph."""
+        if not isinstance(peer, TorchPeer) or isinstance(peer, CompiledShortLoop):
+            return
+        found = self.found[peer.name]
+        found.kept_bytes = self.attempt(peer.name, "kept memory", lambda: kept_bytes(peer))
+        if self.device.type == "cuda":
+            found.peak_bytes = self.attempt(peer.name, "peak memory", lambda: peak_bytes(peer))
+
+    def time_chains(self, problem: Problem) -> dict[str, list[float]]:
+        """Seconds of the recurrences alone, as they are inside the layer: no input product, no
+        products after them."""
+        if self.found[FusedRNN.name].failed:
+            return {}
+        from fusedrnn import _ops
+
+        w_ih, w_hh, b_ih, b_hh = problem.weights
+        u = torch.nn.functional.linear(problem.x, w_ih, b_ih + b_hh)
+        walk = (None, None, None, "tanh", False)  # alpha, keep, batch_sizes
+
+        def forward() -> Any:
+            return _ops.activation(u, None, None, None, None, w_hh, *walk)
+
+        def both() -> dict[str, list[float]]:
+            h, *_ = forward()
+
+            def backward() -> Any:
+                return _ops.adjoint(problem.grad, None, None, h, w_hh, *walk, False, False)
+
+            return self.turns({FORWARD: forward, ALONE: backward})
+
+        with torch.no_grad():
+            return self.attempt("fusedrnn chains", "time chains", both) or {}
+
+    def foretell(self, problem: Problem) -> dict[str, Any]:
+        """The planner's word: regime and microseconds a step of each chain, and a sentence."""
+        if self.found[FusedRNN.name].failed:
+            return {}
+        from fusedrnn.explain import plans
+
+        peer = FusedRNN()
+        peer.prepare(problem)
+        return self.attempt("fusedrnn plan", "plan", lambda: plans(peer.module, peer.x)[0]) or {}
+
+
+def peak_bytes(peer: TorchPeer) -> int:
+    """What one forward+backward allocates at most, beside the inputs and the weights."""
+    peer.forward_backward()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    peer.forward_backward()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def is_fatal(error: Exception, device: torch.device) -> bool:
+    """Whether the device is lost to this process: a kernel went wrong, not only a call."""
+    if device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,178 @@
+"""Who runs on a GPU beside the peers of peers.py: CUDA graphs of them, TF32, FlashRNN."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from measure import capture
+from peers import (
+    BACKWARD,
+    FORWARD,
+    CompiledLoop,
+    FusedRNN,
+    Peer,
+    Problem,
+    TorchPeer,
+    TorchRNN,
+    UnbindLoop,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+ALONE = "backward"  # of a forward that has been; the third mode, only here
+GPU_MODES = (FORWARD, BACKWARD, ALONE)
+
+TF32_EPS = 2.0**-10
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """What torch may do with float32 products, its own and cuDNN's."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+class TF32RNN(TorchRNN):
+    """What `nn.RNN` does unless told otherwise: float32 tensors, TF32 products."""
+
+    name = "nn.RNN TF32"
+    eps = TF32_EPS
+
+    def forward(self) -> Tensor:
+        with tf32(True):
+            return super().forward()
+
+    def forward_backward(self) -> tuple[Tensor, Sequence[Tensor]]:
+        with tf32(True):
+            return super().forward_backward()
+
+    def backward_alone(self) -> Callable[[], Any]:
+        with tf32(True):
+            backward = super().backward_alone()
+
+        def call() -> Any:
+            with tf32(True):
+                return backward()
+
+        return call
+
+
+class Graphed(Peer):
+    """Another peer from a CUDA graph: the same kernels, without Python and launches."""
+
+    inner: ClassVar[type[TorchPeer]]
+
+    def prepare(self, problem: Problem) -> None:
+        self.device = problem.x.device
+        self.peer = self.inner()
+        self.peer.prepare(problem)
+        self.calls: dict[str, Callable[[], Any]] = {}
+
+    def call(self, mode: str) -> Callable[[], Any]:
+        if mode not in self.calls:
+            self.calls[mode] = capture(lambda: call_of(self.peer, mode), self.device)
+        return self.calls[mode]
+
+    def forward(self) -> Tensor:
+        return self.call(FORWARD)()
+
+    def forward_backward(self) -> tuple[Tensor, Sequence[Tensor]]:
+        return self.call(BACKWARD)()
+
+
+def call_of(peer: Peer, mode: str) -> Callable[[], Any]:
+    if mode == ALONE and isinstance(peer, TorchPeer):
+        return peer.backward_alone()
+    return peer.call(mode)
+
+
+class GraphedRNN(Graphed):
+    name = "nn.RNN in a graph"
+    inner = TorchRNN
+
+
+class GraphedFusedRNN(Graphed):
+    name = "fusedrnn in a graph"
+    inner = FusedRNN
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return FusedRNN.missing()
+
+
+class GraphedLoop(Graphed):
+    name = "loop in a graph"
+    inner = UnbindLoop
+
+
+class CompiledShortLoop(CompiledLoop):
+    """Tells how long compiling took. With `reduce-overhead`, CUDA graphs of its own."""
+
+    def prepare(self, problem: Problem) -> None:
+        super().prepare(problem)
+        if problem.x.is_cuda:
+            self.compiled = torch.compile(
+                self.run, fullgraph=True, dynamic=False, mode="reduce-overhead"
+            )
+        self.compile_seconds = seconds_of(self.forward) + seconds_of(self.forward_backward)
+
+    def output(self) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # the last call's results may be overwritten
+        return super().output()
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class FlashRNN(UnbindLoop):
+    """Its fused Elman kernel, and an input product like everyone's. It compiles itself for each
+    shape, on first use, after a sleep of up to ten seconds."""
+
+    name = "FlashRNN"
+    requires = ("flashrnn",)
+
+    @classmethod
+    def declines(cls, problem: Problem, mode: str) -> str | None:
+        if not problem.x.is_cuda:
+            return "it runs on CUDA only"
+        return None
+
+    def prepare(self, problem: Problem) -> None:
+        super().prepare(problem)
+        # Its float32 is TF32, always.
+        self.eps = TF32_EPS if problem.x.dtype == torch.float32 else 0.0
+        function: Any = importlib.import_module("flashrnn")
+        while not callable(function):
+            function = function.flashrnn
+        self.function = function
+        self.compile_seconds = seconds_of(self.forward) + seconds_of(self.forward_backward)
+
+    def output(self) -> Tensor:
+        w_ih, w_hh, b_ih, b_hh = self.weights
+        u = F.linear(self.x, w_ih)
+        states, _ = self.function(
+            u.transpose(0, 1)[:, :, None, None],  # batch, time, gate, head, unit
+            w_hh[None, None],
+            (b_ih + b_hh)[None, None],
+            function="elman",
+            dtype=str(u.dtype).removeprefix("torch."),
+        )
+        return states[0, :, :, 0].transpose(0, 1)
+
+
+EVERYWHERE: list[type[Peer]] = [
+    TorchRNN, FusedRNN, GraphedRNN, GraphedFusedRNN, GraphedLoop, TF32RNN, FlashRNN,
+]  # fmt: skip
+COMPILED: list[type[Peer]] = [TorchRNN, FusedRNN, GraphedFusedRNN, GraphedLoop, CompiledShortLoop]

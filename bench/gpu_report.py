@@ -1,0 +1,347 @@
+"""What bench_gpu.py found, as tables; and whether it is what was promised."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from gpu_peers import ALONE
+from peers import BACKWARD, FORWARD
+from report import layout, number
+
+OURS = ("fusedrnn", "fusedrnn in a graph")
+CUDNN = "nn.RNN"
+
+# Promised µs a step forward on an H100 (issue 3, "How fast"): by B, I, H and precision.
+TARGETS = {
+    (1, 64, 64): {"bf16": 0.15, "f32": 0.15},
+    (16, 128, 256): {"bf16": 0.35, "f32": 0.4},
+    (32, 256, 512): {"bf16": 0.5, "f32": 0.8},
+    (64, 1024, 1024): {"bf16": 0.7, "f32": 4.0},
+    (128, 2048, 2048): {"bf16": 2.5, "f32": 22.0},
+}
+BACKWARD_CHAIN = 1.3  # at most so many times the forward
+OVER_CUDNN = 3.0  # at least so many times as fast, for bf16 and f32, H 264 to 1024, B up to 64
+
+Result = dict[str, Any]
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """The GPU and everything between it and us; on a CPU, that there is none."""
+    if device.type != "cuda":
+        return {"gpu": f"none: {device}"}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "sms": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvidia_smi": output_of(
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu",
+            "--format=csv,noheader",
+        ),
+        "nvcc": output_of("nvcc", "--version").rpartition("\n")[2],
+        "host": platform.node(),
+    }
+
+
+def output_of(program: str, *arguments: str) -> str:
+    if shutil.which(program) is None:
+        return f"no {program}"
+    run = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    return run.stdout.strip() or run.stderr.strip()
+
+
+def median_us(seconds: list[float] | None, T: int) -> float:
+    """Microseconds a step; nan where nothing was measured."""
+    times = sorted(seconds or [])
+    return 1e6 * times[len(times) // 2] / T if times else math.nan
+
+
+def us(result: Result, peer: str, mode: str) -> float:
+    found = result["peers"].get(peer) or {}
+    return median_us(found.get("seconds", {}).get(mode), result["shape"]["T"])
+
+
+def us_backward(result: Result, peer: str) -> float:
+    """By difference."""
+    return us(result, peer, BACKWARD) - us(result, peer, FORWARD)
+
+
+def us_chain(result: Result, mode: str) -> float:
+    return median_us(result["chains"].get(mode), result["shape"]["T"])
+
+
+def best_peer(result: Result, mode: str) -> tuple[str, float]:
+    """The fastest that is not ours and that is as precise as asked for."""
+    times = {
+        name: us(result, name, mode)
+        for name, found in result["peers"].items()
+        if name not in OURS and passed(found)
+    }
+    times = {name: time for name, time in times.items() if not math.isnan(time)}
+    if not times:
+        return "", math.nan
+    name = min(times, key=lambda name: times[name])
+    return name, times[name]
+
+
+def passed(found: dict[str, Any]) -> bool:
+    """Whether every check was passed. A peer in TF32 was given TF32's tolerance: not as precise
+    as float32."""
+    checks = found["check"].values()
+    return bool(checks) and all(check["passed"] for check in checks) and not found["coarse"]
+
+
+def ratio(result: Result, peer: str, mode: str, ours: str = OURS[0]) -> float:
+    """How many times as fast we are."""
+    return us(result, peer, mode) / us(result, ours, mode)
+
+
+def name_of(result: Result) -> str:
+    return ",".join(str(size) for size in result["shape"].values()) + f" {result['precision']}"
+
+
+# ---- the promises
+
+
+def promises(results: list[Result]) -> Iterator[dict[str, Any]]:
+    """Each promise of issue 3 beside what was measured, met or not."""
+
+    def promise(what: str, target: float, found: float, met: bool) -> dict[str, Any]:
+        met = bool(met) and not math.isnan(found)
+        return {"what": what, "target": target, "found": found, "met": met}
+
+    for result in results:
+        if result["group"] != "shapes":
+            continue
+        _, B, I, H = result["shape"].values()
+        target = TARGETS.get((B, I, H), {}).get(result["precision"])
+        if target is not None:
+            found = us(result, OURS[0], FORWARD)
+            yield promise(f"{name_of(result)}: µs forward", target, found, found <= target)
+            found = us_chain(result, ALONE) / us_chain(result, FORWARD)
+            yield promise(
+                f"{name_of(result)}: backward chain / forward chain", BACKWARD_CHAIN, found,
+                found <= BACKWARD_CHAIN,
+            )  # fmt: skip
+    for result in results:
+        _, B, _, H = result["shape"].values()
+        wanted = result["precision"] in ("bf16", "f32") and 264 <= H <= 1024 and B <= 64
+        for mode in (FORWARD, BACKWARD):
+            found = ratio(result, CUDNN, mode)
+            least = OVER_CUDNN if wanted else 1.0
+            if wanted or found < 1:
+                yield promise(f"{name_of(result)}: × {CUDNN}, {mode}", least, found, found >= least)
+
+
+def summary(results: list[Result]) -> dict[str, Any]:
+    kept = list(promises(results))
+    return {
+        "promises": kept,
+        "met": sum(promise["met"] for promise in kept),
+        "wrong": [
+            f"{name} at {name_of(result)}, {mode}: error {check['error']:.3g}, bound "
+            f"{check['bound']:.3g}"
+            for result in results
+            for name, found in result["peers"].items()
+            for mode, check in found["check"].items()
+            if not check["passed"]
+        ],
+        "slower_than_best_peer": [
+            f"{name_of(result)} {mode}: {time:.3g} µs, {name}; ours {us(result, OURS[0], mode):.3g}"
+            for result in results
+            for mode in (FORWARD, BACKWARD)
+            for name, time in [best_peer(result, mode)]
+            if time < us(result, OURS[0], mode)
+        ],
+    }
+
+
+# ---- the tables
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else number(value)
+
+
+def mebibytes(count: int | None) -> str:
+    return "-" if count is None else number(count / 2**20)
+
+
+def forward_table(results: list[Result]) -> tuple[list[str], list[list[str]]]:
+    """A line a case: ours, what was foretold, the best of the others."""
+    header = ["T,B,I,H", "", "fwd", "in graph", "chain", "foretold", "regime"]
+    header += ["best other", "its", "×", "× cuDNN", "error"]
+    rows = []
+    for result in results:
+        name, best = best_peer(result, FORWARD)
+        plan = result["foretold"].get("forward", {})
+        checks = result["peers"].get(OURS[0], {}).get("check", {})
+        error = max((check["error"] for check in checks.values()), default=math.nan)
+        rows.append(
+            [
+                *name_of(result).split(" "),
+                *(cell(us(result, ours, FORWARD)) for ours in OURS),
+                cell(us_chain(result, FORWARD)),
+                cell(plan.get("microseconds")),
+                plan.get("regime", "-"),
+                name or "-",
+                cell(best),
+                cell(best / us(result, OURS[0], FORWARD)),
+                cell(ratio(result, CUDNN, FORWARD)),
+                f"{error:.1e}",
+            ]
+        )
+    return header, rows
+
+
+def backward_table(results: list[Result]) -> tuple[list[str], list[list[str]]]:
+    header = ["T,B,I,H", "", "fwd+bwd", "in graph", "bwd", "alone", "chain", "foretold", "regime"]
+    header += ["best other", "its", "×", "× cuDNN", "peak MiB", "cuDNN's"]
+    rows = []
+    for result in results:
+        name, best = best_peer(result, BACKWARD)
+        plan = result["foretold"].get("backward", {})
+        rows.append(
+            [
+                *name_of(result).split(" "),
+                *(cell(us(result, ours, BACKWARD)) for ours in OURS),
+                cell(us_backward(result, OURS[0])),
+                cell(us(result, OURS[0], ALONE)),
+                cell(us_chain(result, ALONE)),
+                cell(plan.get("microseconds")),
+                plan.get("regime", "-"),
+                name or "-",
+                cell(best),
+                cell(best / us(result, OURS[0], BACKWARD)),
+                cell(ratio(result, CUDNN, BACKWARD)),
+                *(
+                    mebibytes(result["peers"].get(who, {}).get("peak_bytes"))
+                    for who in (OURS[0], CUDNN)
+                ),
+            ]
+        )
+    return header, rows
+
+
+def everyone(results: list[Result]) -> tuple[list[str], list[list[str]]]:
+    """A line a case and peer."""
+    header = ["T,B,I,H", "", "who", "fwd", "fwd+bwd", "bwd", "alone", "error", "bound"]
+    header += ["peak MiB", "kept MiB", "notes"]
+    rows = []
+    for result in results:
+        for name, found in result["peers"].items():
+            checks = list(found["check"].values())
+            worst = max(checks, key=lambda c: c["error"] / c["bound"]) if checks else None
+            notes = []
+            if any(not check["passed"] for check in checks):
+                notes.append("WRONG")
+            if found["compile_seconds"] is not None:
+                notes.append(f"compiled in {found['compile_seconds']:.0f} s")
+            if found["failed"]:
+                notes.append(found["failed"].split("\n")[0][:100])
+            rows.append(
+                [
+                    *name_of(result).split(" "),
+                    name,
+                    *(cell(us(result, name, mode)) for mode in (FORWARD, BACKWARD)),
+                    cell(us_backward(result, name)),
+                    cell(us(result, name, ALONE)),
+                    *([f"{worst['error']:.1e}", f"{worst['bound']:.1e}"] if worst else ["-", "-"]),
+                    mebibytes(found["peak_bytes"]),
+                    mebibytes(found["kept_bytes"]),
+                    "; ".join(notes),
+                ]
+            )
+    return header, rows
+
+
+def probe_rows(probes: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["probe", "ns", "cycles", ""]
+    rows = []
+    for row in probes:
+        more = row.get("error", "")
+        if "clusters" in row:
+            more = f"{row['clusters']} clusters, {row['registers']} registers a thread"
+        rows.append([row["probe"], cell(row.get("ns")), cell(row.get("cycles")), more])
+    return header, rows
+
+
+def describe(data: dict[str, Any]) -> list[str]:
+    env = data["environment"]
+    if not env:
+        return ["nothing was started"]
+    lines = [
+        ", ".join(f"{key} {env[key]}" for key in ("gpu", "sms", "cuda", "cudnn") if key in env),
+        ", ".join(f"{key} {env[key]}" for key in ("nvidia_smi", "nvcc") if key in env),
+        f"{env['cpu']}, {env['os']}; " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()),
+        f"{env['date']}, commit {env['commit']}: {data['command']}; {data['seconds']} s",
+        "µs a step, medians; one layer with biases, gradients of x and all weights. bwd: "
+        "fwd+bwd less fwd. alone: backward, the graph kept. chain: the recurrence alone. "
+        "foretold: the planner, for the chain. ×: times as fast as the other. error: of the "
+        "largest value, against a float64 loop.",
+        "L2 is not flushed between calls: weights and input of a training step are warm, too.",
+    ]
+    if env["gpu"].startswith("none"):
+        lines.append(
+            "NO GPU: CPU tensors and a wall clock, to try the script. The graphs are plain calls "
+            "here, nn.RNN is not cuDNN's, and the times say nothing."
+        )
+    if data["emulated"]:
+        lines.append("The probes ran on the emulator: their times mean nothing.")
+    return [line for line in lines if line]
+
+
+def render(data: dict[str, Any]) -> str:
+    results, found = data["results"], data["summary"]
+    blocks = ["\n".join("# " + line for line in describe(data))]
+    if data["probes"]:
+        blocks.append("== probes\n" + table(*probe_rows(data["probes"])))
+    for group in dict.fromkeys(result["group"] for result in results):
+        some = [result for result in results if result["group"] == group]
+        blocks.append(f"== {group}, forward\n" + table(*forward_table(some)))
+        blocks.append(f"== {group}, forward and backward\n" + table(*backward_table(some)))
+    if results:
+        blocks.append("== everyone\n" + table(*everyone(results)))
+    if promises := found["promises"]:
+        rows = [
+            [p["what"], cell(p["target"]), cell(p["found"]), "met" if p["met"] else "NOT MET"]
+            for p in promises
+        ]
+        blocks.append(
+            f"== promises: {found['met']} of {len(promises)} met\n"
+            + table(["", "target", "found", ""], rows)
+        )
+    plans = [
+        f"{name_of(result)}: {way}: {plan['words']}"
+        for result in results
+        if result["group"] == "shapes"
+        for way, plan in result["foretold"].items()
+        if isinstance(plan, dict) and "words" in plan
+    ]
+    lists = {
+        "slower than the best other": found["slower_than_best_peer"],
+        "WRONG": found["wrong"],
+        "LOST, took the process down": [
+            f"{lost['where']}: {lost['name']}, {lost['phase']}: {lost['how']}"
+            for lost in data["lost"]
+        ],
+        "not run, no time left": data["not_run"],
+        "plans": plans,
+    }
+    blocks += [f"== {title}\n" + "\n".join(lines) for title, lines in lists.items() if lines]
+    return "\n\n".join(blocks)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return layout(header, rows, markdown=False)

@@ -1,0 +1,436 @@
+// Latencies that decide how a recurrence is laid out on a GPU, each measured by a kernel of its
+// own. Built into a shared library and called by probes.py. Torch-free; the caller owns all
+// memory. Every launcher returns a cudaError_t.
+//
+// A kernel repeats one thing `n` times and writes out[0] = cycles, out[1] = nanoseconds in all.
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace {
+
+__device__ int64_t nanoseconds() {
+  int64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns)::"memory");
+  return ns;
+}
+
+__device__ int64_t cycles() {
+  int64_t count;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(count)::"memory");
+  return count;
+}
+
+// Of the calling thread; a kernel has one thread that measures.
+struct Stopwatch {
+  __device__ Stopwatch() : first_ns(nanoseconds()), first_cycle(cycles()) {}
+  __device__ void stop(int64_t* out) const {
+    out[0] = cycles() - first_cycle;
+    out[1] = nanoseconds() - first_ns;
+  }
+  int64_t first_ns, first_cycle;
+};
+
+// ---- within a block
+
+__global__ void block_barrier(int n, int64_t* out) {
+  __syncthreads();
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) __syncthreads();
+  if (threadIdx.x == 0) watch.stop(out);
+}
+
+// `kChains` independent products in each warp, each waiting for itself; so 1 gives the latency.
+template <int kChains>
+__global__ void tensor_core(int n, int64_t* out, float* sink) {
+  float d[kChains][4] = {};
+  const uint32_t a[4] = {threadIdx.x, threadIdx.x + 1, threadIdx.x + 2, threadIdx.x + 3};
+  const uint32_t b[2] = {threadIdx.x + 4, threadIdx.x + 5};
+  __syncthreads();
+  const Stopwatch watch;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  for (int i = 0; i < n; ++i) {
+#pragma unroll
+    for (int c = 0; c < kChains; ++c)
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+          : "+f"(d[c][0]), "+f"(d[c][1]), "+f"(d[c][2]), "+f"(d[c][3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+  float sum = 0;
+#pragma unroll
+  for (int c = 0; c < kChains; ++c) sum += d[c][0] + d[c][1] + d[c][2] + d[c][3];
+  sink[threadIdx.x] = sum;  // before the barrier: the products are finished when the watch stops
+  __syncthreads();
+  if (threadIdx.x == 0) watch.stop(out);
+}
+
+// ---- L2
+
+// Walks a ring of indices; each load waits for the one before it and passes by L1.
+__global__ void pointer_chase(int n, int64_t* out, const int32_t* ring, float* sink) {
+  int32_t at = 0;
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) at = __ldcg(ring + at);
+  sink[0] = float(at);
+  if (threadIdx.x == 0) watch.stop(out);
+}
+
+__global__ void warm(const int32_t* ring, int64_t size, float* sink) {
+  int32_t sum = 0;
+  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) sum += __ldcg(ring + i);
+  sink[threadIdx.x] = float(sum);
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// ---- a cluster of blocks
+
+__device__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+__device__ int cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return int(size);
+}
+
+// The same variable in the shared memory of block `rank`.
+__device__ uint32_t remote(const void* p, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+
+template <bool kRelaxed>
+__device__ void cluster_meet() {
+  if (kRelaxed)
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  else
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+template <bool kRelaxed>
+__global__ void cluster_barrier(int n, int64_t* out) {
+  cluster_meet<false>();
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) cluster_meet<kRelaxed>();
+  if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
+}
+
+// A step of a recurrence in small: each thread writes a word to the next block, all meet, each
+// reads what it got. Two slots, so that one barrier a step is enough.
+__global__ void cluster_exchange(int n, int64_t* out, float* sink) {
+  extern __shared__ uint32_t exchanged[];  // [2][threads]
+  const int next = (cluster_rank() + 1) % cluster_size();
+  uint32_t value = threadIdx.x;
+  cluster_meet<false>();
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) {
+    uint32_t* slot = exchanged + (i % 2) * blockDim.x + threadIdx.x;
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote(slot, next)), "r"(value)
+                 : "memory");
+    cluster_meet<false>();
+    value = *slot + 1;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
+  if (blockIdx.x == 0) sink[threadIdx.x] = float(value);
+}
+
+__device__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Two blocks send a word to and fro, n round trips: st.async carries it and tells the mbarrier of
+// the block that waits. The message may come before its bytes are announced: the phase cannot end
+// without the announcement, which is also the one arrival that it waits for.
+__global__ void async_ping_pong(int n, int64_t* out, float* sink) {
+  __shared__ alignas(8) uint64_t barrier;
+  __shared__ alignas(8) uint32_t slot;
+  const uint32_t own = shared_address(&barrier);
+  const int rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(own) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_meet<false>();
+  if (threadIdx.x == 0) {
+    const uint32_t their_slot = remote(&slot, rank ^ 1), their_barrier = remote(&barrier, rank ^ 1);
+    uint32_t value = 0;
+    const auto announce = [&] {
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 4;" ::"r"(own) : "memory");
+    };
+    const auto send = [&] {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+              their_slot),
+          "r"(value), "r"(their_barrier)
+          : "memory");
+    };
+    const Stopwatch watch;
+    for (int i = 0; i < n; ++i) {
+      if (rank == 0) send();
+      announce();  // while the message is on its way
+      wait_for_phase(own, i & 1);
+      value = *static_cast<volatile uint32_t*>(&slot) + 1;
+      if (rank == 1) send();
+    }
+    if (rank == 0) watch.stop(out);
+    if (rank == 0) sink[0] = float(value);
+  }
+  cluster_meet<false>();  // no block may leave while another writes to its memory
+}
+
+// The same with a plain remote store, released, and a loop that reads until the word changes.
+__global__ void flag_ping_pong(int n, int64_t* out, float* sink) {
+  __shared__ uint32_t slot;
+  const int rank = cluster_rank();
+  if (threadIdx.x == 0) slot = 0;
+  cluster_meet<false>();
+  if (threadIdx.x == 0) {
+    const uint32_t own = shared_address(&slot), theirs = remote(&slot, rank ^ 1);
+    const auto send = [&](uint32_t value) {
+      asm volatile("st.release.cluster.shared::cluster.u32 [%0], %1;" ::"r"(theirs), "r"(value)
+                   : "memory");
+    };
+    const auto receive = [&](uint32_t value) {
+      uint32_t got;
+      do {
+        asm volatile("ld.acquire.cluster.shared::cta.u32 %0, [%1];"
+                     : "=r"(got)
+                     : "r"(own)
+                     : "memory");
+      } while (got != value);
+    };
+    const Stopwatch watch;
+    for (int i = 1; i <= n; ++i) {
+      if (rank == 0) send(uint32_t(i));
+      receive(uint32_t(i));
+      if (rank == 1) send(uint32_t(i));
+    }
+    if (rank == 0) watch.stop(out);
+    if (rank == 0) sink[0] = float(slot);
+  }
+  cluster_meet<false>();
+}
+#else
+template <bool kRelaxed>
+__global__ void cluster_barrier(int, int64_t*) {}
+__global__ void cluster_exchange(int, int64_t*, float*) {}
+__global__ void async_ping_pong(int, int64_t*, float*) {}
+__global__ void flag_ping_pong(int, int64_t*, float*) {}
+#endif
+
+// ---- the grid
+
+__global__ void cooperative_barrier(int n, int64_t* out) {
+  const auto grid = cooperative_groups::this_grid();
+  grid.sync();
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) grid.sync();
+  if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
+}
+
+// All blocks count up one word, and read it until all have.
+__device__ void meet_at_counter(uint32_t* counter, uint32_t full) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    uint32_t arrived;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+    } while (arrived < full);
+  }
+  __syncthreads();
+}
+
+__global__ void counter_barrier(int n, int64_t* out, uint32_t* counter) {
+  uint32_t full = gridDim.x;
+  meet_at_counter(counter, full);
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) meet_at_counter(counter, full += gridDim.x);
+  if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
+}
+
+// Each block writes one 8-byte word, a datum and the number of the step, and reads those of all
+// others until they are of this step: data and signal in one hop, and no fence. Two slots: nobody
+// is more than one step ahead.
+__global__ void flag_in_data(int n, int64_t* out, uint64_t* words, float* sink) {
+  uint32_t value = blockIdx.x;
+  const Stopwatch watch;
+  for (int i = 1; i <= n; ++i) {
+    uint64_t* slot = words + (i % 2) * gridDim.x;
+    if (threadIdx.x == 0) {
+      const uint64_t word = uint64_t(i) << 32 | value;
+      asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(slot + blockIdx.x), "l"(word)
+                   : "memory");
+    }
+    for (int j = threadIdx.x; j < int(gridDim.x); j += blockDim.x) {
+      uint64_t word;
+      do {
+        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(slot + j) : "memory");
+      } while (word >> 32 != uint64_t(i));
+      value = uint32_t(word) + 1;
+    }
+    __syncthreads();
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
+  if (threadIdx.x == 0) sink[blockIdx.x] = float(value);
+}
+
+// ---- launches and occupancy
+
+__global__ void nothing() {}
+
+// As many registers as a thread of 256 can have: values that all wait for one another.
+__global__ void __launch_bounds__(256, 1) many_registers(int n, float* data) {
+  constexpr int kValues = 224;
+  extern __shared__ float unused[];
+  float v[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) v[i] = data[i * 256 + threadIdx.x];
+  for (int k = 0; k < n; ++k) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] = fmaf(v[i], v[(i + 1) % kValues], v[(i + 7) % kValues]);
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) data[i * 256 + threadIdx.x] = v[i];
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, int cluster,
+                   bool cooperative, size_t shared, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[1];
+  config.attrs = attributes;
+  if (cluster > 1) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {unsigned(cluster), 1, 1};
+    config.numAttrs = 1;
+  } else if (cooperative) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+  if (cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* probe_error(int error) { return cudaGetErrorName(cudaError_t(error)); }
+
+int probe_block_barrier(int threads, int n, int64_t* out, cudaStream_t stream) {
+  return launch(block_barrier, 1, threads, 1, false, 0, stream, n, out);
+}
+
+int probe_tensor_core(int chains, int threads, int n, int64_t* out, float* sink,
+                      cudaStream_t stream) {
+  const auto kernel = chains == 1 ? tensor_core<1> : tensor_core<8>;
+  return launch(kernel, 1, threads, 1, false, 0, stream, n, out, sink);
+}
+
+int probe_l2(int64_t size, int n, int64_t* out, const int32_t* ring, float* sink,
+             cudaStream_t stream) {
+  const cudaError_t error = launch(warm, 1, 256, 1, false, 0, stream, ring, size, sink);
+  if (error != cudaSuccess) return error;
+  return launch(pointer_chase, 1, 1, 1, false, 0, stream, n, out, ring, sink);
+}
+
+int probe_cluster_barrier(bool relaxed, int cluster, int threads, int n, int64_t* out,
+                          cudaStream_t stream) {
+  const auto kernel = relaxed ? cluster_barrier<true> : cluster_barrier<false>;
+  return launch(kernel, cluster, threads, cluster, false, 0, stream, n, out);
+}
+
+int probe_cluster_exchange(int cluster, int threads, int n, int64_t* out, float* sink,
+                           cudaStream_t stream) {
+  const size_t shared = 2 * size_t(threads) * sizeof(uint32_t);
+  return launch(cluster_exchange, cluster, threads, cluster, false, shared, stream, n, out, sink);
+}
+
+int probe_async_ping_pong(int n, int64_t* out, float* sink, cudaStream_t stream) {
+  return launch(async_ping_pong, 2, 32, 2, false, 0, stream, n, out, sink);
+}
+
+int probe_flag_ping_pong(int n, int64_t* out, float* sink, cudaStream_t stream) {
+  return launch(flag_ping_pong, 2, 32, 2, false, 0, stream, n, out, sink);
+}
+
+int probe_cooperative_barrier(int blocks, int threads, int n, int64_t* out, cudaStream_t stream) {
+  return launch(cooperative_barrier, blocks, threads, 1, true, 0, stream, n, out);
+}
+
+// `counter` is 0 at first.
+int probe_counter_barrier(int blocks, int threads, int n, int64_t* out, uint32_t* counter,
+                          cudaStream_t stream) {
+  return launch(counter_barrier, blocks, threads, 1, true, 0, stream, n, out, counter);
+}
+
+// `words` [2][blocks] are 0 at first.
+int probe_flag_in_data(int blocks, int threads, int n, int64_t* out, uint64_t* words, float* sink,
+                       cudaStream_t stream) {
+  return launch(flag_in_data, blocks, threads, 1, true, 0, stream, n, out, words, sink);
+}
+
+// `n` empty kernels.
+int probe_launches(int n, cudaStream_t stream) {
+  for (int i = 0; i < n; ++i) nothing<<<1, 32, 0, stream>>>();
+  return cudaGetLastError();
+}
+
+// How many clusters of 256 threads with `shared` bytes a block the device holds at once, and the
+// registers that a thread of that kernel has.
+int probe_occupancy(int cluster, int64_t shared, int* clusters, int* registers) {
+  const auto kernel = reinterpret_cast<const void*>(&many_registers);
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  *registers = attributes.numRegs;
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(cluster));
+  config.blockDim = dim3(256);
+  config.dynamicSmemBytes = size_t(shared);
+  cudaLaunchAttribute attributes_of_launch[1];
+  attributes_of_launch[0].id = cudaLaunchAttributeClusterDimension;
+  attributes_of_launch[0].val.clusterDim = {unsigned(cluster), 1, 1};
+  config.attrs = attributes_of_launch;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+}
+
+}  // extern "C"

@@ -1,0 +1,271 @@
+"""Runs the kernels of probes.cu: how long it takes blocks, clusters and grids to meet, and more.
+
+A row for each: what, nanoseconds and cycles of one repetition, or the error that came instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import capture, timer_for
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cu")
+SHARED = 200 << 10  # bytes that a block of the occupancy probe has
+THREADS = 256
+Row = dict[str, Any] | None  # None: left out
+LINE = 32  # int32 in a cache line of 128 bytes
+
+
+@dataclass
+class Setting:
+    """How much to run: as much as a GPU makes short work of, or what an emulator can."""
+
+    device: torch.device
+    blocks: int  # of the probes of the whole grid: one for each SM
+    repetitions: int = 4000
+    rounds: int = 5
+    cluster_sizes: tuple[int, ...] = (2, 4, 8, 16)
+    ring_lines: int = 1 << 15  # 4 MB: within L2
+    emulated: bool = False
+
+    @classmethod
+    def on_gpu(cls) -> Setting:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return cls(device, torch.cuda.get_device_properties(device).multi_processor_count)
+
+    @classmethod
+    def on_emulator(cls) -> Setting:
+        return cls(torch.device("cpu"), 4, 3, 1, (2, 4), 16, emulated=True)
+
+
+def nvcc() -> str | None:
+    """The compiler: on PATH, or where torch finds a toolkit."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    for place in (shutil.which("nvcc"), CUDA_HOME and f"{CUDA_HOME}/bin/nvcc"):
+        if place and Path(place).exists():
+            return place
+    return None
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """The launchers of probes.cu, compiled for the GPU that is here."""
+    compiler = nvcc()
+    if compiler is None:
+        raise FileNotFoundError("no nvcc: neither on PATH nor in CUDA_HOME")
+    major, minor = torch.cuda.get_device_capability()
+    library = folder / "libprobes.so"
+    command = [
+        compiler, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-shared",
+        "-Xcompiler", "-fPIC", str(SOURCE), "-o", str(library),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
+    return ctypes.CDLL(str(library))
+
+
+def build_emulated() -> ctypes.CDLL:
+    """The same launchers, for kernels that run on the CPU (tests/emulator)."""
+    sys.path.append(str(SOURCE.parents[1] / "tests"))
+    import emulator  # type: ignore[import-not-found]
+
+    return emulator.build_library([SOURCE], name="probes", arch=90)
+
+
+@dataclass
+class Probes:
+    library: ctypes.CDLL
+    setting: Setting
+    without: Container[str] = ()  # names of probes to leave out
+    tell: Callable[[str], None] = lambda name: None  # what begins
+    out: Tensor = field(init=False)
+    sink: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.out = self.zeros(2, torch.int64)
+        self.sink = self.zeros(1024, torch.float32)
+        self.library.probe_error.restype = ctypes.c_char_p
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=self.setting.device)
+
+    def call(self, launcher: str, *arguments: Any) -> None:
+        """Call a launcher on the current stream; ints are passed as int."""
+        converted = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
+            else ctypes.c_bool(a) if isinstance(a, bool)
+            else ctypes.c_int(a) if isinstance(a, int)
+            else a
+            for a in arguments
+        ]  # fmt: skip
+        stream = 0
+        if self.setting.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.setting.device).cuda_stream
+        self.check(getattr(self.library, launcher)(*converted, ctypes.c_void_p(stream)))
+
+    def check(self, error: int) -> None:
+        if error:
+            raise RuntimeError(self.library.probe_error(error).decode())
+
+    def synchronize(self) -> None:
+        if self.setting.device.type == "cuda":
+            torch.cuda.synchronize(self.setting.device)
+
+    def kernel(
+        self, name: str, launch: Callable[[int], None], *, per: float = 1, **more: Any
+    ) -> Row:
+        """Time `launch(n)`, whose kernel writes its cycles and ns; `per`: things a repetition."""
+
+        def row() -> dict[str, Any]:
+            n = self.setting.repetitions
+            launch(max(1, n // 10))  # warms the instruction cache and the clock
+            found = []
+            for _ in range(self.setting.rounds):
+                launch(n)
+                self.synchronize()
+                found.append([value / n / per for value in self.out.tolist()])
+            cycles, ns = (statistics.median(values) for values in zip(*found))
+            return {"ns": ns, "cycles": cycles}
+
+        return self.row(name, row, more)
+
+    def row(self, name: str, measure: Callable[[], dict[str, Any]], more: dict[str, Any]) -> Row:
+        if name in self.without:
+            return None
+        self.tell(name)
+        try:
+            return {"probe": name, **more, **measure()}
+        except (RuntimeError, AttributeError) as error:  # not here, or not in the emulator
+            return {"probe": name, **more, "error": str(error)}
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        for group in (
+            self.blocks, self.tensor_cores, self.l2, self.clusters, self.grids, self.launches,
+            self.occupancy,
+        ):  # fmt: skip
+            yield from filter(None, group())
+
+    def blocks(self) -> Iterator[Row]:
+        for warps in (8, 16):
+            yield self.kernel(
+                f"__syncthreads, {warps} warps",
+                lambda n: self.call("probe_block_barrier", 32 * warps, n, self.out),  # noqa: B023
+                warps=warps,
+            )
+
+    def tensor_cores(self) -> Iterator[Row]:
+        def launch(chains: int, warps: int) -> Callable[[int], None]:
+            return lambda n: self.call(
+                "probe_tensor_core", chains, 32 * warps, n, self.out, self.sink
+            )
+
+        yield self.kernel("mma m16n8k16 bf16, one after another", launch(1, 1), warps=1)
+        for warps in (4, 8):
+            yield self.kernel(
+                f"mma m16n8k16 bf16, {warps} warps at full rate, each of an SM",
+                launch(8, warps),
+                per=8 * warps,
+                warps=warps,
+            )
+
+    def l2(self) -> Iterator[Row]:
+        lines = self.setting.ring_lines
+        order = torch.randperm(lines, generator=torch.Generator().manual_seed(0)) * LINE
+        ring = torch.zeros(lines * LINE, dtype=torch.int32)
+        ring[order] = order.roll(-1).int()
+        ring = ring.to(self.setting.device)
+        size = ctypes.c_int64(ring.numel())
+        yield self.kernel(
+            "load that hits L2", lambda n: self.call("probe_l2", size, n, self.out, ring, self.sink)
+        )
+
+    def clusters(self) -> Iterator[Row]:
+        out, sink = self.out, self.sink
+        for size in self.setting.cluster_sizes:
+            for relaxed in (False, True):
+                yield self.kernel(
+                    f"cluster barrier, {size} blocks, {'relaxed' if relaxed else 'release'}",
+                    lambda n: self.call("probe_cluster_barrier", relaxed, size, THREADS, n, out),  # noqa: B023
+                    cluster=size,
+                )
+            yield self.kernel(
+                f"remote store + cluster barrier, {size} blocks",
+                lambda n: self.call("probe_cluster_exchange", size, THREADS, n, out, sink),  # noqa: B023
+                cluster=size,
+            )
+        yield self.kernel(
+            "st.async + mbarrier, one way",
+            lambda n: self.call("probe_async_ping_pong", n, out, sink),
+            per=2,
+        )
+        yield self.kernel(
+            "remote st.release + ld.acquire, one way",
+            lambda n: self.call("probe_flag_ping_pong", n, out, sink),
+            per=2,
+        )
+
+    def grids(self) -> Iterator[Row]:
+        blocks, out = self.setting.blocks, self.out
+        yield self.kernel(
+            f"grid barrier, {blocks} blocks, cooperative groups",
+            lambda n: self.call("probe_cooperative_barrier", blocks, THREADS, n, out),
+        )
+        yield self.kernel(
+            f"grid barrier, {blocks} blocks, red.release + ld.acquire",
+            lambda n: self.call(
+                "probe_counter_barrier", blocks, THREADS, n, out, self.zeros(1, torch.int32)
+            ),
+        )
+        yield self.kernel(
+            f"grid exchange, {blocks} blocks, flag in the data",
+            lambda n: self.call(
+                "probe_flag_in_data", blocks, THREADS, n, out,
+                self.zeros(2 * blocks, torch.int64), self.sink,
+            ),
+        )  # fmt: skip
+
+    def launches(self) -> Iterator[Row]:
+        count = 1000 if not self.setting.emulated else 3
+        timer = timer_for(self.setting.device)
+
+        def launch() -> None:
+            self.call("probe_launches", count)
+
+        def per_launch(call: Callable[[], Any]) -> dict[str, Any]:
+            call()
+            times = [timer(call, 1) for _ in range(self.setting.rounds)]
+            return {"ns": statistics.median(times) / count * 1e9}
+
+        yield self.row("empty kernel in a stream", lambda: per_launch(launch), {})
+        graph = "empty kernel in a CUDA graph"
+        if self.setting.device.type != "cuda":
+            graph += " (none here: in a stream)"
+        yield self.row(graph, lambda: per_launch(capture(lambda: launch, self.setting.device)), {})
+
+    def occupancy(self) -> Iterator[Row]:
+        for size in self.setting.cluster_sizes:
+            yield self.row(
+                f"clusters of {size} at once, {THREADS} threads, {SHARED >> 10} KB each",
+                lambda: self.clusters_at_once(size),  # noqa: B023
+                {"cluster": size},
+            )
+
+    def clusters_at_once(self, size: int) -> dict[str, Any]:
+        count, registers = ctypes.c_int(), ctypes.c_int()
+        self.check(
+            self.library.probe_occupancy(
+                size, ctypes.c_int64(SHARED), ctypes.byref(count), ctypes.byref(registers)
+            )
+        )
+        return {"clusters": count.value, "registers": registers.value}

@@ -1,0 +1,217 @@
+"""The GPU benchmark runs to its end without a GPU, and goes on when its child hangs or dies.
+
+What the times are is not tested.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import bench_gpu  # noqa: E402
+import gpu_cases  # noqa: E402
+import gpu_peers  # noqa: E402
+import gpu_report  # noqa: E402
+import measure  # noqa: E402
+import peers  # noqa: E402
+
+TINY = ["--device", "cpu", "--tiny"]
+
+
+def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    ran = subprocess.run(
+        [sys.executable, str(BENCH / "bench_gpu.py"), *TINY, "--out", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (folder / "gpu.txt").read_text() == ran.stdout
+    return ran, json.loads((folder / "gpu.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    ran, data = run(tmp_path_factory.mktemp("gpu"), "--groups", "probes,shapes,sweep")
+    return ran.stdout, data
+
+
+def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None:
+    _, data = tiny
+    assert [result["precision"] for result in data["results"]] == [*gpu_cases.PRECISIONS, "f32"]
+    assert data["lost"] == data["not_run"] == []
+    for result in data["results"]:
+        who = {name for name, found in result["peers"].items() if not found["failed"]}
+        there = {"nn.RNN", "fusedrnn", "nn.RNN in a graph", "fusedrnn in a graph"}
+        assert who >= there | {"loop in a graph"}
+        for name in who:
+            found = result["peers"][name]
+            assert set(found["seconds"]) == set(gpu_peers.GPU_MODES)
+            assert [check["passed"] for check in found["check"].values()] == [True, True]
+        assert set(result["chains"]) == {peers.FORWARD, gpu_peers.ALONE}
+        assert result["foretold"]["backward"]["words"]
+
+
+def test_output_says_what_it_is_not(tiny: tuple[str, dict[str, Any]]) -> None:
+    text, _ = tiny
+    assert "NO GPU" in text
+    assert "no GPU here, and --emulated was not asked for" in text
+    for title in ("shapes, forward\n", "sweep, forward and backward\n", "everyone\n", "plans\n"):
+        assert f"== {title}" in text
+
+
+@pytest.mark.slow
+def test_torch_compile(tmp_path: Path) -> None:
+    _, data = run(tmp_path, "--groups", "compile")
+    (result,) = data["results"]
+    assert result["peers"]["torch.compile"]["compile_seconds"] > 0
+
+
+def test_time_may_end_before_the_cases_do(tmp_path: Path) -> None:
+    _, data = run(tmp_path, "--groups", "compile", "--budget", "20")  # which wants a minute
+    assert data["results"] == []
+    assert data["not_run"] == ["compile (2,2,3,8) bf16"]
+
+
+# What a child says before it ends as it must not: by itself, or never.
+BAD_CHILD = """
+import json, sys, time
+work = json.loads(sys.argv[-1])
+task = work["tasks"][0]
+def say(**word): print("@@" + json.dumps(word), flush=True)
+say(kind="environment", environment={{}})
+name = next((n for n in ("fusedrnn", "nn.RNN") if n not in work["without"][task]), None)
+if name:
+    say(kind="at", task=task, name=name, phase="check", limit=None)
+    {end}
+for task in work["tasks"]:
+    say(kind="done", task=task)
+say(kind="end")
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [("sys.exit(3)", "it ended, exit status 3"), ("time.sleep(60)", "silent for 0.5 s")],
+)
+def test_who_takes_the_process_down_is_left_out(
+    end: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(BAD_CHILD.format(end=end))
+    monkeypatch.setattr(bench_gpu.Foreman, "script", str(script))
+    arguments = [*TINY, "--groups", "sweep", "--out", str(tmp_path), "--silence", "0.5"]
+    foreman = bench_gpu.Foreman(bench_gpu.parse_arguments(arguments), arguments)
+    record = foreman.run()
+    assert [lost["name"] for lost in record.lost] == ["fusedrnn", "nn.RNN"]
+    assert all(how in lost["how"] for lost in record.lost)
+    assert set(foreman.without["0"]) == {"fusedrnn", "fusedrnn in a graph", "nn.RNN"}
+    assert foreman.tasks == record.not_run == []
+
+
+def test_a_child_that_cannot_start_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "child.py"
+    script.write_text("raise SystemExit(1)")
+    monkeypatch.setattr(bench_gpu.Foreman, "script", str(script))
+    arguments = [*TINY, "--out", str(tmp_path)]
+    record = bench_gpu.Foreman(bench_gpu.parse_arguments(arguments), arguments).run()
+    assert [lost["name"] for lost in record.lost] == ["start"] * bench_gpu.FATAL
+    assert len(record.not_run) >= 5
+    assert record.results == {}
+
+
+def test_a_peer_that_fails_is_noted_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: Any) -> Any:
+        raise ValueError("no kernel\nfor this")
+
+    monkeypatch.setattr(peers.FusedRNN, "output", fail)
+    case = gpu_cases.Case("sweep", peers.Shape(3, 1, 2, 4), "f32")
+    result = gpu_cases.Run(case, torch.device("cpu"), 0.01)()
+    ours, theirs = result["peers"]["fusedrnn"], result["peers"]["nn.RNN"]
+    assert ours["failed"].startswith("check forward+backward: ValueError: no kernel")
+    assert ours["seconds"] == {} == result["chains"]
+    assert theirs["failed"] is None
+    assert theirs["seconds"]
+    gpu_report.render(
+        {"results": [result], "summary": gpu_report.summary([result]), "probes": [], "lost": [],
+         "not_run": [], "environment": {}}
+    )  # fmt: skip
+
+
+class Wrong(peers.FusedRNN):
+    def output(self) -> torch.Tensor:
+        return super().output() * 1.01
+
+
+def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_cases, "EVERYWHERE", [peers.TorchRNN, Wrong])
+    case = gpu_cases.Case("sweep", peers.Shape(3, 1, 2, 4), "f32")
+    result = gpu_cases.Run(case, torch.device("cpu"), 0.01)()
+    assert len(gpu_report.summary([result])["wrong"]) == 2
+
+
+def a_result(precision: str, us: float, cudnn: float, chain: float) -> dict[str, Any]:
+    """One of the promised shapes, T = 512, with so many microseconds a step."""
+
+    def peer(us: float) -> dict[str, Any]:
+        seconds = {mode: [us * 512e-6] for mode in (peers.FORWARD, peers.BACKWARD)}
+        check = {peers.FORWARD: {"error": 0.0, "bound": 1.0, "passed": True}}
+        return {"seconds": seconds, "check": check, "coarse": False}
+
+    return {
+        "group": "shapes",
+        "shape": {"T": 512, "B": 32, "I": 256, "H": 512},
+        "precision": precision,
+        "peers": {"fusedrnn": peer(us), "nn.RNN": peer(cudnn)},
+        "chains": {peers.FORWARD: [512e-6], gpu_peers.ALONE: [chain * 512e-6]},
+        "foretold": {},
+    }
+
+
+def test_promises_are_held_against_the_numbers() -> None:
+    kept = gpu_report.summary([a_result("bf16", 0.5, 1.6, 1.2)])["promises"]
+    assert [promise["target"] for promise in kept] == [0.5, 1.3, 3, 3]
+    assert all(promise["met"] for promise in kept)
+    broken = gpu_report.summary([a_result("f32", 0.81, 0.8, 1.4)])
+    assert [promise["target"] for promise in broken["promises"]] == [0.8, 1.3, 3, 3]
+    assert broken["met"] == 0
+    assert len(broken["slower_than_best_peer"]) == 2
+    unknown = a_result("bf16", math.nan, 1, 1)
+    assert gpu_report.summary([unknown])["met"] == 1  # the chain's alone
+
+
+def test_a_longer_result_is_compared_over_the_first_steps() -> None:
+    truth = torch.ones(2, 3, dtype=torch.float64)
+    assert measure.distances([torch.ones(5, 3)], [truth]) == [0]
+    assert measure.distances([2 * torch.ones(5, 3)], [truth]) == [1]
+
+
+def test_cases_are_those_of_the_issue() -> None:
+    cases = gpu_cases.all_cases()
+    assert len(set(cases)) == len(cases)
+    sweep = {(c.shape.B, c.shape.H) for c in cases if c.group == "sweep"}
+    sizes = (64, 128, 256, 384, 512, 768, 1024, 2048)
+    assert sweep == {(B, H) for B in (1, 16, 64, 256) for H in sizes}
+    shapes = {tuple(c.shape[1:]) for c in cases if c.group == "shapes"}
+    assert shapes == set(gpu_report.TARGETS)
+
+
+@pytest.mark.parametrize("arguments", [["--groups", "all"], ["--budget", "0"], ["--device", "x"]])
+def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_gpu.parse_arguments([*TINY, *arguments])
+    assert "error: " in capsys.readouterr().err
