@@ -1,0 +1,398 @@
+"""Compiling .cu files for the emulator: nvcc, translation, g++, one library; all of it cached.
+
+nvcc runs once for each file, as it does in a real build: it leaves the host object and, with
+--keep, the PTX that it gave to ptxas; ptxas tells how many registers each kernel takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .translate import Resources, translate
+
+HERE = Path(__file__).resolve().parent
+RUNTIME = HERE / "runtime"
+CACHE = HERE.parents[1] / "build" / "emulator"
+CXX = os.environ.get("CXX", "g++")
+
+# What the translated kernels are compiled with. -O1 is the best of both times: higher levels take
+# much longer for kernels of thousands of instructions, and threads wait more than they compute.
+# Registers wrap around, PTX says when to fuse, and memory has no types. A frame that comes near
+# the size of a fiber's stack is an error, since nothing else guards that.
+KERNEL_FLAGS = (
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-mfma", "-mf16c", "-mavx2"),
+    *("-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-fno-exceptions"),
+    *("-fno-math-errno", "-fvisibility=hidden", "-Werror=frame-larger-than=98304"),
+)
+RUNTIME_FLAGS = (
+    *("-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-mfma", "-mf16c", "-mavx2"),
+    *("-ffp-contract=off", "-fvisibility=hidden"),
+)
+
+
+class BuildError(Exception):
+    """A tool failed; its command and output are in the text."""
+
+
+def cuda_home() -> Path | None:
+    """Where the CUDA toolkit is, if there is one with nvcc."""
+    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if folder and Path(folder, "bin", "nvcc").exists():
+            return Path(folder).resolve()
+    if nvcc := shutil.which("nvcc"):
+        return Path(nvcc).resolve().parents[1]
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        return Path("/usr/local/cuda").resolve()
+    return None
+
+
+def require_cuda_home() -> Path:
+    home = cuda_home()
+    if home is None:
+        raise BuildError("no nvcc: set CUDA_HOME to the CUDA toolkit's folder")
+    return home
+
+
+def environment() -> dict[str, str]:
+    """The preloads of sanitizers are for the tests' own process, not for compilers."""
+    return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+
+
+def run(command: Sequence[str | Path], **options: object) -> str:
+    """Run a tool; returns what it printed."""
+    words = [str(c) for c in command]
+    result = subprocess.run(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        errors="replace",
+        **options,  # type: ignore[call-overload]
+    )
+    if result.returncode:
+        raise BuildError(f"{' '.join(words)}\nfailed ({result.returncode}):\n{result.stdout}")
+    return result.stdout
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one process builds a thing; the others wait and then find it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: str, size: int, changed_ns: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:20]
+
+
+def file_digest(path: str | Path) -> str:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return "missing"
+    return _file_digest(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def tool_version(tool: str) -> str:
+    return run([tool, "--version"])
+
+
+def own_files(pattern: str) -> str:
+    return digest(*(file_digest(p) for p in sorted(HERE.glob(pattern))))
+
+
+def system_file(path: str) -> bool:
+    """Headers of compilers and libraries are taken to change only with their version."""
+    home = cuda_home()
+    return path.startswith(("/usr/", "/lib/")) or (home is not None and path.startswith(f"{home}/"))
+
+
+def read_dependencies(path: Path, folder: Path) -> list[str]:
+    """The project's own files in a make rule that a compiler wrote."""
+    text = path.read_text().replace("\\\n", " ")
+    names = text.partition(":")[2].split()
+    found = {os.path.realpath(folder / n) for n in names}
+    return sorted(f for f in found if not system_file(f))
+
+
+def cached(key: str, suffix: str, make: Callable[[Path, Path], None], folder: Path) -> Path:
+    """The file for a key and for the contents of the files it was made from.
+
+    The key covers all but the included headers, which only the compiler knows. A small record
+    for each key holds which files were read, with their contents, for the latest results.
+    `make(result, rule)` writes the result and a make rule of what it depends on.
+    """
+    objects = CACHE / "objects"
+    record = objects / f"{key}.json"
+    with locked(objects / f"{key}.lock"):
+        entries = json.loads(record.read_text()) if record.exists() else []
+        for entry in entries:
+            result = objects / entry["result"]
+            if result.exists() and all(
+                file_digest(path) == was for path, was in entry["files"].items()
+            ):
+                return result
+        with tempfile.TemporaryDirectory(dir=objects, prefix=f"{key}.") as work:
+            made, rule = Path(work, f"made{suffix}"), Path(work, "rule.d")
+            make(made, rule)
+            files = {p: file_digest(p) for p in read_dependencies(rule, folder)}
+            result = objects / f"{key}-{digest(*files.items())}{suffix}"
+            made.replace(result)
+        entries = [e for e in entries if e["result"] != result.name]
+        entries = [{"result": result.name, "files": files}, *entries][:8]
+        for old in objects.glob(f"{key}-*{suffix}"):
+            if old.name not in {e["result"] for e in entries}:
+                old.unlink()
+        record.write_text(json.dumps(entries, indent=1))
+    return result
+
+
+def compile_cpp(source: Path, flags: Sequence[str], folder: Path) -> Path:
+    key = digest("cpp", source, flags, folder, file_digest(source), tool_version(CXX))
+
+    def make(result: Path, rule: Path) -> None:
+        command = [CXX, *flags, "-c", source, "-o", result, "-MD", "-MF", rule]
+        output = run(command, cwd=folder)
+        if output.strip():
+            print(output, end="")
+
+    return cached(f"{source.stem}-{key}", ".o", make, folder)
+
+
+def read_resources(ptxas_output: str) -> dict[str, Resources]:
+    """Registers and stack of each kernel, from `ptxas -v`."""
+    found = {}
+    for match in re.finditer(
+        r"Compiling entry function '([^']+)'.*?(?=Compiling entry function|\Z)", ptxas_output, re.S
+    ):
+        registers = re.search(r"Used (\d+) registers", match[0])
+        stack = re.search(r"(\d+) bytes stack frame", match[0])
+        found[match[1]] = Resources(
+            int(registers[1]) if registers else 0, int(stack[1]) if stack else 0
+        )
+    return found
+
+
+def sanitizer_flags(sanitizer: str | None) -> tuple[str, ...]:
+    return (f"-fsanitize={sanitizer}",) if sanitizer else ()
+
+
+def compile_cu(source: Path, arch: int, flags: Sequence[str], sanitizer: str | None) -> Path:
+    """An object with the host code and the translated kernels of one .cu file.
+
+    `ld -r` joins the two, kernels first: cuda_runtime.cpp relies on that order.
+    """
+    home = require_cuda_home()
+    nvcc = home / "bin" / "nvcc"
+    kernel_flags = [*KERNEL_FLAGS, *sanitizer_flags(sanitizer), "-I", str(RUNTIME)]
+    key = digest(
+        *("cu", source, arch, flags, kernel_flags, file_digest(source)),
+        *(tool_version(str(nvcc)), tool_version(CXX)),
+        *(own_files("*.py"), own_files("runtime/*.h")),
+    )
+
+    def make(result: Path, rule: Path) -> None:
+        work = result.parent
+        host, kernels, translated = work / "host.o", work / "kernels.o", work / "kernels.cpp"
+        output = run(
+            [
+                *(nvcc, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"),
+                *("-cudart", "none", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-v"),
+                *(*flags, "-MD", "-MF", rule, "--keep", "--keep-dir", work),
+                *("-c", source, "-o", host),
+            ]
+        )
+        (ptx,) = work.glob("*.ptx")
+        translated.write_text(
+            translate(
+                ptx.read_text(errors="replace"),
+                source,
+                read_resources(output),
+                foreign=("/usr/", str(home)),
+            )
+        )
+        run([CXX, *kernel_flags, "-c", translated, "-o", kernels])
+        run(["ld", "-r", "-o", result, kernels, host])
+
+    return cached(f"{source.stem}-{key}", ".o", make, source.parent)
+
+
+def runtime_objects(sanitizer: str | None) -> list[Callable[[], Path]]:
+    """Jobs that compile the emulator's own C++."""
+    flags = [*RUNTIME_FLAGS, "-I", str(RUNTIME), "-isystem", str(require_cuda_home() / "include")]
+    if sanitizer == "thread":
+        flags.append("-DEMULATOR_TSAN")  # and not instrumented, see scheduler.h
+    else:
+        flags += sanitizer_flags(sanitizer)
+    return [
+        functools.partial(compile_cpp, source, flags, RUNTIME)
+        for source in sorted(RUNTIME.glob("*.cpp"))
+    ]
+
+
+def build_objects(
+    sources: Iterable[str | Path],
+    *,
+    arch: int,
+    include: Sequence[str | Path],
+    nvcc_flags: Sequence[str],
+    cxx_flags: Sequence[str],
+    cpp_sources: Iterable[str | Path],
+    sanitizer: str | None,
+) -> list[Path]:
+    """Compile everything, as many files at a time as there are cores."""
+    includes = [word for path in include for word in ("-I", str(Path(path).resolve()))]
+    home = str(require_cuda_home() / "include")
+    cpp_flags = ["-std=c++17", "-fPIC", *cxx_flags, *includes, "-isystem", home]
+    cpp_flags += sanitizer_flags(sanitizer)
+    jobs: list[Callable[[], Path]] = [
+        functools.partial(compile_cu, Path(s).resolve(), arch, (*nvcc_flags, *includes), sanitizer)
+        for s in sources
+    ]
+    jobs += [
+        functools.partial(compile_cpp, p, cpp_flags, p.parent)
+        for p in (Path(s).resolve() for s in cpp_sources)
+    ]
+    jobs += runtime_objects(sanitizer)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
+
+
+def link(
+    objects: Sequence[Path], flags: Sequence[str], name: str, suffix: str, out_dir: Path | None
+) -> Path:
+    """One file out of objects; its name tells what it was made of."""
+    folder = out_dir or CACHE / "linked"
+    folder.mkdir(parents=True, exist_ok=True)
+    key = digest(*(file_digest(o) for o in objects), flags)
+    result = folder / f"{name}-{key}{suffix}"
+    with locked(folder / f"{name}.lock"):
+        if not result.exists():
+            made = result.with_suffix(".making")
+            run([CXX, *objects, *flags, "-o", made])
+            made.replace(result)
+            if not out_dir:
+                old = sorted(folder.glob(f"{name}-*{suffix}"), key=lambda p: p.stat().st_mtime)
+                for path in old[:-16]:
+                    path.unlink(missing_ok=True)
+    return result
+
+
+def split_sanitizer(flags: Sequence[str]) -> tuple[list[str], str | None]:
+    """-fsanitize= is for everything; the other flags are for `cpp_sources` alone."""
+    rest = [f for f in flags if not f.startswith("-fsanitize=")]
+    chosen = [f.partition("=")[2] for f in flags if f.startswith("-fsanitize=")]
+    return rest, chosen[-1] if chosen else None
+
+
+def build_library(
+    sources: Iterable[str | Path],
+    *,
+    name: str,
+    arch: int = 90,
+    include: Sequence[str | Path] = (),
+    nvcc_flags: Sequence[str] = (),
+    cxx_flags: Sequence[str] = (),
+    cpp_sources: Iterable[str | Path] = (),
+    link_flags: Sequence[str] = (),
+    out_dir: str | Path | None = None,
+) -> Path:
+    """A shared library in which the launchers of `sources` run their kernels emulated.
+
+    Args:
+        sources: The .cu files.
+        name: Of the library, for people.
+        arch: What to compile for: 75, 80, 86, 89, 90, 100 ...
+        include: Folders of headers, for the .cu files and `cpp_sources`.
+        nvcc_flags: More flags for the .cu files.
+        cxx_flags: More flags for `cpp_sources`. -fsanitize=address is for the kernels, too.
+        cpp_sources: C++ to link with, such as the glue to torch.
+        link_flags: More flags for the linker.
+        out_dir: Where to put the library; else into the cache.
+    """
+    rest, sanitizer = split_sanitizer(cxx_flags)
+    objects = build_objects(
+        sources,
+        arch=arch,
+        include=include,
+        nvcc_flags=nvcc_flags,
+        cxx_flags=rest,
+        cpp_sources=cpp_sources,
+        sanitizer=sanitizer,
+    )
+    # -Bsymbolic: this library's cudaMalloc is its own, whatever else is loaded.
+    flags = ["-shared", "-Wl,-Bsymbolic", *sanitizer_flags(sanitizer), *link_flags]
+    return link(objects, flags, name, ".so", Path(out_dir) if out_dir else None)
+
+
+def build_program(
+    sources: Iterable[str | Path],
+    driver: str | Path,
+    *,
+    name: str,
+    sanitizer: str | None = None,
+    arch: int = 90,
+    include: Sequence[str | Path] = (),
+    nvcc_flags: Sequence[str] = (),
+    cxx_flags: Sequence[str] = (),
+    cpp_sources: Iterable[str | Path] = (),
+    link_flags: Sequence[str] = (),
+) -> Path:
+    """An executable: `driver` has main() and calls the launchers. For sanitizers, mostly.
+
+    ThreadSanitizer wants to be in the executable from the start; run what this returns with
+    `run_program`.
+    """
+    objects = build_objects(
+        sources,
+        arch=arch,
+        include=include,
+        nvcc_flags=nvcc_flags,
+        cxx_flags=cxx_flags,
+        cpp_sources=[driver, *cpp_sources],
+        sanitizer=sanitizer,
+    )
+    flags = [*sanitizer_flags(sanitizer), *link_flags]
+    return link(objects, flags, name, "", None)
+
+
+def run_program(
+    program: Path, *arguments: str, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run what `build_program` made.
+
+    Without randomised addresses (setarch -R): ThreadSanitizer cannot place its shadow otherwise.
+    """
+    env = environment() | {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 second_deadlock_stack=1",
+    }
+    return subprocess.run(
+        ["setarch", os.uname().machine, "-R", str(program), *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=timeout,
+        check=False,
+    )

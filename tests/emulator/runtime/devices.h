@@ -1,0 +1,28 @@
+// The GPUs that the stand-in pretends to be.
+#pragma once
+#include <cstddef>
+#include <vector>
+
+namespace emulator {
+
+struct Device {
+  const char* name;       // for cudaemu_use_device
+  const char* full_name;  // as cudaGetDeviceProperties gives it
+  int major, minor;
+  int multiprocessors;
+  int threads_per_multiprocessor, blocks_per_multiprocessor;
+  int registers_per_multiprocessor;
+  int shared_per_multiprocessor, shared_per_block, shared_per_block_optin, shared_reserved;
+  int l2_bytes;
+  int clock_khz, memory_clock_khz, memory_bus_bits;
+  size_t memory_bytes;
+  int largest_cluster;  // 0: no clusters
+  // Multiprocessors of each GPC. A cluster lies in one. Real chips differ in what is switched off.
+  std::vector<int> gpcs;
+
+  int architecture() const { return 10 * major + minor; }
+};
+
+const Device* find_device(const char* name);  // null: no such device
+
+}  // namespace emulator

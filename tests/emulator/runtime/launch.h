@@ -1,0 +1,32 @@
+// Running a grid, and the settings that tests make.
+#pragma once
+#include <string>
+
+#include "machine.h"
+
+namespace emulator {
+
+enum class Order { forward, reverse, random };
+
+struct Settings {
+  Order order = Order::forward;
+  u64 seed = 1;
+  double yield_probability = 0;  // random order: the chance to be interrupted at an atomic or fence
+};
+extern Settings settings;
+
+struct Launch {
+  const Kernel* kernel = nullptr;
+  Dim3 grid, block, cluster;
+  size_t dynamic_shared = 0;
+  bool cooperative = false;
+  const char* parameters = nullptr;
+};
+
+// Returns what went wrong, or an empty string.
+std::string run(const Launch&);
+
+// All modules of this library, in the order of linking.
+const Module* const* registered_modules(size_t* count);
+
+}  // namespace emulator

@@ -1,0 +1,906 @@
+// Fibers, the order they run in, barriers, warp operations, and the life of a grid.
+#include "scheduler.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+
+// Saves the registers that a function must keep, and continues where `load` was saved.
+extern "C" void emulator_switch_stack(void** save, void* load);
+#if !defined(__x86_64__)
+#error "the emulator switches stacks in x86-64 assembly; other processors need their own"
+#endif
+asm(R"(
+.text
+.globl emulator_switch_stack
+.hidden emulator_switch_stack
+.type emulator_switch_stack,@function
+emulator_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch_stack,.-emulator_switch_stack
+)");
+
+namespace emulator {
+
+Settings settings;
+bool preemption = false;
+
+namespace {
+
+constexpr u32 barriers_per_block = 16;
+// A kernel that polls this often without any thread getting further is taken to be stuck.
+constexpr u64 most_idle_polls = 20'000'000;
+
+// --- Stacks ---
+// Address space is reserved in slabs and only what a fiber touches is mapped, so stacks can be
+// generous. They have no guard pages: each would split a mapping in two, and a grid on all of an
+// H100 has more threads than a process may have mappings. build.py has the compiler refuse kernels
+// whose frame comes near the size of a stack instead.
+#ifdef EMULATOR_ASAN
+constexpr size_t stack_bytes = 512 << 10;
+#else
+constexpr size_t stack_bytes = 128 << 10;
+#endif
+constexpr size_t stacks_per_slab = 64;
+
+class StackPool {
+ public:
+  char* take() {
+    if (free_.empty()) grow();
+    char* stack = free_.back();
+    free_.pop_back();
+#ifdef EMULATOR_ASAN
+    __asan_unpoison_memory_region(stack, stack_bytes);  // fibers of a failed launch just stop
+#endif
+    return stack;
+  }
+  void give(char* stack) { free_.push_back(stack); }  // the next one to run finds it in the cache
+
+  // Stacks that began at the same offset would all compete for the same lines of the cache.
+  static char* top(char* stack) {
+    const size_t number = reinterpret_cast<size_t>(stack) / stack_bytes;
+    return stack + stack_bytes - 64 - number * 5 % 61 * 64;
+  }
+
+ private:
+  void grow() {
+    void* slab = mmap(nullptr, stacks_per_slab * stack_bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (slab == MAP_FAILED) {
+      std::fputs("emulator: no address space for the stacks of fibers\n", stderr);
+      std::abort();
+    }
+    for (size_t i = stacks_per_slab; i-- > 0;)
+      free_.push_back(static_cast<char*>(slab) + i * stack_bytes);
+  }
+  std::vector<char*> free_;
+};
+
+// --- Threads that can run ---
+class ReadyQueue {
+ public:
+  void reset(size_t capacity) {
+    size_t size = 64;
+    while (size < capacity + 1) size *= 2;
+    if (size > ring_.size()) ring_.resize(size);
+    mask_ = ring_.size() - 1;
+    head_ = tail_ = 0;
+  }
+  bool empty() const { return head_ == tail_; }
+  void push(ThreadState* thread) { ring_[tail_++ & mask_] = thread; }
+  ThreadState* pop() {
+    if (settings.order == Order::random)
+      std::swap(ring_[head_ & mask_], ring_[(head_ + random_number() % (tail_ - head_)) & mask_]);
+    return ring_[head_++ & mask_];
+  }
+
+ private:
+  std::vector<ThreadState*> ring_;
+  size_t mask_ = 0, head_ = 0, tail_ = 0;
+};
+
+struct Machine {
+  StackPool stacks;
+  ReadyQueue ready;
+  Context main;
+  ThreadState* current = nullptr;
+  void (*body)(Thread&) = nullptr;
+  Grid grid;
+  u32 live = 0;  // threads that have not exited
+  u64 idle_polls = 0;
+  bool failed = false;
+  std::string failure;
+  u64 random_state = 1;
+  char end_of_launch = 0;  // an address for ThreadSanitizer
+  // Kept from launch to launch: most of a small launch would else be allocation.
+  std::vector<ThreadState> threads;
+  std::vector<BlockState> blocks;
+  std::vector<ClusterState> clusters;
+  std::vector<char*> dead_stacks;
+  std::mutex mutex;
+} machine;
+
+// --- Switching ---
+void switch_context(Context& from, Context& to, [[maybe_unused]] bool for_ever) {
+#ifdef EMULATOR_ASAN
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake_stack, to.bottom, to.size);
+#endif
+#ifdef EMULATOR_TSAN
+  __tsan_switch_to_fiber(to.fiber, 1);  // 1: the switch itself orders nothing
+#endif
+  emulator_switch_stack(&from.stack_pointer, to.stack_pointer);
+#ifdef EMULATOR_ASAN
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void thread_exits(ThreadState&);
+void prepare(ThreadState&);
+
+// The next thread to run; null if all have exited or wait.
+ThreadState* next_ready() { return machine.ready.empty() ? nullptr : machine.ready.pop(); }
+
+// The first function on a fiber's stack. Runs thread after thread that has not started yet, which
+// costs no switch, until there is one to go back to.
+[[noreturn]] void fiber_main() {
+#ifdef EMULATOR_ASAN
+  // The first fiber of a launch comes from the OS thread's own stack, whose bounds it learns here.
+  const bool first = !machine.main.bottom;
+  __sanitizer_finish_switch_fiber(nullptr, first ? &machine.main.bottom : nullptr,
+                                  first ? &machine.main.size : nullptr);
+#endif
+  for (;;) {
+    ThreadState& self = *machine.current;
+    machine.body(self);
+    thread_exits(self);
+    ThreadState* next = next_ready();
+    char* stack = self.stack;
+    self.stack = nullptr;
+#ifdef EMULATOR_TSAN
+    // To ThreadSanitizer the next thread's locals would race with this one's: no sharing of stacks.
+    machine.dead_stacks.push_back(stack);
+#else
+    if (next && !next->started) {
+      next->started = true;
+      next->stack = stack;
+      machine.current = next;
+      continue;
+    }
+    machine.stacks.give(stack);
+#endif
+    if (!next) switch_context(self.context, machine.main, true);
+    if (!next->started) prepare(*next);
+    machine.current = next;
+    switch_context(self.context, next->context, true);
+  }
+}
+
+void prepare(ThreadState& thread) {
+  thread.started = true;
+  thread.stack = machine.stacks.take();
+  void** top = reinterpret_cast<void**>(StackPool::top(thread.stack));
+  *--top = nullptr;  // fiber_main never returns; this aligns its stack as a call would
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int saved_register = 0; saved_register < 6; ++saved_register) *--top = nullptr;
+  thread.context.stack_pointer = top;
+#ifdef EMULATOR_ASAN
+  thread.context.bottom = thread.stack;
+  thread.context.size = stack_bytes;
+#endif
+#ifdef EMULATOR_TSAN
+  if (!thread.context.fiber) thread.context.fiber = __tsan_create_fiber(0);
+#endif
+}
+
+// Runs others until somebody makes `self` ready. Whoever calls has put it on a list.
+void suspend(ThreadState& self, const char* waiting, const Site& site) {
+  self.waiting = waiting;
+  self.site = &site;
+  ThreadState* next = next_ready();
+  if (next != &self) {
+    if (next) {
+      if (!next->started) prepare(*next);
+      machine.current = next;
+      switch_context(self.context, next->context, false);
+    } else {
+      switch_context(self.context, machine.main, false);
+    }
+  }
+  self.waiting = nullptr;
+}
+
+// --- Barriers ---
+void release_all(Barrier& barrier) {
+  ++barrier.phase;
+  barrier.arrived = 0;
+  barrier.expected = 0;
+  barrier.first = nullptr;
+  barrier.votes = 0;
+  machine.idle_polls = 0;
+  if (settings.order == Order::reverse)
+    std::reverse(barrier.waiting.begin(), barrier.waiting.end());
+  for (ThreadState* thread : barrier.waiting) machine.ready.push(thread);
+  barrier.waiting.clear();
+}
+
+std::string name_of(const Site& site) {
+  return std::string(site.file) + ":" + std::to_string(site.line);
+}
+
+Barrier& block_barrier_named(Thread& self, const Site& site, u32 id) {
+  if (id >= barriers_per_block) fail(self, site, "barrier " + std::to_string(id) + " of 16");
+  return block_of(self).barriers[id];
+}
+
+// True if this was the last arrival.
+bool arrive(Thread& self, const Site& site, Barrier& barrier, u32 count, u32 live) {
+  if (count) {
+    if (barrier.arrived && barrier.expected != count)
+      fail(self, site, "threads meet at one named barrier with different counts");
+    if (count % 32) fail(self, site, "the count of a named barrier is not a multiple of 32");
+    barrier.expected = count;
+  } else if (!barrier.first) {
+    barrier.first = &site;
+  } else if (barrier.first->line != site.line || std::strcmp(barrier.first->file, site.file)) {
+    fail(self, site,
+         "threads of one block wait at different __syncthreads(): some at " +
+             name_of(*barrier.first));
+  }
+  tsan_release(&barrier.order[barrier.phase & 1]);
+  ++barrier.arrived;
+  return barrier.arrived == (count ? count : live);
+}
+
+void thread_exits(ThreadState& self) {
+  Quiet quiet;
+  finish_copies(self);
+  self.exited = true;
+  --machine.live;
+  machine.idle_polls = 0;
+  tsan_release(&machine.end_of_launch);
+  BlockState& block = block_of(self);
+  ClusterState& cluster = *block.cluster;
+  block.warps[self.warp].live &= ~(1u << self.lane);
+  --block.live;
+  --cluster.live;
+  for (Barrier& barrier : block.barriers)
+    if (barrier.arrived && !barrier.expected && barrier.arrived == block.live) release_all(barrier);
+  if (cluster.barrier.arrived && cluster.barrier.arrived == cluster.live)
+    release_all(cluster.barrier);
+  if (block.live == 0 && block.shared_bytes) {
+    // The block's shared memory is gone, also for its peers in the cluster.
+    std::memset(block.shared, 0xFF, block.shared_bytes);
+#ifdef EMULATOR_ASAN
+    __asan_poison_memory_region(block.shared, block.shared_bytes);
+#endif
+  }
+}
+
+// --- The life of a grid ---
+void allocate_shared(BlockState& block, u32 bytes) {
+  constexpr size_t alignment = 1024;  // what swizzled bulk copies ask for
+  // With AddressSanitizer each block's memory has its exact size and red zones around it.
+#ifdef EMULATOR_ASAN
+  std::free(block.shared);
+  block.shared = nullptr;
+  block.shared_capacity = 0;
+#endif
+  if (bytes > block.shared_capacity) {
+    std::free(block.shared);
+    block.shared = nullptr;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, alignment, bytes)) std::abort();
+    block.shared = static_cast<char*>(memory);
+    block.shared_capacity = bytes;
+  }
+  block.shared_bytes = bytes;
+  if (bytes) std::memset(block.shared, 0xFF, bytes);  // NaN in every floating-point format
+}
+
+void start_cluster(u32 number, ClusterState& cluster, BlockState* blocks, ThreadState* threads,
+                   u32 shared_bytes) {
+  const Grid& grid = machine.grid;
+  const Dim3 shape = grid.cluster;
+  const u32 across = grid.blocks.x / shape.x, down = grid.blocks.y / shape.y;
+  const Dim3 corner = {number % across * shape.x, number / across % down * shape.y,
+                       number / across / down * shape.z};
+  const u32 threads_per_block = grid.threads.count();
+  cluster.blocks = blocks;
+  cluster.count = shape.count();
+  cluster.live = cluster.count * threads_per_block;
+  cluster.barrier.arrived = 0;
+  cluster.barrier.first = nullptr;
+  cluster.barrier.waiting.clear();
+  for (u32 rank = 0; rank < cluster.count; ++rank) {
+    BlockState& block = blocks[rank];
+    block.index = {corner.x + rank % shape.x, corner.y + rank / shape.x % shape.y,
+                   corner.z + rank / shape.x / shape.y};
+    block.grid = &machine.grid;
+    block.cluster = &cluster;
+    block.cluster_rank = rank;
+    block.live = threads_per_block;
+    block.threads = threads + rank * threads_per_block;
+    allocate_shared(block, shared_bytes);
+    block.barriers.resize(barriers_per_block);
+    for (Barrier& barrier : block.barriers) {
+      barrier.arrived = barrier.expected = barrier.votes = 0;
+      barrier.first = nullptr;
+      barrier.waiting.clear();
+    }
+    block.warps.resize((threads_per_block + 31) / 32);
+    for (u32 w = 0; w < block.warps.size(); ++w) {
+      const u32 lanes = std::min(32u, threads_per_block - 32 * w);
+      block.warps[w].live = block.warps[w].existing = lanes == 32 ? ~0u : (1u << lanes) - 1;
+      block.warps[w].pending.clear();
+    }
+    u32 x = 0, y = 0, z = 0;
+    for (u32 t = 0; t < threads_per_block; ++t) {
+      ThreadState& thread = block.threads[t];
+      thread.index = {x, y, z};
+      thread.lane = t % 32;
+      thread.warp = t / 32;
+      thread.block = &block;
+      thread.polled = nullptr;
+      thread.polls = 0;
+      thread.waiting = nullptr;
+      thread.cluster_phase = cluster.barrier.phase;
+      thread.cluster_arrived = thread.started = thread.exited = false;
+      if (++x == grid.threads.x) {
+        x = 0;
+        if (++y == grid.threads.y) y = 0, ++z;
+      }
+    }
+  }
+}
+
+std::string who_waits(u32 count) {
+  std::map<std::string, std::pair<u32, const ThreadState*>> groups;
+  for (u32 i = 0; i < count; ++i) {
+    const ThreadState& thread = machine.threads[i];
+    if (thread.exited) continue;
+    const std::string where = thread.waiting && thread.site
+                                  ? std::string(thread.waiting) + " at " + name_of(*thread.site)
+                                  : "running";
+    auto& group = groups.try_emplace(where, 0u, &thread).first->second;
+    ++group.first;
+  }
+  std::string report;
+  for (const auto& [where, group] : groups) {
+    const Dim3& b = group.second->block->index;
+    const Dim3& t = group.second->index;
+    char line[200];
+    std::snprintf(line, sizeof line, "\n  %u threads: %s (first: block %u,%u,%u thread %u,%u,%u)",
+                  group.first, where.c_str(), b.x, b.y, b.z, t.x, t.y, t.z);
+    report += line;
+  }
+  return report;
+}
+
+void start_randomness(u64 launch_number) {
+  machine.random_state = (settings.seed + launch_number) * 0x9E3779B97F4A7C15ull | 1;
+  preemption = settings.order == Order::random && settings.yield_probability > 0;
+}
+
+// Runs the first `count` threads until all have exited, or one has failed, or none can go on.
+void run_threads(u32 count) {
+  machine.ready.reset(count);
+  machine.live = count;
+  machine.idle_polls = 0;
+  if (settings.order == Order::reverse)
+    for (u32 i = count; i-- > 0;) machine.ready.push(&machine.threads[i]);
+  else
+    for (u32 i = 0; i < count; ++i) machine.ready.push(&machine.threads[i]);
+#ifdef EMULATOR_ASAN
+  machine.main.bottom = nullptr;
+#endif
+  ThreadState* first = next_ready();
+  prepare(*first);
+  machine.current = first;
+  switch_context(machine.main, first->context, false);
+  machine.current = nullptr;
+  if (!machine.failed && machine.live) {
+    machine.failed = true;
+    machine.failure = "deadlock: no thread can go on" + who_waits(count);
+  }
+  Quiet quiet;
+  if (machine.failed) {
+    forget_async_operations();
+  } else {
+    run_all_async_operations();
+  }
+  tsan_acquire(&machine.end_of_launch);
+  for (u32 i = 0; i < count; ++i) {
+    ThreadState& thread = machine.threads[i];
+    if (thread.stack) machine.stacks.give(thread.stack);  // a launch that failed leaves some
+    thread.stack = nullptr;
+    if (!thread.exited) finish_copies(thread);
+#ifdef EMULATOR_TSAN
+    if (thread.context.fiber) __tsan_destroy_fiber(thread.context.fiber);
+    thread.context.fiber = nullptr;
+#endif
+  }
+#ifdef EMULATOR_ASAN
+  for (BlockState& block : machine.blocks)
+    if (block.shared_bytes) __asan_unpoison_memory_region(block.shared, block.shared_bytes);
+#endif
+}
+
+std::vector<const Module*>& modules() {
+  static std::vector<const Module*> all;
+  return all;
+}
+
+}  // namespace
+
+RegisterModule::RegisterModule(const Module& module) { modules().push_back(&module); }
+
+const Module* const* registered_modules(size_t* count) {
+  *count = modules().size();
+  return modules().data();
+}
+
+u64 random_number() {  // xorshift64*
+  u64& x = machine.random_state;
+  x ^= x >> 12;
+  x ^= x << 25;
+  x ^= x >> 27;
+  return (x * 0x2545F4914F6CDD1Dull) >> 16;
+}
+
+void progress() { machine.idle_polls = 0; }
+
+std::string run(const Launch& launch) {
+  const std::lock_guard<std::mutex> one_grid_at_a_time(machine.mutex);
+  static u64 launch_number = 0;
+  start_randomness(launch_number++);
+  const Kernel& kernel = *launch.kernel;
+  Grid& grid = machine.grid;
+  grid = Grid{};
+  grid.blocks = launch.grid;
+  grid.threads = launch.block;
+  grid.cluster = launch.cluster;
+  grid.parameters = launch.parameters;
+  grid.cooperative = launch.cooperative;
+  grid.dynamic_shared = (kernel.static_shared + 15) / 16 * 16;
+  const u32 shared_bytes = launch.dynamic_shared ? grid.dynamic_shared + u32(launch.dynamic_shared)
+                                                 : kernel.static_shared;
+  machine.body = kernel.body;
+  machine.failed = false;
+  machine.failure.clear();
+#ifdef EMULATOR_TSAN
+  machine.main.fiber = __tsan_get_current_fiber();
+#endif
+
+  const u32 blocks_per_cluster = launch.cluster.count();
+  const u32 clusters = launch.grid.count() / blocks_per_cluster;
+  const u32 threads_per_cluster = blocks_per_cluster * launch.block.count();
+  // A cooperative grid is alive all at once. Else one cluster runs after the other, as a GPU with
+  // a single SM might do: a kernel that waits for another block is then seen to be wrong.
+  const u32 resident = launch.cooperative ? clusters : 1;
+  if (machine.threads.size() < size_t(resident) * threads_per_cluster)
+    machine.threads.resize(size_t(resident) * threads_per_cluster);
+  if (machine.blocks.size() < size_t(resident) * blocks_per_cluster)
+    machine.blocks.resize(size_t(resident) * blocks_per_cluster);
+  if (machine.clusters.size() < resident) machine.clusters.resize(resident);
+
+  std::vector<u32> order(clusters);
+  for (u32 i = 0; i < clusters; ++i) order[i] = i;
+  if (settings.order == Order::reverse) std::reverse(order.begin(), order.end());
+  if (settings.order == Order::random)
+    for (u32 i = clusters; i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
+
+  for (u32 done = 0; done < clusters && !machine.failed; done += resident) {
+    for (u32 i = 0; i < resident; ++i)
+      start_cluster(order[done + i], machine.clusters[i], &machine.blocks[i * blocks_per_cluster],
+                    &machine.threads[size_t(i) * threads_per_cluster], shared_bytes);
+    run_threads(resident * threads_per_cluster);
+  }
+  for (char* stack : machine.dead_stacks) machine.stacks.give(stack);
+  machine.dead_stacks.clear();
+  return machine.failed ? "kernel " + std::string(kernel.name) + ": " + machine.failure : "";
+}
+
+void fail(Thread& self, const Site& site, const std::string& text) {
+  char where[160];
+  const Dim3 &b = self.block->index, &t = self.index;
+  std::snprintf(where, sizeof where, " (block %u,%u,%u thread %u,%u,%u)", b.x, b.y, b.z, t.x, t.y,
+                t.z);
+  machine.failed = true;
+  machine.failure = text + ", at " + name_of(site) + where;
+  switch_context(state(self).context, machine.main, true);
+  std::abort();  // a failed thread is never continued
+}
+void fail(Thread& self, const Site& site, const char* text) { fail(self, site, std::string(text)); }
+
+void fail_shared_access(Thread& self, const Site& site, u32 address, u32 bytes) {
+  fail(self, site,
+       "out of bounds: " + std::to_string(bytes) + " bytes at " + std::to_string(address) + " of " +
+           std::to_string(self.block->shared_bytes) + " bytes of shared memory");
+}
+void fail_alignment(Thread& self, const Site& site, u64 address, u32 bytes) {
+  char text[100];
+  std::snprintf(text, sizeof text, "misaligned access of %u bytes at address 0x%llx", bytes,
+                address);
+  fail(self, site, text);
+}
+
+// --- Waiting ---
+void block_barrier(Thread& thread, const Site& site, u32 id, u32 count) {
+  Quiet quiet;
+  ThreadState& self = state(thread);
+  Barrier& barrier = block_barrier_named(self, site, id);
+  const u32 phase = barrier.phase;
+  if (arrive(self, site, barrier, count, block_of(self).live)) {
+    if (settings.order != Order::forward) {
+      // The last to arrive would always go first.
+      barrier.waiting.push_back(&self);
+      release_all(barrier);
+      suspend(self, "after __syncthreads", site);
+    } else {
+      release_all(barrier);
+    }
+  } else {
+    barrier.waiting.push_back(&self);
+    suspend(self, "__syncthreads", site);
+  }
+  tsan_acquire(&barrier.order[phase & 1]);
+}
+
+void block_barrier_arrive(Thread& self, const Site& site, u32 id, u32 count) {
+  Quiet quiet;
+  Barrier& barrier = block_barrier_named(self, site, id);
+  if (arrive(self, site, barrier, count, block_of(self).live)) release_all(barrier);
+}
+
+u32 block_barrier_reduce(Thread& thread, const Site& site, Reduce operation, u32 id, u32 count,
+                         bool predicate) {
+  Quiet quiet;
+  ThreadState& self = state(thread);
+  Barrier& barrier = block_barrier_named(self, site, id);
+  const u32 phase = barrier.phase;
+  barrier.votes += predicate;
+  self.barrier_result = 0;
+  if (arrive(self, site, barrier, count, block_of(self).live)) {
+    barrier.waiting.push_back(&self);
+    const u32 votes = barrier.votes, voters = barrier.arrived;
+    for (ThreadState* waiting : barrier.waiting)
+      waiting->barrier_result = operation == Reduce::popc  ? votes
+                                : operation == Reduce::all ? votes == voters
+                                                           : votes > 0;
+    release_all(barrier);
+  } else {
+    barrier.waiting.push_back(&self);
+  }
+  suspend(self, "barrier with reduction", site);
+  tsan_acquire(&barrier.order[phase & 1]);
+  return self.barrier_result;
+}
+
+void cluster_barrier_arrive(Thread& thread, const Site& site, bool release) {
+  Quiet quiet;
+  ThreadState& self = state(thread);
+  ClusterState& cluster = *block_of(self).cluster;
+  Barrier& barrier = cluster.barrier;
+  if (self.cluster_arrived)
+    fail(self, site, "barrier.cluster.arrive twice without a wait between them");
+  self.cluster_arrived = true;
+  self.cluster_phase = barrier.phase;
+  if (release) tsan_release(&barrier.order[barrier.phase & 1]);
+  if (++barrier.arrived == cluster.live) release_all(barrier);
+}
+
+void cluster_barrier_wait(Thread& thread, const Site& site, bool acquire) {
+  Quiet quiet;
+  ThreadState& self = state(thread);
+  Barrier& barrier = block_of(self).cluster->barrier;
+  if (!self.cluster_arrived) fail(self, site, "barrier.cluster.wait without an arrive before it");
+  self.cluster_arrived = false;
+  if (barrier.phase == self.cluster_phase) {
+    barrier.waiting.push_back(&self);
+    suspend(self, "cluster barrier", site);
+  } else if (settings.order == Order::random) {
+    machine.ready.push(&self);
+    suspend(self, "after cluster barrier", site);
+  }
+  if (acquire) tsan_acquire(&barrier.order[self.cluster_phase & 1]);
+}
+
+void yield(Thread& self, const Site& site) {
+  Quiet quiet;
+  run_one_async_operation();
+  if (++machine.idle_polls > most_idle_polls)
+    fail(self, site,
+         "livelock: threads poll and nothing changes" + who_waits(u32(machine.threads.size())));
+  machine.ready.push(&state(self));
+  suspend(state(self), "polling", site);
+}
+
+void preempt_now(Thread& self) {
+  Quiet quiet;
+  static const Site nowhere = {"", 0};
+  if (double(random_number() & 0xFFFFFF) >= settings.yield_probability * 0x1000000) return;
+  run_one_async_operation();
+  machine.ready.push(&state(self));
+  suspend(state(self), "interrupted", nowhere);
+}
+
+#ifdef EMULATOR_TSAN
+// One object for all fences, releases and acquires: this orders more than PTX does, never less,
+// so what is reported is a race.
+static char fence_order;
+void fence(Thread& self) {
+  __tsan_acquire(&fence_order);
+  __tsan_release(&fence_order);
+  preempt(self);
+}
+void after_acquire() { __tsan_acquire(&fence_order); }
+void before_release() { __tsan_release(&fence_order); }
+#endif
+
+// --- Warp operations ---
+void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const void* operand,
+                    void* result, WarpFunction function, const void* shared_argument) {
+  ThreadState& self = state(thread);
+  BlockState& block = block_of(self);
+  Warp& warp = block.warps[self.warp];
+  mask &= warp.existing;  // lanes beyond the end of the block
+  if (!(mask >> self.lane & 1))
+    fail(self, site, "the calling lane is not in the mask of a warp operation");
+  if (mask & ~warp.live) fail(self, site, "a warp operation names a lane that has exited");
+  WarpOperation* operation = nullptr;
+  for (WarpOperation& other : warp.pending) {
+    if (other.mask == mask) {
+      operation = &other;
+    } else if (other.mask & mask & ~other.arrived) {
+      fail(self, site, "lanes of one warp wait in operations with overlapping masks");
+    }
+  }
+  if (!operation) {
+    warp.pending.push_back({mask, 0, kind});
+    operation = &warp.pending.back();
+  }
+  if (operation->kind != kind)
+    fail(self, site, "lanes of one warp meet in different warp operations");
+  operation->arrived |= 1u << self.lane;
+  self.operand = operand;
+  self.result = result;
+  if (operation->arrived != mask) {
+    suspend(self, "warp operation", site);
+    return;
+  }
+  machine.idle_polls = 0;
+  warp.pending.erase(warp.pending.begin() + (operation - warp.pending.data()));
+  ThreadState* const lanes = block.threads + 32 * self.warp;
+  if (function) {
+    const void* operands[32] = {};
+    void* results[32] = {};
+    for (u32 l = 0; l < 32; ++l) {
+      if (!(mask >> l & 1)) continue;
+      operands[l] = lanes[l].operand;
+      results[l] = lanes[l].result;
+    }
+    function(operands, results, mask, shared_argument);
+  }
+  for (u32 i = 0; i < 32; ++i) {
+    const u32 l = settings.order == Order::reverse ? 31 - i : i;
+    if (mask >> l & 1 && &lanes[l] != &self) machine.ready.push(&lanes[l]);
+  }
+  if (settings.order == Order::random) {
+    machine.ready.push(&self);
+    suspend(self, "after a warp operation", site);
+  }
+}
+
+void warp_barrier(Thread& self, const Site& site, u32 mask) {
+  Quiet quiet;
+  // Of the warp operations only this one orders memory.
+  char* order = &block_of(self).warps[self.warp].order;
+  tsan_release(order);
+  warp_operation(self, site, mask, 'b', nullptr, nullptr, nullptr, nullptr);
+  tsan_acquire(order);
+}
+
+u32 active_mask(Thread& self) { return block_of(self).warps[self.warp].live; }
+
+namespace {
+struct Shuffle {
+  u32 value, source;
+};
+}  // namespace
+
+u32 warp_shuffle(Thread& self, const Site& site, char mode, u32 value, u32 b, u32 c, u32 mask,
+                 bool* in_range) {
+  Quiet quiet;
+  const u32 lane = self.lane, segment = c >> 8 & 31, clamp = c & 31;
+  b &= 31;
+  const u32 last = (lane & segment) | (clamp & ~segment), first = lane & segment;
+  s32 source;
+  bool inside;
+  switch (mode) {
+    case 'u':
+      source = s32(lane - b);
+      inside = source >= s32(last);
+      break;
+    case 'd':
+      source = s32(lane + b);
+      inside = source <= s32(last);
+      break;
+    case 'b':
+      source = s32(lane ^ b);
+      inside = source <= s32(last);
+      break;
+    default: source = s32(first | (b & ~segment & 31)); inside = source <= s32(last);
+  }
+  *in_range = inside;
+  const Shuffle operand = {value, inside ? u32(source) : lane};
+  u32 result = 0;
+  warp_operation(
+      self, site, mask, u32(mode), &operand, &result,
+      [](const void* const operands[32], void* const results[32], u32 members, const void*) {
+        for (u32 l = 0; l < 32; ++l) {
+          if (!(members >> l & 1)) continue;
+          const u32 from = static_cast<const Shuffle*>(operands[l])->source;
+          // Reading a lane that does not take part gives poison.
+          *static_cast<u32*>(results[l]) =
+              members >> from & 1 ? static_cast<const Shuffle*>(operands[from])->value : ~0u;
+        }
+      },
+      nullptr);
+  return result;
+}
+
+u32 warp_ballot(Thread& self, const Site& site, u32 mask, bool predicate) {
+  Quiet quiet;
+  u32 result = 0;
+  warp_operation(
+      self, site, mask, 'v', &predicate, &result,
+      [](const void* const operands[32], void* const results[32], u32 members, const void*) {
+        u32 votes = 0;
+        for (u32 l = 0; l < 32; ++l)
+          if (members >> l & 1) votes |= u32(*static_cast<const bool*>(operands[l])) << l;
+        for (u32 l = 0; l < 32; ++l)
+          if (members >> l & 1) *static_cast<u32*>(results[l]) = votes;
+      },
+      nullptr);
+  return result;
+}
+
+u32 warp_match(Thread& self, const Site& site, bool all, u64 value, u32 mask, bool* all_equal) {
+  Quiet quiet;
+  u32 equal = 0;
+  warp_operation(
+      self, site, mask, 'm', &value, &equal,
+      [](const void* const operands[32], void* const results[32], u32 members, const void*) {
+        for (u32 l = 0; l < 32; ++l) {
+          if (!(members >> l & 1)) continue;
+          u32 same = 0;
+          for (u32 k = 0; k < 32; ++k)
+            if (members >> k & 1 &&
+                *static_cast<const u64*>(operands[k]) == *static_cast<const u64*>(operands[l]))
+              same |= 1u << k;
+          *static_cast<u32*>(results[l]) = same;
+        }
+      },
+      nullptr);
+  const u32 members = mask & block_of(self).warps[self.warp].existing;
+  *all_equal = equal == members;
+  return !all || *all_equal ? equal : 0;
+}
+
+u32 warp_reduce(Thread& self, const Site& site, Combine combine, u32 value, u32 mask) {
+  Quiet quiet;
+  u32 result = 0;
+  warp_operation(
+      self, site, mask, 'r' + 256 * u32(combine), &value, &result,
+      [](const void* const operands[32], void* const results[32], u32 members,
+         const void* argument) {
+        bool first = true;
+        u32 total = 0;
+        for (u32 l = 0; l < 32; ++l) {
+          if (!(members >> l & 1)) continue;
+          const u32 x = *static_cast<const u32*>(operands[l]);
+          if (first) {
+            total = x;
+            first = false;
+            continue;
+          }
+          switch (*static_cast<const Combine*>(argument)) {
+            case Combine::add: total += x; break;
+            case Combine::min: total = std::min(total, x); break;
+            case Combine::max: total = std::max(total, x); break;
+            case Combine::smin: total = u32(std::min(s32(total), s32(x))); break;
+            case Combine::smax: total = u32(std::max(s32(total), s32(x))); break;
+            case Combine::bit_and: total &= x; break;
+            case Combine::bit_or: total |= x; break;
+            case Combine::bit_xor: total ^= x; break;
+          }
+        }
+        for (u32 l = 0; l < 32; ++l)
+          if (members >> l & 1) *static_cast<u32*>(results[l]) = total;
+      },
+      &combine);
+  return result;
+}
+
+// --- Clusters ---
+namespace {
+constexpr u32 offset_mask = 0xFFFFFF;
+
+BlockState& peer(Thread& self, const Site& site, u32 rank) {
+  ClusterState& cluster = *block_of(self).cluster;
+  if (rank >= cluster.count)
+    fail(self, site,
+         "no block " + std::to_string(rank) + " in a cluster of " + std::to_string(cluster.count));
+  return cluster.blocks[rank];
+}
+}  // namespace
+
+char* cluster_shared(Thread& self, const Site& site, u32 address, u32 bytes) {
+  const u32 rank = address >> 24;
+  BlockState& owner = rank ? peer(self, site, rank - 1) : block_of(self);
+  const u32 offset = address & offset_mask;
+  if (u64(offset) + bytes > owner.shared_bytes) fail_shared_access(self, site, address, bytes);
+  if (owner.live == 0) fail(self, site, "access to the shared memory of a block that has exited");
+  if (bytes && !(bytes & (bytes - 1)) && bytes <= 16 && address & (bytes - 1))
+    fail_alignment(self, site, address, bytes);
+  return owner.shared + offset;
+}
+
+u32 map_to_rank(Thread& self, const Site& site, u32 address, u32 rank) {
+  peer(self, site, rank);
+  return (address & offset_mask) | (rank + 1) << 24;
+}
+
+u64 map_generic_to_rank(Thread& self, const Site& site, u64 pointer, u32 rank) {
+  const u32 offset = shared_address_of(self, site, pointer) & offset_mask;
+  return reinterpret_cast<u64>(peer(self, site, rank).shared) + offset;
+}
+
+u32 shared_address_of(Thread& self, const Site& site, u64 pointer) {
+  const u64 own = pointer - reinterpret_cast<u64>(self.block->shared);
+  if (own <= self.block->shared_bytes) return u32(own);
+  ClusterState& cluster = *block_of(self).cluster;
+  for (u32 rank = 0; rank < cluster.count; ++rank) {
+    const u64 offset = pointer - reinterpret_cast<u64>(cluster.blocks[rank].shared);
+    if (offset <= cluster.blocks[rank].shared_bytes) return u32(offset) | (rank + 1) << 24;
+  }
+  if (pointer == 0) return 0;  // a null pointer may be converted, though not used
+  fail(self, site, "a pointer is converted to shared memory that does not point there");
+}
+
+bool is_shared(Thread& self, u64 pointer, bool of_cluster) {
+  if (pointer - reinterpret_cast<u64>(self.block->shared) < self.block->shared_bytes) return true;
+  if (!of_cluster) return false;
+  ClusterState& cluster = *block_of(self).cluster;
+  for (u32 rank = 0; rank < cluster.count; ++rank)
+    if (pointer - reinterpret_cast<u64>(cluster.blocks[rank].shared) <
+        cluster.blocks[rank].shared_bytes)
+      return true;
+  return false;
+}
+
+u32 rank_of_shared(u32 address, const Thread& self) {
+  return address >> 24 ? (address >> 24) - 1 : self.block->cluster_rank;
+}
+
+}  // namespace emulator
