@@ -50,6 +50,15 @@ def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
     return alpha.to(like.dtype).expand(size)
 
 
+def first_size(batch_sizes: Tensor) -> int:
+    """B, for compilers: an output whose size only data tell would break a graph at every layer.
+
+    This breaks it once, or not where all must be one graph. Within ``torch.export``,
+    ``pack_padded_sequence`` has floating-point ``batch_sizes``, by a mistake of torch's.
+    """
+    return int(batch_sizes[0].long().item())
+
+
 def rnn(
     x: Tensor,
     w_ih: Tensor | None,
@@ -127,6 +136,8 @@ def rnn(
     activation = _ops.activation if watched else Activation.differentiate
     if compiling and torch.onnx.is_in_onnx_export():
         activation = onnx.activation
+    elif compiling and h0 is None and batch_sizes is not None:
+        h0 = x.new_zeros(first_size(batch_sizes), w_hh.size(0))
     h, h_n, _ = activation(
         x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse
     )
