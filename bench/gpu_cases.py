@@ -22,7 +22,7 @@ from gpu_peers import (
     call_of,
     tf32,
 )
-from measure import PAUSE, Judge, kept_bytes, take_turns, timer_for
+from measure import PAUSE, Judge, is_fatal, kept_bytes, take_turns, timer_for
 from peers import BACKWARD, FORWARD, MODES, FusedRNN, Peer, Problem, Shape, TorchPeer
 
 CHECK_STEPS = 64  # only these have a gradient at first: what comes after changes no result then
@@ -290,14 +290,3 @@ def peak_bytes(peer: TorchPeer) -> int:
     peer.forward_backward()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def is_fatal(error: Exception, device: torch.device) -> bool:
-    """Whether the device is lost to this process: a kernel went wrong, not only a call."""
-    if device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False

@@ -323,11 +323,10 @@ def render(data: dict[str, Any]) -> str:
             + table(["", "target", "found", ""], rows)
         )
     plans = [
-        f"{name_of(result)}: {way}: {plan['words']}"
+        f"{name_of(result)}: {way}: {plan['words'] if isinstance(plan, dict) else plan}"
         for result in results
         if result["group"] == "shapes"
         for way, plan in result["foretold"].items()
-        if isinstance(plan, dict) and "words" in plan
     ]
     lists = {
         "slower than the best other": found["slower_than_best_peer"],

@@ -126,6 +126,17 @@ def capture(make: Callable[[], Callable[[], Any]], device: torch.device) -> Call
     return replay
 
 
+def is_fatal(error: Exception, device: torch.device) -> bool:
+    """Whether the device is lost to this process: a kernel went wrong, not only a call."""
+    if device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def take_turns(
     calls: dict[str, Callable[[], Any]],
     seconds: float,

@@ -10,13 +10,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import capture, timer_for
+from measure import capture, is_fatal, timer_for
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -80,7 +81,8 @@ def build_emulated() -> ctypes.CDLL:
     sys.path.append(str(SOURCE.parents[1] / "tests"))
     import emulator  # type: ignore[import-not-found]
 
-    return emulator.build_library([SOURCE], name="probes", arch=90)
+    path = emulator.build_library([SOURCE], name="probes", arch=90)
+    return emulator.Library(path).c
 
 
 @dataclass
@@ -147,14 +149,25 @@ class Probes:
         try:
             return {"probe": name, **more, **measure()}
         except (RuntimeError, AttributeError) as error:  # not here, or not in the emulator
+            if is_fatal(error, self.setting.device):
+                raise
             return {"probe": name, **more, "error": str(error)}
 
     def run(self) -> Iterator[dict[str, Any]]:
+        self.warm_up()
         for group in (
             self.blocks, self.tensor_cores, self.l2, self.clusters, self.grids, self.launches,
             self.occupancy,
         ):  # fmt: skip
             yield from filter(None, group())
+
+    def warm_up(self) -> None:
+        """A clock that idled takes a while to rise."""
+        if self.setting.device.type == "cuda":
+            a = torch.ones(4096, 4096, device=self.setting.device, dtype=torch.bfloat16)
+            end = time.perf_counter() + 0.5
+            while time.perf_counter() < end:
+                (a @ a).sum().item()
 
     def blocks(self) -> Iterator[Row]:
         for warps in (8, 16):
@@ -170,10 +183,10 @@ class Probes:
                 "probe_tensor_core", chains, 32 * warps, n, self.out, self.sink
             )
 
-        yield self.kernel("mma m16n8k16 bf16, one after another", launch(1, 1), warps=1)
+        yield self.kernel("mma m16n8k16 bf16, each waits for the last", launch(1, 1), warps=1)
         for warps in (4, 8):
             yield self.kernel(
-                f"mma m16n8k16 bf16, {warps} warps at full rate, each of an SM",
+                f"mma m16n8k16 bf16, {warps} warps of an SM, one product",
                 launch(8, warps),
                 per=8 * warps,
                 warps=warps,

@@ -211,7 +211,7 @@ class Neighbours:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "jax", "jaxlib", "onnxruntime"):
+    for package in ("numpy", "jax", "jaxlib", "onnxruntime", "triton", "flashrnn"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -5,11 +5,14 @@ What the times are is not tested.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import gpu_peers  # noqa: E402
 import gpu_report  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
+import probes  # noqa: E402
 
 TINY = ["--device", "cpu", "--tiny"]
 
@@ -215,3 +219,137 @@ def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit, match="2"):
         bench_gpu.parse_arguments([*TINY, *arguments])
     assert "error: " in capsys.readouterr().err
+
+
+# ---- what only a GPU does, with stand-ins for torch.cuda: the calls are made, in their order
+
+
+class FakeEvent:
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
+def test_events_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+
+    def call() -> None:
+        FakeEvent.now += 2.0
+
+    timer = measure.timer_for(torch.device("cuda"))
+    assert timer(call, 5) == pytest.approx(2e-3)
+
+
+def test_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def wait_stream(self, other: Any) -> None:
+            said.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            said.append("replay")
+
+    @contextlib.contextmanager
+    def on(*streams: Any, **more: Any) -> Iterator[None]:
+        said.append("capture" if more else "on the stream")
+        yield
+        said.append("end")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", on)
+
+    def make() -> Any:
+        said.append("make")
+        return lambda: said.append("call") or "result"  # type: ignore[func-returns-value]
+
+    replay = measure.capture(make, torch.device("cuda"))
+    assert (replay(), replay()) == ("result", "result")
+    assert said == [
+        *("wait", "on the stream", "make", "call", "call", "end", "wait"),
+        *("capture", "call", "end", "replay", "replay"),
+    ]
+
+
+def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Somebody(peers.UnbindLoop):
+        def forward_backward(self) -> Any:
+            return torch.ones(1), ()
+
+    for name, value in {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 10,
+        "max_memory_allocated": 17,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert gpu_cases.peak_bytes(Somebody()) == 7
+
+
+# ---- probes, on the emulator
+
+needs_nvcc = pytest.mark.skipif(probes.nvcc() is None, reason="no nvcc: no kernel can be built")
+
+
+@pytest.fixture(scope="module")
+def emulated() -> probes.Probes:
+    return probes.Probes(probes.build_emulated(), probes.Setting.on_emulator())
+
+
+@needs_nvcc
+def test_every_probe_runs(emulated: probes.Probes) -> None:
+    rows = list(emulated.run())
+    assert [row for row in rows if row and "error" in row] == []
+    names = [row["probe"] for row in rows if row]
+    assert len(set(names)) == len(names) >= 20
+    left_out = probes.Probes(emulated.library, emulated.setting, without=names[1:])
+    assert [row["probe"] for row in left_out.run() if row] == names[:1]
+
+
+@needs_nvcc
+def test_probes_carry_what_they_should(emulated: probes.Probes) -> None:
+    """A probe of an exchange that exchanges nothing would be fast."""
+    out, sink = emulated.out, emulated.sink
+    emulated.call("probe_async_ping_pong", 5, out, sink)
+    assert sink[0] == 10  # each hop adds one
+    emulated.call("probe_flag_ping_pong", 5, out, sink)
+    assert sink[0] == 5  # the last message
+    emulated.call("probe_cluster_exchange", 4, 64, 5, out, sink)
+    assert sink[:64].tolist() == [thread + 5.0 for thread in range(64)]
+    words = torch.zeros(8, dtype=torch.int64)
+    emulated.call("probe_flag_in_data", 4, 32, 5, out, words, sink)
+    assert (words >> 32).tolist() == [4] * 4 + [5] * 4  # the steps of the two slots
+    counter = torch.zeros(1, dtype=torch.int32)
+    emulated.call("probe_counter_barrier", 4, 32, 5, out, counter)
+    assert counter.item() == 4 * 6  # blocks, and one meeting before the watch starts
+    ring = torch.tensor([3, 0, 1, 2], dtype=torch.int32)
+    emulated.call("probe_l2", ctypes.c_int64(4), 5, out, ring, sink)
+    assert sink[0] == 3  # 0 -> 3 -> 2 -> 1 -> 0 -> 3
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_probes_compile(arch: int, tmp_path: Path) -> None:
+    command = [
+        probes.nvcc() or "", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Werror", "all-warnings",
+        str(probes.SOURCE), "-o", str(tmp_path / "probes.cubin"),
+    ]  # fmt: skip
+    assert subprocess.run(command, check=False).returncode == 0
