@@ -1,0 +1,167 @@
+"""Autocast: the layer runs in the low precision, as torch's own rule for RNNs says."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
+
+import fusedrnn
+from fusedrnn import functional, reference
+
+T, B, I, H = 12, 4, 6, 16
+LOW = [torch.bfloat16, torch.float16]
+
+
+def pair(**layout: Any) -> tuple[fusedrnn.RNN, nn.RNN]:
+    ours, theirs = fusedrnn.RNN(I, H, **layout), nn.RNN(I, H, **layout)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def gradients(module: nn.Module, x: torch.Tensor, dtype: torch.dtype | None) -> Any:
+    x = x.to(torch.float64 if dtype is None else torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        output, h_n = module(x)
+        loss = output.sin().sum() + h_n.float().sum()
+    return torch.autograd.grad(loss, [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_gradients_are_as_accurate_as_those_of_torch(dtype):
+    ours, theirs = pair(num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, I)
+    truth = gradients(copy.deepcopy(theirs).double(), x, None)
+    for our, their, true in zip(gradients(ours, x, dtype), gradients(theirs, x, dtype), truth):
+        assert our.dtype == torch.float32
+        ours_is, theirs_is = ((g - true).abs().max() for g in (our, their))
+        assert ours_is <= 2 * theirs_is + torch.finfo(dtype).eps * true.abs().max()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_every_floating_argument_is_cast(dtype):
+    case = Case(T=T, B=B, I=I, H=H, keep=True, alpha=True, dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        h, h_n = fusedrnn.rnn(**case.arguments(), **case.flags())
+    assert h.dtype == h_n.dtype == dtype
+    low = {k: v.to(dtype) for k, v in case.arguments().items()}
+    torch.testing.assert_close(h, fusedrnn.rnn(**low, **case.flags())[0], rtol=0, atol=0)
+
+
+def test_float64_stays():
+    case = Case()
+    with torch.autocast("cpu", torch.bfloat16):
+        h, _ = fusedrnn.rnn(**case.arguments())
+    torch.testing.assert_close(h, reference.rnn(**case.arguments())[0])
+
+
+def test_disabled_within_enabled():
+    ours, _ = pair()
+    x = torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        within, _ = ours(x)
+    assert torch.equal(within, ours(x)[0])
+
+
+def test_packed():
+    ours, _ = pair()
+    data, batch_sizes = torch.randn(7, I), torch.tensor([3, 2, 1, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = ours(PackedSequence(data, batch_sizes))
+    assert output.data.dtype == torch.bfloat16
+
+
+def test_transforms_of_torch_func():
+    """What they compute within autocast is what they compute of the cast layer."""
+    ours, _ = pair()
+    x = torch.randn(5, T, B, I)
+    weights = {k: w.detach() for k, w in ours.named_parameters()}
+
+    def loss(weights: Any, x: torch.Tensor) -> torch.Tensor:
+        output, _ = functional_call(ours, weights, (x,))
+        assert output.dtype == torch.bfloat16
+        return output.float().sin().sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        each = [grad(loss)(weights, one) for one in x]
+        together = vmap(grad(loss), (None, 0))(weights, x)
+        tangent = jvp(lambda w: loss(w, x[0]), (weights,), (weights,))[1]
+        second = jvp(grad(lambda w: loss(w, x[0])), (weights,), (weights,))[1]
+    assert tangent.dtype == torch.float32
+    along = sum((each[0][k] * w).sum() for k, w in weights.items())
+    torch.testing.assert_close(tangent, along, rtol=0.05, atol=0.1)
+    for name, found in together.items():
+        expected = torch.stack([g[name] for g in each])
+        assert found.dtype == second[name].dtype == torch.float32
+        # products of bfloat16 numbers, summed in another order
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2**-6 * scale)
+
+
+def test_double_backward_within():
+    ours, _ = pair()
+    x = torch.randn(T, B, I, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (slope,) = torch.autograd.grad(ours(x)[0].float().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    assert all(w.grad.dtype == torch.float32 for w in (x, *ours.parameters()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant):
+    """The second forward pass, in backward, is under the same autocast."""
+    ours, _ = pair()
+    x = torch.randn(T, B, I, requires_grad=True)
+    results = []
+    for run in (ours, lambda x: checkpoint(ours, x, use_reentrant=reentrant)):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = run(x)
+        output.float().sin().sum().backward()
+        results.append([x.grad, *(w.grad for w in ours.parameters())])
+        x.grad = None
+        ours.zero_grad()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_cell():
+    cell = fusedrnn.RNNCell(I, 700)
+    x = torch.randn(B, I)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert cell(x).dtype == torch.bfloat16  # the engine
+        assert fusedrnn.RNNCell(I, H)(x).dtype == torch.bfloat16  # torch's own op
+
+
+def test_the_rule_for_cuda_is_the_same():
+    """Without a GPU: what would be cast is, and autocast of the CPU does not matter."""
+    tensors = (torch.randn(2), None, torch.ones(2).bool(), torch.randn(2).double())
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.float16)
+        cast = functional._autocast("cuda", *tensors)
+        assert functional._autocast("cpu", *tensors)[0].dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+    assert cast[0].dtype == torch.float16
+    assert cast[1] is None
+    assert (cast[2].dtype, cast[3].dtype) == (torch.bool, torch.float64)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_on_cuda(dtype):
+    ours, _ = pair(num_layers=2)
+    ours, x = ours.cuda(), torch.randn(T, B, I, device="cuda")
+    with torch.autocast("cuda", dtype):
+        output, h_n = ours(x)
+    assert output.dtype == h_n.dtype == dtype
+    output.float().sum().backward()
+    assert {w.grad.dtype for w in ours.parameters()} == {torch.float32}
