@@ -112,15 +112,11 @@ Device ask(int index) {
 std::mutex known_mutex;
 std::map<int, std::unique_ptr<const Device>> known;
 
-// The most bytes by which rows of numbers can be copied, beginning `row` and `step` numbers apart.
-int copy_bytes(const Series& series, int64_t count, int64_t number_size) {
-  for (int bytes = 16; bytes >= 4; bytes /= 2) {
-    const auto fits = [&](int64_t n) { return n * number_size % bytes == 0; };
-    if (reinterpret_cast<uintptr_t>(series.data) % uintptr_t(bytes) == 0 && fits(series.row) &&
-        fits(series.step) && fits(count))
-      return bytes;
-  }
-  return 0;
+// Whether rows of `count` numbers can be copied by so many bytes at once.
+bool fits(const Series& series, int64_t count, int64_t number_size, int64_t bytes) {
+  const auto whole = [&](int64_t n) { return n * number_size % bytes == 0; };
+  return reinterpret_cast<uintptr_t>(series.data) % uintptr_t(bytes) == 0 && whole(series.row) &&
+         whole(series.step) && whole(count);
 }
 
 Params parameters(const Problem& problem, const Plan& plan, const Workspace& workspace) {
@@ -144,8 +140,14 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.carry_offset = carries ? int(plan.shared.carry) : 0;
   p.vectors_offset = int(plan.shared.vectors);
   p.partial_offset = int(plan.shared.partial);
-  p.x_copy = problem.I ? copy_bytes(problem.x, problem.I, tile.number_size()) : 0;
-  p.state_copies = copy_bytes(problem.out[0], problem.H, tile.number_size()) == 16;
+  const int size = tile.number_size();
+  for (int bytes = 4; bytes <= 16; bytes *= 2)
+    if (problem.I && fits(problem.x, problem.I, size, bytes)) p.x_copy = bytes;
+  p.state_copies = fits(problem.out[0], problem.H, size, 16);
+  p.packs = true;
+  for (const Series* series :
+       {&problem.in[0], &problem.in[1], &problem.gate, &problem.out[0], &problem.out[1]})
+    p.packs = p.packs && (!series->data || fits(*series, problem.H, size, 2 * size));
   return p;
 }
 

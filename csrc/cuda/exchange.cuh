@@ -17,28 +17,22 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Numbers that are stored at once.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Pack {
-  T v[N];
-};
-
-// Stores `pack` at the place in `peer`'s shared memory that `place` is in ours.
-template <class T, int N>
-__device__ __forceinline__ void store_at_peer(T* place, int peer, const Pack<T, N>& pack) {
+// Stores 4 or 8 bytes at the place in `peer`'s shared memory that `place` is in ours.
+template <class Numbers>
+__device__ __forceinline__ void store_at_peer(void* place, int peer, const Numbers& numbers) {
 #if __CUDA_ARCH__ >= 900
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(address)
       : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(place))), "r"(peer));
-  if constexpr (sizeof(pack) == 8) {
+  if constexpr (sizeof(numbers) == 8) {
     uint64_t word;
-    memcpy(&word, &pack, 8);
+    memcpy(&word, &numbers, 8);
     asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(word) : "memory");
   } else {
-    static_assert(sizeof(pack) == 4);
+    static_assert(sizeof(numbers) == 4);
     uint32_t word;
-    memcpy(&word, &pack, 4);
+    memcpy(&word, &numbers, 4);
     asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
   }
 #endif

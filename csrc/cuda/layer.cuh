@@ -14,16 +14,22 @@ struct Step {
   int alive;       // of the rows b0, b0 + 1, ... of this layer
 };
 
-// Some rows of the batch, b0 and on, and some hidden units, j0 and on.
-template <class S, Pass pass>
+// Numbers that are loaded or stored at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T v[N];
+};
+
+// Some rows of the batch, b0 and on, and some hidden units, j0 and on, N neighbours at a time.
+template <class S, Pass pass, int N>
 struct Layer {
   using C = Computed<S>;
+  using Numbers = Pack<S, N>;
   static constexpr bool kForward = pass != Pass::adjoint;
 
-  // What a step brings to one unit of one row.
+  // What a step brings to N units of one row.
   struct Inputs {
-    C in[2];
-    C gate;
+    Numbers in[2], gate;
     bool keep;  // whether what this step leaves goes on
   };
 
@@ -105,43 +111,75 @@ struct Layer {
   __device__ C bias(int64_t j) const { return value_of(q.b_ih, j) + value_of(q.b_hh, j); }
   __device__ C alpha(int64_t j) const { return value_of(q.alpha, j); }
 
+  // Of a row, the numbers of N units; those that exist.
+  __device__ Numbers load(const Series& series, const Step& step, int row, int unit) const {
+    const S* from = at(series, step, row, j0 + unit);
+    Numbers numbers = {};
+    if (N == 1 || p.packs)
+      numbers = *reinterpret_cast<const Numbers*>(from);
+    else
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (unit + n < units) numbers.v[n] = from[n];
+    return numbers;
+  }
+  __device__ void store(const Series& series, const Step& step, int row, int unit,
+                        const Numbers& numbers) const {
+    S* to = at(series, step, row, j0 + unit);
+    if (N == 1 || p.packs)
+      *reinterpret_cast<Numbers*>(to) = numbers;
+    else
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (unit + n < units) to[n] = numbers.v[n];
+  }
+
   __device__ Inputs inputs(int unit, int row, const Step& now, const Step& after) const {
-    Inputs in{{C(0), C(0)}, C(0), true};
+    Inputs in = {};
     if (row >= now.alive || unit >= units) return in;
 #pragma unroll
     for (int n = 0; n < (pass == Pass::activation ? 1 : 2); ++n)
-      if (q.in[n].data) in.in[n] = widen(*at(q.in[n], now, row, j0 + unit));
-    if (pass != Pass::activation) in.gate = widen(*at(q.gate, now, row, j0 + unit));
+      if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit);
+    if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit);
     // Forward, what a step leaves meets the keep of the next one; backward, its own.
-    if (q.keep) in.keep = kForward ? row < after.alive && keeps(after, row) : keeps(now, row);
+    in.keep = !q.keep || (kForward ? row < after.alive && keeps(after, row) : keeps(now, row));
     return in;
   }
 
   // Returns what the next step multiplies. `carry` is what the row carries, and will carry.
-  __device__ __forceinline__ S compute(const Inputs& in, C sum, int unit, int row, const Step& now,
-                                       bool begins, bool ends, C bias, C alpha, C& carry) const {
-    const int64_t j = j0 + unit;
+  __device__ __forceinline__ Numbers compute(const Inputs& in, const C (&sums)[N], int unit,
+                                             int row, const Step& now, bool begins, bool ends,
+                                             const C* bias, const C* alpha, C (&carry)[N]) const {
     const Chosen<C> phi{q.nonlinearity};
-    C state, second;
-    if constexpr (pass == Pass::activation) {
-      activation(phi, sum + in.in[0] + bias, carry, leaky, alpha, state, second);
-      carry = state;
-    } else {
-      // Where nothing came before there is nothing to multiply, be W_hh NaN or not.
-      if (begins && !(kForward && q.first.data)) sum = C(0);
-      const C p = gate(phi, in.gate, leaky, alpha);
-      if constexpr (pass == Pass::tangent) {
-        tangent(sum, in.in[0], in.in[1], p, carry, leaky, alpha, state, second);
-        carry = state;
+    Numbers out[2], handed;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const C first = widen(in.in[0].v[n]), second = widen(in.in[1].v[n]);
+      C sum = sums[n], state, other;
+      if constexpr (pass == Pass::activation) {
+        activation(phi, sum + first + bias[n], carry[n], leaky, alpha[n], state, other);
+        carry[n] = state;
       } else {
-        adjoint(sum, in.in[0], in.in[1], p, carry, leaky, alpha, second, state);
+        // Where nothing came before there is nothing to multiply, be W_hh NaN or not.
+        if (begins && !(kForward && q.first.data)) sum = C(0);
+        const C p = gate(phi, C(widen(in.gate.v[n])), leaky, alpha[n]);
+        if constexpr (pass == Pass::tangent) {
+          tangent(sum, first, second, p, carry[n], leaky, alpha[n], state, other);
+          carry[n] = state;
+        } else {
+          adjoint(sum, first, second, p, carry[n], leaky, alpha[n], other, state);
+        }
       }
+      out[0].v[n] = narrow<S>(state);
+      out[1].v[n] = narrow<S>(other);
+      const bool exists = unit + n < units;
+      handed.v[n] = in.keep && exists ? out[0].v[n] : narrow<S>(0);
+      if (!in.keep) carry[n] = C(0);
+      if (kForward && ends && exists && q.last.data) *at(q.last, row, j0 + unit + n) = out[0].v[n];
     }
-    *at(q.out[0], now, row, j) = narrow<S>(state);
-    if (q.out[1].data) *at(q.out[1], now, row, j) = narrow<S>(second);
-    if (kForward && ends && q.last.data) *at(q.last, row, j) = narrow<S>(state);
-    if (!in.keep) carry = C(0);
-    return in.keep ? narrow<S>(state) : S(0.0f);
+    store(q.out[0], now, row, unit, out[0]);
+    if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
+    return handed;
   }
 };
 

@@ -22,6 +22,7 @@ struct Params {
   int e_offset, carry_offset, vectors_offset, partial_offset;
   int x_copy;         // bytes by which x can be copied; 0: number by number
   bool state_copies;  // rows of out[0] are whole multiples of 16 bytes
+  bool packs;         // all series can be loaded and stored by two numbers
 };
 
 // The kernels of a tile (plan.h), and those of a step, one for each pass.

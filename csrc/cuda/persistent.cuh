@@ -13,21 +13,23 @@
 namespace fusedrnn::cuda {
 
 template <class Product, Pass pass>
-class Walk : Layer<typename Product::Stored, pass> {
+class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
   using S = typename Product::Stored;
-  using Base = Layer<S, pass>;
+  static constexpr int N = Product::kPack;
+  using Base = Layer<S, pass, N>;
   using C = typename Base::C;
-  using typename Base::Inputs;
+  using typename Base::Inputs, typename Base::Numbers;
   using Base::at, Base::b0, Base::j0, Base::keeps, Base::kForward, Base::leaky, Base::p, Base::q,
       Base::rows, Base::step, Base::units;
-  static constexpr int kItems = Product::kItems;
+  static constexpr int kItems = Product::kItems;  // N neighbours each
   // What steps bring is loaded while the step before is computed, if registers are left for it.
-  static constexpr bool kAhead = kItems <= 4;
+  static constexpr bool kAhead = kItems == 1;
 
  public:
   __device__ Walk(const Params& params, unsigned char* shared)
       : Base(params, int64_t(blockIdx.x / params.blocks) * params.rows,
              int64_t(blockIdx.x % params.blocks) * params.units),
+        shared_(shared),
         product_(shared, params.split),
         e_(reinterpret_cast<S*>(shared + params.e_offset)),
         carry_(params.carry_offset ? reinterpret_cast<C*>(shared + params.carry_offset) : nullptr),
@@ -36,28 +38,34 @@ class Walk : Layer<typename Product::Stored, pass> {
 
   __device__ void run() {
     hold_weights();
-    begin();
+    begin(p, b0, j0, shared_);
     const bool through_l2 = p.regime == Regime::grid;
+    // Backward, one more product after the last step leads to ∂L/∂h0.
+    const int64_t end = q.T + (!kForward && q.last.data);
     Step before{}, now = step(0), after = step(1);
     Inputs next[kItems];
     if constexpr (kAhead) load_inputs(next, 0, now, after);
-    for (int64_t s = 0; s < q.T; ++s) {
+    for (int64_t s = 0; s < end; ++s) {
+      const bool finishing = !kForward && s == q.T;
+      const int alive = finishing ? rows : now.alive;
       const Step second_after = step(s + 2);
       const S* from = through_l2 ? e_ : buffer(s);
       S* to = through_l2 ? nullptr : buffer(s + 1);
       if (through_l2) {
-        gather([&](int row) { return Base::state_before(row, before, now); }, now.alive, s > 0);
-        if (q.I) load_x(e_, now);
+        gather(alive, finishing, before, now);
+      } else if (!kForward && q.last.data) {
+        // Packed, rows that ended leave their state for the end of the walk.
+#pragma unroll 1
+        for (int row = now.alive; row < before.alive; ++row)
+          for (int j = threadIdx.x; j < p.state_k; j += kThreads)
+            to[row * p.e_row + j] = from[row * p.e_row + j];
+      }
+      if (q.I) load_x(*this, through_l2 ? e_ : to, through_l2 ? now : after);
+      if (through_l2) {
         copies_done();
         __syncthreads();
-      } else {
-        if (!kForward && q.last.data)  // rows that ended leave their state for the end of the walk
-          for (int row = now.alive; row < before.alive; ++row)
-            for (int64_t j = threadIdx.x; j < q.H; j += kThreads)
-              to[row * p.e_row + j] = from[row * p.e_row + j];
-        if (q.I) load_x(to, after);
       }
-      for (int first = 0; first < now.alive; first += Product::kRows) {
+      for (int first = 0; first < alive; first += Product::kRows) {
         Inputs in[kItems];
         if constexpr (!kAhead) {
           load_inputs(in, first, now, after);
@@ -69,29 +77,40 @@ class Walk : Layer<typename Product::Stored, pass> {
           else
             load_inputs(next, 0, after, second_after);
         }
-        C sum[kItems];
+        C sum[kItems][N];
         product_.multiply(from + first * p.e_row, p.e_row, p.chunks, partial_, sum);
-        S sent[kItems];
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           const int row = first + product_.row(i), unit = product_.unit(i);
-          sent[i] = S(0.0f);
-          if (!product_.owns(i) || row >= now.alive || unit >= units) continue;
-          const bool begins = row >= before.alive, ends = row >= after.alive;
+          if (!product_.owns(i) || row >= alive || unit >= units) continue;
           C* const carried = carry_ ? carry_ + row * p.units + unit : nullptr;
-          C carry = carried && (leaky || begins) ? *carried : C(0);
-          sent[i] = Base::compute(in[i], sum[i], unit, row, now, begins, ends, vectors_[unit],
-                                  vectors_[p.units + unit], carry);
-          if (leaky) *carried = carry;
+          if (finishing) {
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+              if (unit + n < units)
+                *at(q.last, row, j0 + unit + n) =
+                    narrow<S>(leaky ? sum[i][n] + carried[n] : sum[i][n]);
+            continue;
+          }
+          const bool begins = row >= before.alive, ends = row >= after.alive;
+          C carry[N] = {};
+          if (carried && (leaky || begins))
+#pragma unroll
+            for (int n = 0; n < N; ++n) carry[n] = carried[n];
+          const Numbers handed =
+              Base::compute(in[i], sum[i], unit, row, now, begins, ends, vectors_ + unit,
+                            vectors_ + p.units + unit, carry);
+          if (leaky)
+#pragma unroll
+            for (int n = 0; n < N; ++n) carried[n] = carry[n];
+          if (!through_l2) send(to + row * p.e_row + j0 + unit, handed);
         }
-        if (!through_l2) send(to, sent, first, now.alive);
       }
       meet(s);
       before = now;
       now = after;
       after = second_after;
     }
-    if (!kForward && q.last.data) finish();
     // Nobody may leave while a peer could still write into its shared memory.
     if (p.regime == Regime::cluster) cluster_barrier();
   }
@@ -113,31 +132,42 @@ class Walk : Layer<typename Product::Stored, pass> {
     product_.hold(w, p.chunks);
   }
 
-  __device__ void begin() {
+  // Static, since it is not inlined: a call with `this` would move the weights out of registers.
+  static __device__ __noinline__ void begin(const Params& p, int64_t b0, int64_t j0,
+                                            unsigned char* shared) {
+    const Base layer(p, b0, j0);
+    const Problem& q = p.problem;
+    S* const e = reinterpret_cast<S*>(shared + p.e_offset);
+    C* const carry = reinterpret_cast<C*>(shared + p.carry_offset);
+    C* const vectors = reinterpret_cast<C*>(shared + p.vectors_offset);
     const int buffers = p.regime == Regime::grid ? 1 : 2;
-    for (int i = threadIdx.x; i < buffers * p.e_rows * p.e_row; i += kThreads) e_[i] = S(0.0f);
+    for (int i = threadIdx.x; i < buffers * p.e_rows * p.e_row; i += kThreads) e[i] = narrow<S>(0);
+#pragma unroll 1
     for (int unit = threadIdx.x; unit < p.units; unit += kThreads) {
-      vectors_[unit] = unit < units ? Base::bias(j0 + unit) : C(0);
-      vectors_[p.units + unit] = unit < units ? Base::alpha(j0 + unit) : C(0);
+      vectors[unit] = unit < layer.units ? layer.bias(j0 + unit) : C(0);
+      vectors[p.units + unit] = unit < layer.units ? layer.alpha(j0 + unit) : C(0);
     }
-    if (carry_)
-      for (int i = threadIdx.x; i < rows * p.units; i += kThreads) {
+    if (p.carry_offset)
+#pragma unroll 1
+      for (int i = threadIdx.x; i < layer.rows * p.units; i += kThreads) {
         const int row = i / p.units, unit = i % p.units;
-        carry_[i] = unit < units ? Base::first_carry(row, j0 + unit, Base::start_of(row)) : C(0);
+        carry[i] = unit < layer.units ? layer.first_carry(row, j0 + unit, layer.start_of(row))
+                                      : C(0);
       }
     __syncthreads();
     if (p.regime == Regime::grid) return;
     // Packed and descending, rows begin late: until then both buffers have their first state.
     if (kForward && q.first.data)
-      for (int row = 0; row < rows; ++row) {
-        const bool keep = keeps(Base::start_of(row), row);
+      for (int row = 0; row < layer.rows; ++row) {
+        const bool keep = layer.keeps(layer.start_of(row), row);
+#pragma unroll 1
         for (int64_t j = threadIdx.x; keep && j < q.H; j += kThreads) {
-          const S first = *at(q.first, row, j);
-          e_[row * p.e_row + j] = first;
-          e_[(p.e_rows + row) * p.e_row + j] = first;
+          const S first = *layer.at(q.first, row, j);
+          e[row * p.e_row + j] = first;
+          e[(p.e_rows + row) * p.e_row + j] = first;
         }
       }
-    if (q.I) load_x(e_, step(0));
+    if (q.I) load_x(layer, e, layer.step(0));
     copies_done();
     if (p.regime == Regime::cluster)
       cluster_barrier();
@@ -156,20 +186,20 @@ class Walk : Layer<typename Product::Stored, pass> {
   }
 
   // The inputs of a step, behind the states of its rows.
-  __device__ void load_x(S* e, const Step& step) const {
-    const int size = int(q.I);
-    const int per_copy = p.x_copy / int(sizeof(S));
-    if (per_copy > 0) {
-      const int copies = size / per_copy;
-      for (int i = threadIdx.x; i < step.alive * copies; i += kThreads) {
-        const int row = i / copies, j = i % copies * per_copy;
-        copy_async(e + row * p.e_row + p.state_k + j, at(q.x, step, row, j), p.x_copy);
-      }
-    } else {
-      for (int i = threadIdx.x; i < step.alive * size; i += kThreads) {
-        const int row = i / size, j = i % size;
-        e[row * p.e_row + p.state_k + j] = *at(q.x, step, row, j);
-      }
+  static __device__ __forceinline__ void load_x(const Base& layer, S* e, const Step& step) {
+    const Params& p = layer.p;
+    const int size = int(p.problem.I);
+    const int per_copy = p.x_copy ? p.x_copy / int(sizeof(S)) : 1;
+    const int copies = size / per_copy;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < step.alive * copies; i += kThreads) {
+      const int row = i / copies, j = i % copies * per_copy;
+      S* const to = e + row * p.e_row + p.state_k + j;
+      const S* const from = layer.at(p.problem.x, step, row, j);
+      if (p.x_copy)
+        copy_async(to, from, p.x_copy);
+      else
+        *to = *from;
     }
   }
 
@@ -177,41 +207,34 @@ class Walk : Layer<typename Product::Stored, pass> {
 
   __device__ S* buffer(int64_t s) const { return e_ + (s & 1) * p.e_rows * p.e_row; }
 
-  // Grid: states out of global memory, where `from` says, a warp for each row.
-  template <class From>
-  __device__ void gather(const From& from, int count, bool aligned) {
+  // Grid: the states that a step starts from, out of global memory, a warp for each row.
+  __device__ __forceinline__ void gather(int count, bool finishing, const Step& before,
+                                         const Step& now) {
     const int lane = threadIdx.x % 32, H = int(q.H);
+#pragma unroll 1
     for (int row = threadIdx.x / 32; row < count; row += kWarps) {
-      S* to = e_ + row * p.e_row;
-      const S* state = from(row);
-      if (!state) {
-        for (int j = lane; j < H; j += 32) to[j] = S(0.0f);
-      } else if (aligned && p.state_copies) {
-        constexpr int kPerCopy = 16 / int(sizeof(S));
-        for (int j = lane * kPerCopy; j < H; j += 32 * kPerCopy) copy_through_l2(to + j, state + j);
-      } else {
-        for (int j = lane; j < H; j += 32) to[j] = load_through_l2(state + j);
+      S* const to = e_ + row * p.e_row;
+      const S* const from =
+          finishing ? Base::state_after_all(row) : Base::state_before(row, before, now);
+      constexpr int kPerCopy = 16 / int(sizeof(S));
+      const bool by_copies = p.state_copies && from && (finishing || row < before.alive);
+      const int step = by_copies ? kPerCopy : 1;
+#pragma unroll 1
+      for (int j = lane * step; j < H; j += 32 * step) {
+        if (by_copies)
+          copy_through_l2(to + j, from + j);
+        else
+          to[j] = from ? load_through_l2(from + j) : narrow<S>(0);
       }
     }
   }
 
   // To everyone in the team who multiplies it.
-  __device__ __forceinline__ void send(S* to, const S (&sent)[kItems], int first,
-                                       int alive) const {
-#pragma unroll
-    for (int i = 0; i < kItems; i += Product::kPack) {
-      const int row = first + product_.row(i);
-      const int64_t j = j0 + product_.unit(i);
-      if (!product_.owns(i) || row >= alive || product_.unit(i) >= units) continue;
-      S* const place = to + row * p.e_row + j;
-      Pack<S, Product::kPack> pack;
-#pragma unroll
-      for (int n = 0; n < Product::kPack; ++n) pack.v[n] = sent[i + n];
-      if (p.regime == Regime::block)
-        *reinterpret_cast<Pack<S, Product::kPack>*>(place) = pack;
-      else
-        for (int peer = 0; peer < p.blocks; ++peer) store_at_peer(place, peer, pack);
-    }
+  __device__ __forceinline__ void send(S* place, const Numbers& numbers) const {
+    if (p.regime == Regime::block)
+      *reinterpret_cast<Numbers*>(place) = numbers;
+    else
+      for (int peer = 0; peer < p.blocks; ++peer) store_at_peer(place, peer, numbers);
   }
 
   // Ends a step: what was sent has arrived.
@@ -227,29 +250,7 @@ class Walk : Layer<typename Product::Stored, pass> {
       __syncthreads();
   }
 
-  // ∂L/∂h0: what goes on before each row's first step. One more product.
-  __device__ void finish() {
-    const S* from = e_;
-    if (p.regime == Regime::grid) {
-      gather([&](int row) { return Base::state_after_all(row); }, rows, true);
-      copies_done();
-      __syncthreads();
-    } else {
-      from = buffer(q.T);
-    }
-    for (int first = 0; first < rows; first += Product::kRows) {
-      C sum[kItems];
-      product_.multiply(from + first * p.e_row, p.e_row, p.chunks, partial_, sum);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int row = first + product_.row(i), unit = product_.unit(i);
-        if (!product_.owns(i) || row >= rows || unit >= units) continue;
-        if (leaky) sum[i] += carry_[row * p.units + unit];
-        *at(q.last, row, j0 + unit) = narrow<S>(sum[i]);
-      }
-    }
-  }
-
+  unsigned char* const shared_;
   Product product_;
   S* const e_;        // [2][e_rows][e_row], in turns; through L2, one
   C* const carry_;    // [rows][units]

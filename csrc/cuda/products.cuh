@@ -25,11 +25,11 @@ struct Weights {
 
   template <class S>
   __device__ S at(int unit, int64_t k) const {
-    if (unit >= units) return S(0.0f);
+    if (unit >= units) return narrow<S>(0);
     if (k < state_k)
-      return k < H ? static_cast<const S*>(w_hh)[unit * w_hh_unit + k * w_hh_k] : S(0.0f);
+      return k < H ? static_cast<const S*>(w_hh)[unit * w_hh_unit + k * w_hh_k] : narrow<S>(0);
     k -= state_k;
-    return k < I ? static_cast<const S*>(w_ih)[unit * w_ih_unit + k] : S(0.0f);
+    return k < I ? static_cast<const S*>(w_ih)[unit * w_ih_unit + k] : narrow<S>(0);
   }
 };
 
@@ -55,7 +55,7 @@ struct Fma {
   static constexpr int kSums = UnitsPerThread * Rows;
   static_assert(kSums <= 8);  // so that 8 lanes can own one each
   static constexpr int kItems = 1;
-  static constexpr int kPack = 1;  // items of neighbouring units in a row
+  static constexpr int kPack = 1;
 
   struct alignas(16) Vector {
     C v[kVector];
@@ -109,7 +109,7 @@ struct Fma {
 
   // The sums of rows e, e + e_row, ...
   __device__ __forceinline__ void multiply(const C* e, int e_row, int chunks, float* /*partial*/,
-                                           C (&item)[kItems]) {
+                                           C (&item)[kItems][kPack]) {
     C sum[UnitsPerThread][Rows] = {};
     e += (lane % 8) * kVector;
 #pragma unroll
@@ -145,7 +145,7 @@ struct Fma {
         value[0] += __shfl_xor_sync(~0u, value[0], bit);
       }
     }
-    item[0] = value[0];
+    item[0][0] = value[0];
   }
 
   // The sum that lane `lane % 8` ended with was number `lane % kSums`.
@@ -235,7 +235,7 @@ struct Mma {
   static constexpr int kChunk = 2 * kFragment;
   static constexpr int kHeld = 16 / TilesPerWarp;
   static constexpr int kRows = 8;
-  static constexpr int kItems = 4 * TilesPerWarp;
+  static constexpr int kItems = 2 * TilesPerWarp;
   static constexpr int kPack = 2;
 
   uint4 held[kHeld][2][TilesPerWarp];
@@ -304,7 +304,7 @@ struct Mma {
   }
 
   __device__ __forceinline__ void multiply(const S* e, int e_row, int chunks, float* partial,
-                                           float (&item)[kItems]) {
+                                           float (&item)[kItems][kPack]) {
     // Fragments in turns go to two sums, so that a product need not wait for the one before.
     float sum[2][TilesPerWarp][4] = {};
     e += part * kChunk;
@@ -334,32 +334,32 @@ struct Mma {
     for (int m = 0; m < TilesPerWarp; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // the tensor core has rows 2t, 2t + 1 of the batch side by side
-        item[m * 4 + i % 2 * 2 + i / 2] = sum[0][m][i] + sum[1][m][i];
+        item[m * 2 + i % 2][i / 2] = sum[0][m][i] + sum[1][m][i];
     if (split > 1) add_parts(partial, item);
   }
 
   // Adds what the warps of the same units found, in the same order in each of them. Two buffers in
   // turns: when a warp writes one again, all have passed the barrier after reading it.
-  __device__ __forceinline__ void add_parts(float* partial, float (&item)[kItems]) {
-    const int group = warp / split;
-    float* mine = partial + ((turn * kWarps + warp) * kItems) * 32 + lane;
+  __device__ __forceinline__ void add_parts(float* partial, float (&item)[kItems][kPack]) {
+    constexpr int kSums = kItems * kPack;
+    float* mine = partial + ((turn * kWarps + warp) * kSums) * 32 + lane;
     turn ^= 1;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) mine[i * 32] = item[i];
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(split * 32) : "memory");
-    const float* first = mine - part * kItems * 32;
+    for (int i = 0; i < kSums; ++i) mine[i * 32] = item[i / kPack][i % kPack];
+    asm volatile("bar.sync %0, %1;" ::"r"(warp / split + 1), "r"(split * 32) : "memory");
+    const float* first = mine - part * kSums * 32;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      if (owns(i)) {
+    for (int i = 0; i < kSums; ++i)
+      if (owns(i / kPack)) {
         float sum = first[i * 32];
-        for (int w = 1; w < split; ++w) sum += first[(w * kItems + i) * 32];
-        item[i] = sum;
+        for (int w = 1; w < split; ++w) sum += first[(w * kSums + i) * 32];
+        item[i / kPack][i % kPack] = sum;
       }
   }
 
-  __device__ bool owns(int i) const { return i / 2 % split == part; }
-  __device__ int unit(int i) const { return first_unit() + i / 4 * 16 + lane / 4 * 2 + i % 2; }
-  __device__ int row(int i) const { return lane % 4 * 2 + i / 2 % 2; }
+  __device__ bool owns(int i) const { return i % split == part; }
+  __device__ int unit(int i) const { return first_unit() + i / 2 * 16 + lane / 4 * 2; }
+  __device__ int row(int i) const { return lane % 4 * 2 + i % 2; }
 };
 
 }  // namespace fusedrnn::cuda

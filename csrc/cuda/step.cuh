@@ -88,7 +88,7 @@ template <class S, Pass pass>
 __global__ void __launch_bounds__(kThreads)
     fused_step(const __grid_constant__ Params p, const int64_t s) {
   using Product = typename SlabProduct<S>::type;
-  using L = Layer<S, pass>;
+  using L = Layer<S, pass, 1>;
   using C = typename L::C;
   __shared__ S w_slab[kStepUnits][kSlab + Product::kPad];
   __shared__ S e_slab[kStepRows][kSlab + Product::kPad];
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t k = k0 + e_k + i;
-      e_next[i] = numbers && k < size ? numbers[k] : S(0.0f);
+      e_next[i] = numbers && k < size ? numbers[k] : narrow<S>(0);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t k = k0 + w_k + (L::kForward ? i : 0);
       w_next[i] = unit < layer.units && k < size
                       ? static_cast<const S*>(matrix)[(layer.j0 + unit) * unit_stride + k * k_stride]
-                      : S(0.0f);
+                      : narrow<S>(0);
     }
   };
   const int64_t state_slabs = (q.H + kSlab - 1) / kSlab;
@@ -158,19 +158,19 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t j = layer.j0 + unit;
     C* const carried =
         layer.leaky ? static_cast<C*>(p.carry) + ((layer.b0 + r) * q.H + j) : nullptr;
-    C sum = product.item(i);
+    const C sum[] = {product.item(i)};
     if (finishing) {
-      if (carried) sum += *carried;
-      *layer.at(q.last, r, j) = narrow<S>(sum);
+      *layer.at(q.last, r, j) = narrow<S>(carried ? sum[0] + *carried : sum[0]);
       continue;
     }
     const bool begins = r >= before.alive, ends = r >= after.alive;
-    C carry = begins && (carried || !L::kForward) ? layer.first_carry(r, j, now)
-              : carried                           ? *carried
-                                                  : C(0);
-    layer.compute(layer.inputs(unit, r, now, after), sum, unit, r, now, begins, ends, layer.bias(j),
-                  layer.alpha(j), carry);
-    if (carried) *carried = carry;
+    const C bias = layer.bias(j), alpha = layer.alpha(j);
+    C carry[] = {begins && (carried || !L::kForward) ? layer.first_carry(r, j, now)
+                 : carried                           ? *carried
+                                                     : C(0)};
+    layer.compute(layer.inputs(unit, r, now, after), sum, unit, r, now, begins, ends, &bias, &alpha,
+                  carry);
+    if (carried) *carried = carry[0];
   }
 }
 
