@@ -7,24 +7,22 @@ engine, as nvcc compiled it, in place of the CPU engine.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import os
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import emulator
 import pytest
 import torch
+from cuda_resources import toolkit
 from torch.utils import cpp_extension
 
 from fusedrnn import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "emulated"
 REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
 
 
@@ -48,9 +46,8 @@ class Engine:
             _C.use_isa(before)
         elif self.kind == "emulated":
             library = emulated(self.name)
-            library.schedule(b"random", seed, 0.05)
-            library.use_regime(-1 if self.regime is None else REGIMES.index(self.regime))
-            library.install()
+            library.schedule("random", seed, 0.05)
+            library.install(self.regime)
             try:
                 yield
             finally:
@@ -81,72 +78,46 @@ ENGINES = [
 ]
 
 
-def nvcc() -> Path | None:
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    return Path(found).resolve() if found else None
-
-
-class Emulated:
-    """The CUDA engine on a pretend device: its own copy of the library, which asks only once."""
+class Emulated(emulator.Library):
+    """The CUDA engine on one pretend device: a copy of the library for each, which asks once."""
 
     def __init__(self, path: Path, device: str) -> None:
-        self._library = ctypes.CDLL(str(path))
-        if self._library.cudaemu_use_device(device.encode()) != 0:
-            raise ValueError(f"the emulator knows no device {device!r}")
-        self.install = self._library.fusedrnn_install
-        self.uninstall = self._library.fusedrnn_uninstall
-        self.use_regime = self._library.fusedrnn_use_regime
-        self._library.fusedrnn_runs.restype = ctypes.c_int64
-        self._library.cudaemu_schedule.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_uint64,
-            ctypes.c_double,
-        ]
+        super().__init__(path)
+        self.use_device(device)
+        self.c.fusedrnn_runs.restype = ctypes.c_int64
 
-    def schedule(self, order: bytes, seed: int, yield_probability: float) -> None:
-        self._library.cudaemu_schedule(order, seed, yield_probability)
+    def install(self, regime: str | None) -> None:
+        self.c.fusedrnn_use_regime(-1 if regime is None else REGIMES.index(regime))
+        self.c.fusedrnn_install()
+
+    def uninstall(self) -> None:
+        self.c.fusedrnn_uninstall()
 
     def runs(self) -> dict[str, int]:
         """How often each regime ran so far."""
-        return {name: self._library.fusedrnn_runs(i) for i, name in enumerate(REGIMES)}
+        return {name: self.c.fusedrnn_runs(i) for i, name in enumerate(REGIMES)}
 
 
 @functools.cache
 def emulated(device: str) -> Emulated:
-    """The CUDA engine on a pretend device, built by whichever process comes first."""
-    if nvcc() is None:
+    """The CUDA engine on a pretend device; whichever process comes first builds it."""
+    if toolkit() is None:
         if os.environ.get("FUSEDRNN_NVCC") == "required":
             pytest.fail("the emulated CUDA engine was not tested: no nvcc")
         pytest.skip("emulated CUDA needs nvcc")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = build_emulated()
-        copy = BUILD / f"{path.stem}-{device}.so"
-        if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime:
-            partial = copy.with_suffix(".partial")
-            shutil.copy(path, partial)
-            partial.rename(copy)  # a library in use must not change
-    return Emulated(copy, device)
-
-
-def build_emulated() -> Path:
-    import emulator
-
-    lib = Path(torch.__file__).parent / "lib"
-    return emulator.build_library(
-        sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-        name="emulated_engine",
-        include=[
-            *cpp_extension.include_paths(),
-            sysconfig.get_path("include"),
-        ],
+    libraries = Path(torch.__file__).parent / "lib"
+    csrc = ROOT / "csrc" / "cuda"
+    path = emulator.build_library(
+        sorted(csrc.glob("*.cu")),
+        name=f"fusedrnn-{device}",
+        nvcc_flags=["-Werror=all-warnings", *cpp_extension.COMMON_NVCC_FLAGS],
         cxx_flags=[
             "-std=c++20",
             "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            *(word for path in cpp_extension.include_paths() for word in ("-isystem", path)),
         ],
-        cpp_sources=[ROOT / "tests" / "emulated_engine.cpp", ROOT / "csrc" / "cuda" / "plan.cpp"],
-        link_flags=[f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"],
+        cpp_sources=[ROOT / "tests" / "emulated_engine.cpp", csrc / "plan.cpp"],
+        link_flags=[f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"],
+        out_dir=ROOT / "build" / "emulator" / device,
     )
+    return Emulated(path, device)

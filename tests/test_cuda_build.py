@@ -1,0 +1,99 @@
+"""The CUDA sources, compiled for every architecture on machines that need no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import cuda_resources
+import pytest
+from cuda_resources import ARCHITECTURES, ROOT, SOURCES, toolkit
+from torch.utils import cpp_extension
+
+needs_nvcc = pytest.mark.skipif(toolkit() is None, reason="needs nvcc")
+TENSOR_CORES = ("kernels_bf16.cu", "kernels_f16.cu", "kernels_tf32.cu")
+
+
+def nvdisasm() -> str | None:
+    beside = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
+    return shutil.which("nvdisasm", path=f"{beside}:{toolkit()}/bin:{os.environ['PATH']}")
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_kernels_compile_without_warnings_or_spills(source: Path, architecture: str) -> None:
+    """With the flags of torch's own extension builds."""
+    _, log = cuda_resources.compiled(source, architecture)
+    found = cuda_resources.usage(log)
+    assert not {kernel: words for kernel, words in found.items() if "spilled" in words}
+    release, expected = cuda_resources.read_table()
+    if release != cuda_resources.release():
+        pytest.skip(f"the table is of nvcc {release}, this is {cuda_resources.release()}")
+    assert found == expected.get((source.name, architecture), {}), (
+        "kernels need other resources than tests/cuda_resources.txt says: `make cuda-resources`"
+    )
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", TENSOR_CORES)
+def test_tensor_cores_multiply(source: str, architecture: str) -> None:
+    if architecture == "75" and source != "kernels_f16.cu":
+        pytest.skip("tensor cores of 7.5 know float16 alone")
+    disassembler = nvdisasm()
+    if disassembler is None:
+        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    cubin, _ = cuda_resources.compiled(ROOT / "csrc" / "cuda" / source, architecture)
+    code = subprocess.check_output([disassembler, "--print-code", str(cubin)], text=True)
+    functions = re.split(r"^\.section\s+\.text\.(\w+)", code, flags=re.MULTILINE)[1:]
+    kernels = dict(zip(functions[::2], functions[1::2]))
+    names = cuda_resources.demangled(kernels)
+    persistent = {names[k]: body for k, body in kernels.items() if "persistent<" in names[k]}
+    assert persistent
+    assert [name for name, body in persistent.items() if "HMMA" not in body] == []
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["csrc/cuda/recurrence_cuda.cpp", "csrc/bindings.cpp"])
+def test_glue_parses_with_the_headers_of_any_torch(source: str) -> None:
+    """Even of one without CUDA, which lacks a generated header and libraries to link with."""
+    includes = (
+        ROOT / "csrc", f"{toolkit()}/include", *cpp_extension.include_paths(),
+        sysconfig.get_path("include"),
+    )  # fmt: skip
+    subprocess.run(
+        [
+            os.environ.get("CXX", "g++"), "-std=c++20", "-fsyntax-only", "-Wall", "-Werror",
+            "-DFUSEDRNN_CUDA", "-DTORCH_EXTENSION_NAME=_C", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
+            *(f"-isystem{path}" for path in includes), ROOT / source,
+        ],
+        check=True,
+    )  # fmt: skip
+
+
+def setup_py(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_cuda_that_was_asked_for_and_cannot_be_had_is_an_error() -> None:
+    run = setup_py(FUSEDRNN_CUDA="1", SANITIZE="address")
+    assert run.returncode == 1
+    assert "FUSEDRNN_CUDA=1, but the CUDA engine cannot be built: SANITIZE was set" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_choice_that_is_none_is_an_error() -> None:
+    run = setup_py(FUSEDRNN_CUDA="yes")
+    assert run.returncode == 1
+    assert "FUSEDRNN_CUDA must be 0 or 1, got 'yes'" in run.stderr
