@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 MARK = "@@"  # before each line that a child means for its parent
 SILENCE = 30.0  # seconds without a word after which a child is taken to hang
+GRACE = 15.0  # seconds after the deadline that the last case may take
 FATAL = 3  # times that a peer may take a child down; then it is left out of everything
 GROUPS = ("probes", "shapes", "compile", "sweep")
 
@@ -83,8 +84,8 @@ def child(options: argparse.Namespace) -> int:
     work = json.loads(options.child)
     cases = cases_of(options)
     device = torch.device(options.device)
-    if device.type == "cuda":
-        torch.cuda.init()
+    say("at", task=work["tasks"][0], name="start", phase="libraries", limit=120.0)
+    load_libraries(device)
     say("environment", environment={**environment(1, "several", 0), **device_facts(device)})
     for place, task in enumerate(work["tasks"]):
         without = work["without"].get(task, {})
@@ -112,6 +113,16 @@ def child(options: argparse.Namespace) -> int:
         say("done", task=task)
     say("end")
     return 0
+
+
+def load_libraries(device: torch.device) -> None:
+    """cuDNN and cuBLAS: a fresh machine reads them from disk for a while, in silence."""
+    rnn = torch.nn.RNN(8, 8, device=device)
+    output, _ = rnn(torch.zeros(2, 1, 8, device=device))
+    output.sum().backward()
+    for dtype in (torch.float64, torch.bfloat16):
+        a = torch.zeros(8, 8, dtype=dtype, device=device)
+        (a @ a).sum().item()
 
 
 def needed(task: str, cases: list[Case]) -> float:
@@ -158,8 +169,11 @@ class Record:
         return {**vars(self), "results": results, "summary": summary(results)}
 
 
-def words_of(process: subprocess.Popen[str], silence: float) -> Iterator[dict[str, Any]]:
-    """What a child says, until it ends; TimeoutError when it is silent for too long."""
+def words_of(
+    process: subprocess.Popen[str], silence: float, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """What a child says, until it ends; TimeoutError when it is silent for too long, or when a
+    case has not ended some time after the deadline."""
     words: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def listen() -> None:
@@ -175,7 +189,7 @@ def words_of(process: subprocess.Popen[str], silence: float) -> Iterator[dict[st
     limit = silence
     while True:
         try:
-            word = words.get(timeout=limit)
+            word = words.get(timeout=max(0.0, min(limit, deadline + GRACE - time.time())))
         except queue.Empty:
             raise TimeoutError(f"silent for {limit:g} s") from None
         if word is None or word["kind"] == "end":  # those whom it started may keep its pipe open
@@ -218,7 +232,7 @@ class Foreman:
         )
         at: dict[str, Any] = {"task": self.tasks[0], "name": "start", "phase": ""}
         try:
-            for word in words_of(process, self.options.silence):
+            for word in words_of(process, self.options.silence, self.deadline):
                 at = self.hear(word, at)
             how = "it ended"
         except TimeoutError as error:
@@ -226,7 +240,7 @@ class Foreman:
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a GPU may linger
             process.wait(5 if how == "it ended" else 0)
         process.kill()
-        if self.tasks:
+        if self.tasks and time.time() < self.deadline:
             self.write_off(at, f"{how}, exit status {process.returncode}")
 
     def hear(self, word: dict[str, Any], at: dict[str, Any]) -> dict[str, Any]:
