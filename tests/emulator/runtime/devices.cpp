@@ -159,7 +159,7 @@ const std::vector<Device>& devices() {
        .registers_per_multiprocessor = 32768,
        .shared_per_multiprocessor = 25 * kib,
        .shared_per_block = 16 * kib,
-       .shared_per_block_optin = 24 * kib,
+       .shared_per_block_optin = 48 * kib,
        .shared_reserved = kib,
        .l2_bytes = mib,
        .clock_khz = 1000000,
