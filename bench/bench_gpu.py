@@ -234,14 +234,16 @@ class Foreman:
         try:
             for word in words_of(process, self.options.silence, self.deadline):
                 at = self.hear(word, at)
-            how = "it ended"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            how = f"it ended, exit status {process.returncode}"
         except TimeoutError as error:
             how = str(error)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a GPU may linger
-            process.wait(5 if how == "it ended" else 0)
         process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a GPU may linger
+            process.wait(5)
         if self.tasks and time.time() < self.deadline:
-            self.write_off(at, f"{how}, exit status {process.returncode}")
+            self.write_off(at, how)
 
     def hear(self, word: dict[str, Any], at: dict[str, Any]) -> dict[str, Any]:
         """Note what a child says; returns where it is now."""

@@ -48,14 +48,15 @@ def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    ran, data = run(tmp_path_factory.mktemp("gpu"), "--groups", "probes,shapes,sweep")
+    ran, data = run(tmp_path_factory.mktemp("gpu"), "--budget", "59")  # compiling wants a minute
     return ran.stdout, data
 
 
 def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None:
     _, data = tiny
     assert [result["precision"] for result in data["results"]] == [*gpu_cases.PRECISIONS, "f32"]
-    assert data["lost"] == data["not_run"] == []
+    assert data["lost"] == []
+    assert data["not_run"] == ["compile (2,2,3,8) bf16"]
     for result in data["results"]:
         who = {name for name, found in result["peers"].items() if not found["failed"]}
         there = {"nn.RNN", "fusedrnn", "nn.RNN in a graph", "fusedrnn in a graph"}
@@ -81,12 +82,6 @@ def test_torch_compile(tmp_path: Path) -> None:
     _, data = run(tmp_path, "--groups", "compile")
     (result,) = data["results"]
     assert result["peers"]["torch.compile"]["compile_seconds"] > 0
-
-
-def test_time_may_end_before_the_cases_do(tmp_path: Path) -> None:
-    _, data = run(tmp_path, "--groups", "compile", "--budget", "20")  # which wants a minute
-    assert data["results"] == []
-    assert data["not_run"] == ["compile (2,2,3,8) bf16"]
 
 
 # What a child says before it ends as it must not: by itself, or never.
