@@ -50,13 +50,16 @@ def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
     return alpha.to(like.dtype).expand(size)
 
 
-def first_size(batch_sizes: Tensor) -> int:
+def rows_of(batch_sizes: Tensor) -> int | None:
     """B, for compilers: an output whose size only data tell would break a graph at every layer.
 
-    This breaks it once, or not where all must be one graph. Within ``torch.export``,
-    ``pack_padded_sequence`` has floating-point ``batch_sizes``, by a mistake of torch's.
+    This breaks it once, or not where all must be one graph. None where ``torch.export`` traces
+    ``pack_padded_sequence``, which has ``batch_sizes`` of floats there, by a mistake of torch's.
     """
-    return int(batch_sizes[0].long().item())
+    if batch_sizes.dtype != torch.int64:
+        return None
+    torch._check(batch_sizes.size(0) > 0, lambda: "Expected sequence length to be larger than 0")
+    return batch_sizes[0].item()  # type: ignore[return-value]  # int() would fix its value
 
 
 def rnn(
@@ -137,7 +140,8 @@ def rnn(
     if compiling and torch.onnx.is_in_onnx_export():
         activation = onnx.activation
     elif compiling and h0 is None and batch_sizes is not None:
-        h0 = x.new_zeros(first_size(batch_sizes), w_hh.size(0))
+        rows = rows_of(batch_sizes)
+        h0 = None if rows is None else x.new_zeros(rows, w_hh.size(0))
     h, h_n, _ = activation(
         x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse
     )

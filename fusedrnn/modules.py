@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import first_size, rnn, rnn_cell
+from .functional import rnn, rnn_cell, rows_of
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
 
@@ -166,8 +166,9 @@ class RNN(nn.RNNBase):
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
             elif torch.compiler.is_compiling():
-                rows = first_size(batch_sizes) if sorted_indices is None else len(sorted_indices)
-                hx = data.new_zeros(len(self._all_weights), rows, self.hidden_size)
+                rows = rows_of(batch_sizes) if sorted_indices is None else sorted_indices.size(0)
+                if rows is not None:
+                    hx = data.new_zeros(len(self._all_weights), rows, self.hidden_size)
             output, h_n = self._run_layers(data, hx, batch_sizes)
             return (
                 PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
