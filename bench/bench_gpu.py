@@ -310,7 +310,7 @@ def main() -> int:
     foreman = Foreman(options, sys.argv[1:])
     record = foreman.run()
     foreman.save()
-    print(render(record.as_json()))
+    print(render(record.as_json(), whole=False))
     return 1 if record.as_json()["summary"]["wrong"] else 0
 
 

@@ -33,10 +33,12 @@ Result = dict[str, Any]
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """The GPU and everything between it and us; on a CPU, that there is none."""
+    engine = {"cuda_engine": cuda_engine()}
     if device.type != "cuda":
-        return {"gpu": f"none: {device}"}
+        return {"gpu": f"none: {device}", **engine}
     properties = torch.cuda.get_device_properties(device)
     return {
+        **engine,
         "gpu": properties.name,
         "sms": properties.multi_processor_count,
         "compute_capability": f"{properties.major}.{properties.minor}",
@@ -52,6 +54,14 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "nvcc": output_of("nvcc", "--version").rpartition("\n")[2],
         "host": platform.node(),
     }
+
+
+def cuda_engine() -> str:
+    try:
+        from fusedrnn._ops import build_info
+    except ImportError as error:
+        return str(error)
+    return str(build_info()["cuda"])
 
 
 def output_of(program: str, *arguments: str) -> str:
@@ -284,6 +294,7 @@ def describe(data: dict[str, Any]) -> list[str]:
     lines = [
         ", ".join(f"{key} {env[key]}" for key in ("gpu", "sms", "cuda", "cudnn") if key in env),
         ", ".join(f"{key} {env[key]}" for key in ("nvidia_smi", "nvcc") if key in env),
+        f"fusedrnn's CUDA engine: {env['cuda_engine']}",
         f"{env['cpu']}, {env['os']}; " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()),
         f"{env['date']}, commit {env['commit']}: {data['command']}; {data['seconds']} s",
         "µs a step, medians; one layer with biases, gradients of x and all weights. bwd: "
@@ -302,7 +313,8 @@ def describe(data: dict[str, Any]) -> list[str]:
     return [line for line in lines if line]
 
 
-def render(data: dict[str, Any]) -> str:
+def render(data: dict[str, Any], whole: bool = True) -> str:
+    """All tables; or without those that are too long for a terminal."""
     results, found = data["results"], data["summary"]
     blocks = ["\n".join("# " + line for line in describe(data))]
     if data["probes"]:
@@ -311,17 +323,16 @@ def render(data: dict[str, Any]) -> str:
         some = [result for result in results if result["group"] == group]
         blocks.append(f"== {group}, forward\n" + table(*forward_table(some)))
         blocks.append(f"== {group}, forward and backward\n" + table(*backward_table(some)))
-    if results:
+    if results and whole:
         blocks.append("== everyone\n" + table(*everyone(results)))
-    if promises := found["promises"]:
+    promises = [promise for promise in found["promises"] if whole or not promise["met"]]
+    if promises:
         rows = [
             [p["what"], cell(p["target"]), cell(p["found"]), "met" if p["met"] else "NOT MET"]
             for p in promises
         ]
-        blocks.append(
-            f"== promises: {found['met']} of {len(promises)} met\n"
-            + table(["", "target", "found", ""], rows)
-        )
+        title = f"== promises: {found['met']} of {len(found['promises'])} met\n"
+        blocks.append(title + table(["", "target", "found", ""], rows))
     plans = [
         f"{name_of(result)}: {way}: {plan['words'] if isinstance(plan, dict) else plan}"
         for result in results
@@ -329,17 +340,21 @@ def render(data: dict[str, Any]) -> str:
         for way, plan in result["foretold"].items()
     ]
     lists = {
+        "plans": plans if whole else [],
         "slower than the best other": found["slower_than_best_peer"],
         "WRONG": found["wrong"],
         "LOST, took the process down": [
             f"{lost['where']}: {lost['name']}, {lost['phase']}: {lost['how']}"
             for lost in data["lost"]
         ],
-        "not run, no time left": data["not_run"],
-        "plans": plans,
+        "not run, no time left": data["not_run"] if whole else some_of(data["not_run"]),
     }
     blocks += [f"== {title}\n" + "\n".join(lines) for title, lines in lists.items() if lines]
     return "\n\n".join(blocks)
+
+
+def some_of(lines: list[str]) -> list[str]:
+    return lines if len(lines) < 4 else [*lines[:2], f"and {len(lines) - 2} more"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
