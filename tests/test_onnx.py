@@ -24,6 +24,9 @@ if not os.environ.get("CI"):  # where what .ci/requirements.txt names must be th
 import onnx
 import onnxruntime
 
+# What torch says of itself whenever it decomposes a program; as to ours, see the last test.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+
 I, H = 4, 6
 T_AND_B = {0: Dim("T"), 1: Dim("B")}
 
