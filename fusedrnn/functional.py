@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _ops, onnx, reference
 from .autograd import Activation, transformed
+from .expanded_weights import ExpandedWeight
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "meta", "cuda") if _ops._C.has_cuda else ("cpu", "meta")
@@ -134,7 +135,10 @@ def rnn(
     # The op itself where somebody watches; past one dispatch of it, at 4 us, where nobody does.
     compiling = torch.compiler.is_compiling()
     watched = (
-        compiling or transformed() or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        compiling
+        or transformed()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or type(w_hh) is ExpandedWeight
     )
     activation = _ops.activation if watched else Activation.differentiate
     if compiling and torch.onnx.is_in_onnx_export():

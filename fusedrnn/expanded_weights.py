@@ -1,0 +1,69 @@
+"""Per-sample gradients by torch's older way, ``call_for_per_sample_grads``: nn.RNN can, so we can.
+
+It calls the module with every weight an ``ExpandedWeight``, whose gradient goes, sample by sample,
+to ``weight.grad_sample``. A sample is a row of the batch. (``vmap(grad(...))`` needs none of this.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils._expanded_weights import ExpandedWeight
+from torch.nn.utils._expanded_weights.expanded_weights_impl import implements_per_sample_grads
+from torch.nn.utils._expanded_weights.expanded_weights_utils import (
+    set_grad_sample_if_exists,
+    unpack_expanded_weight_or_tensor,
+)
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from . import _ops
+
+
+def _plain(argument: Any) -> Any:
+    is_expanded = isinstance(argument, ExpandedWeight)
+    return unpack_expanded_weight_or_tensor(argument) if is_expanded else argument
+
+
+@implements_per_sample_grads(torch.ops.fusedrnn.activation.default)
+class PerSampleActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _: Any, op: Any, *args: Any) -> Any:  # type: ignore[override]
+        h, h_n, phi = op(*map(_plain, args))
+        for weight in args:
+            if isinstance(weight, ExpandedWeight) and weight.batch_size != h_n.size(0):
+                raise RuntimeError(
+                    f"fusedrnn: per-sample gradients of {weight.batch_size} samples, but the batch "
+                    f"has {h_n.size(0)} rows"
+                )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, h if phi.numel() == 0 else phi)
+        ctx.args = args
+        return h, h_n, phi
+
+    @staticmethod
+    def backward(ctx: Any, g: Any, g_n: Any, _: Any) -> Any:  # type: ignore[override]
+        x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = ctx.args
+        h, phi = ctx.saved_tensors
+        to_h0 = ctx.needs_input_grad[6]
+        delta, dh0, _ = _ops.adjoint(
+            g, None, g_n, phi, _plain(w_hh), unpack_expanded_weight_or_tensor(alpha), keep,
+            batch_sizes, nonlinearity, reverse, to_h0, False,
+        )  # fmt: skip
+
+        def by_sample(series: Tensor) -> Tensor:
+            if batch_sizes is None:
+                return series
+            return pad_packed_sequence(PackedSequence(series, batch_sizes))[0]
+
+        def product(other: Tensor) -> Tensor:
+            return torch.einsum("tbh,tbi->bhi", by_sample(delta), by_sample(other))
+
+        before = _ops.previous(h, h0, keep, batch_sizes, reverse)
+        set_grad_sample_if_exists(w_ih, lambda _: product(x))
+        set_grad_sample_if_exists(w_hh, lambda _: product(before))
+        for bias in (b_ih, b_hh):
+            set_grad_sample_if_exists(bias, lambda _: by_sample(delta).sum(0))
+        dx = delta if w_ih is None else delta @ _plain(w_ih)
+        return (None, None, dx, None, None, None, dh0 if to_h0 else None, *(None,) * 6)
