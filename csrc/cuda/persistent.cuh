@@ -106,6 +106,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           if (!through_l2) send(to + row * p.e_row + j0 + unit, handed);
         }
       }
+      if (kAhead && alive == 0) load_inputs(next, 0, after, second_after);
       meet(s);
       before = now;
       now = after;
