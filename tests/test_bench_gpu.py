@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import Engine
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -70,6 +71,21 @@ def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None
             assert [check["passed"] for check in found["check"].values()] == [True, True]
         assert set(result["chains"]) == {peers.FORWARD, gpu_peers.ALONE}
         assert result["foretold"]["backward"]["words"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f32"])
+def test_a_case_on_every_engine(engine: Engine, precision: str) -> None:
+    device = torch.device("cuda" if engine.kind == "cuda" else "cpu")
+    case = gpu_cases.Case("sweep", peers.Shape(5, 2, 3, 8), precision)
+    result = gpu_cases.Run(case, device, 0.01, check_steps=3)()
+    for name in ("fusedrnn", "fusedrnn in a graph"):
+        found = result["peers"][name]
+        assert found["failed"] is None
+        assert [check["passed"] for check in found["check"].values()] == [True, True]
+        assert set(found["seconds"]) == set(gpu_peers.GPU_MODES)
+        if engine.kind == "cuda" and name == "fusedrnn":
+            assert found["peak_bytes"] > 0
+    assert set(result["chains"]) == {peers.FORWARD, gpu_peers.ALONE}
 
 
 def test_output_says_what_it_is_not(tiny: tuple[str, dict[str, Any]]) -> None:
