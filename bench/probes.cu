@@ -161,6 +161,55 @@ __device__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// What one step of a recurrence does in a cluster: every block sends 4 bytes a thread to every
+// block, and goes on when it has everyone's. By plain stores and the cluster's barrier, or by
+// st.async and an mbarrier that counts bytes. Two slots: who sends a second time has everyone's
+// first, which they sent after they had read what was there before.
+template <bool kAsync>
+__global__ void cluster_gather(int n, int64_t* out, float* sink) {
+  extern __shared__ uint32_t gathered[];  // [2][blocks][threads]
+  __shared__ alignas(8) uint64_t barriers[2];
+  const int rank = cluster_rank(), size = cluster_size();
+  if (kAsync && threadIdx.x == 0) {
+    for (const auto& barrier : barriers)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier))
+                   : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  uint32_t value = threadIdx.x;
+  cluster_meet<false>();
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) {
+    uint32_t* slot = gathered + (i % 2) * size * blockDim.x + threadIdx.x;
+    const void* barrier = &barriers[i % 2];
+    for (int peer = 0; peer < size; ++peer) {
+      const uint32_t there = remote(slot + rank * blockDim.x, peer);
+      if (kAsync)
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                there),
+            "r"(value), "r"(remote(barrier, peer))
+            : "memory");
+      else
+        asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
+    }
+    if (kAsync) {
+      if (threadIdx.x == 0)
+        asm volatile(
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+            "r"(int(size * blockDim.x * sizeof(uint32_t)))
+            : "memory");
+      wait_for_phase(shared_address(barrier), i / 2 % 2);
+    } else {
+      cluster_meet<false>();
+    }
+    value = *static_cast<volatile uint32_t*>(slot + (rank + 1 + i) % size * blockDim.x) + 1;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
+  if (blockIdx.x == 0) sink[threadIdx.x] = float(value);
+  cluster_meet<false>();
+}
+
 // Two blocks send a word to and fro, n round trips: st.async carries it and tells the mbarrier of
 // the block that waits. The message may come before its bytes are announced: the phase cannot end
 // without the announcement, which is also the one arrival that it waits for.
@@ -237,6 +286,8 @@ __global__ void flag_ping_pong(int n, int64_t* out, float* sink) {
 template <bool kRelaxed>
 __global__ void cluster_barrier(int, int64_t*) {}
 __global__ void cluster_exchange(int, int64_t*, float*) {}
+template <bool kAsync>
+__global__ void cluster_gather(int, int64_t*, float*) {}
 __global__ void async_ping_pong(int, int64_t*, float*) {}
 __global__ void flag_ping_pong(int, int64_t*, float*) {}
 #endif
@@ -377,6 +428,13 @@ int probe_cluster_exchange(int cluster, int threads, int n, int64_t* out, float*
                            cudaStream_t stream) {
   const size_t shared = 2 * size_t(threads) * sizeof(uint32_t);
   return launch(cluster_exchange, cluster, threads, cluster, false, shared, stream, n, out, sink);
+}
+
+int probe_cluster_gather(bool async, int cluster, int threads, int n, int64_t* out, float* sink,
+                         cudaStream_t stream) {
+  const auto kernel = async ? cluster_gather<true> : cluster_gather<false>;
+  const size_t shared = 2 * size_t(cluster) * size_t(threads) * sizeof(uint32_t);
+  return launch(kernel, cluster, threads, cluster, false, shared, stream, n, out, sink);
 }
 
 int probe_async_ping_pong(int n, int64_t* out, float* sink, cudaStream_t stream) {

@@ -6,6 +6,7 @@ A row for each: what, nanoseconds and cycles of one repetition, or the error tha
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import statistics
 import subprocess
@@ -79,8 +80,10 @@ def build(folder: Path) -> ctypes.CDLL:
 def build_emulated() -> ctypes.CDLL:
     """The same launchers, for kernels that run on the CPU (tests/emulator)."""
     sys.path.append(str(SOURCE.parents[1] / "tests"))
+    import cuda_resources  # type: ignore[import-not-found]
     import emulator  # type: ignore[import-not-found]
 
+    cuda_resources.toolkit()  # tells the emulator where it is
     path = emulator.build_library([SOURCE], name="probes", arch=90)
     return emulator.Library(path).c
 
@@ -204,29 +207,30 @@ class Probes:
         )
 
     def clusters(self) -> Iterator[Row]:
-        out, sink = self.out, self.sink
         for size in self.setting.cluster_sizes:
-            for relaxed in (False, True):
+            for name, launcher, *flag in (
+                ("barrier, release", "probe_cluster_barrier", False),
+                ("barrier, relaxed", "probe_cluster_barrier", True),
+                ("neighbour to neighbour, store + barrier", "probe_cluster_exchange"),
+                ("all to all, 1 KB a block, store + barrier", "probe_cluster_gather", False),
+                ("all to all, 1 KB a block, st.async + mbarrier", "probe_cluster_gather", True),
+            ):
+                results = [self.out] if "barrier, r" in name else [self.out, self.sink]
+                launch = functools.partial(self.call, launcher, *flag, size, THREADS)
                 yield self.kernel(
-                    f"cluster barrier, {size} blocks, {'relaxed' if relaxed else 'release'}",
-                    lambda n: self.call("probe_cluster_barrier", relaxed, size, THREADS, n, out),  # noqa: B023
+                    f"cluster of {size}: {name}",
+                    lambda n: launch(n, *results),  # noqa: B023
                     cluster=size,
                 )
+        for name, launcher in (
+            ("st.async + mbarrier, one way", "probe_async_ping_pong"),
+            ("remote st.release + ld.acquire, one way", "probe_flag_ping_pong"),
+        ):
             yield self.kernel(
-                f"remote store + cluster barrier, {size} blocks",
-                lambda n: self.call("probe_cluster_exchange", size, THREADS, n, out, sink),  # noqa: B023
-                cluster=size,
+                name,
+                lambda n: self.call(launcher, n, self.out, self.sink),  # noqa: B023
+                per=2,
             )
-        yield self.kernel(
-            "st.async + mbarrier, one way",
-            lambda n: self.call("probe_async_ping_pong", n, out, sink),
-            per=2,
-        )
-        yield self.kernel(
-            "remote st.release + ld.acquire, one way",
-            lambda n: self.call("probe_flag_ping_pong", n, out, sink),
-            per=2,
-        )
 
     def grids(self) -> Iterator[Row]:
         blocks, out = self.setting.blocks, self.out

@@ -70,7 +70,7 @@ class _Catcher(TorchFunctionMode):
         return h, x.new_empty((call.B, call.H)), x.new_empty(h.shape if call.leaky else 0)
 
 
-def _calls(module: nn.Module, x: Tensor | PackedSequence) -> list[_Call]:
+def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:
     """Each call that ``module(x)`` makes, in order."""
     if isinstance(module, (nn.RNN, nn.RNNCell)) and not isinstance(module, modules.RNNCell):
         module = modules.replace(copy.copy(module))

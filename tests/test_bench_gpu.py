@@ -377,6 +377,10 @@ def test_probes_carry_what_they_should(emulated: probes.Probes) -> None:
     assert sink[0] == 5  # the last message
     emulated.call("probe_cluster_exchange", 4, 64, 5, out, sink)
     assert sink[:64].tolist() == [thread + 5.0 for thread in range(64)]
+    for by_async in (False, True):
+        sink.zero_()
+        emulated.call("probe_cluster_gather", by_async, 4, 64, 5, out, sink)
+        assert sink[:64].tolist() == [thread + 5.0 for thread in range(64)]
     words = torch.zeros(8, dtype=torch.int64)
     emulated.call("probe_flag_in_data", 4, 32, 5, out, words, sink)
     assert (words >> 32).tolist() == [4] * 4 + [5] * 4  # the steps of the two slots
