@@ -60,6 +60,16 @@ def _each(op: Callable[..., Any], size: int, in_dims: Any, args: Any) -> Results
     return tuple(map(torch.stack, results)), (0, 0, 0)
 
 
+def _none(rule: Callable[..., Results], info: Any, in_dims: Any, args: Any) -> Results:
+    """No sample at all: what one of zeros gives, without it, so that shapes are right."""
+    one = [
+        a if d is None else a.new_zeros((*a.shape[:d], 1, *a.shape[d + 1 :]))
+        for a, d in zip(args, in_dims)
+    ]
+    results, dims = rule(info._replace(batch_size=1), in_dims, *one)
+    return tuple(t if d is None else t.narrow(d, 0, 0) for t, d in zip(results, dims)), dims
+
+
 def _drive(args: Any, in_dims: Any) -> Tensor:
     """``u = x @ w_ih.T + b_ih + b_hh`` as ``[..., B, V, H]``, with 1 for V where nothing has it."""
 
@@ -101,6 +111,8 @@ def _register(name: str, before: int, fold: Callable[..., list[Tensor | None]]) 
         w_hh_dim, alpha_dim, keep_dim, batch_sizes_dim, *_ = in_dims[before:]
         if batch_sizes_dim is not None:
             raise RuntimeError("fusedrnn: vmap over batch_sizes: all samples must be packed alike")
+        if size == 0:
+            return _none(rule, info, in_dims, args)
         if w_hh_dim is not None or alpha_dim is not None:
             return _each(op, size, in_dims, args)
         rows = fold(args[:before], in_dims[:before], size)

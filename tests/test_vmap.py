@@ -199,6 +199,18 @@ def test_chunks_and_nothing_to_batch():
     torch.testing.assert_close(h[1], reference.rnn(x, **arguments)[0])
 
 
+@pytest.mark.parametrize("names", [("x", "keep"), ("w_hh", "w_ih"), ("h0",)], ids="+".join)
+@pytest.mark.parametrize("case", [Case(keep=True), Case(lengths=(3, 1), keep=True)], ids=str)
+def test_no_sample_at_all(case, names):
+    """An empty batch, as Poisson sampling draws it now and then."""
+    args, in_dims = stacked(case, names)
+    empty = [a if d is None else a.narrow(d, 0, 0) for a, d in zip(args, in_dims)]
+    f = both(case, fusedrnn.rnn, tuple(range(len(args))))
+    found = vmap(grad(f, (0, 1, 2)), in_dims)(*empty)
+    for result, some in zip(found, vmap(grad(f, (0, 1, 2)), in_dims)(*args)):
+        assert result.shape == (0, *some.shape[1:])
+
+
 @pytest.mark.parametrize("names", [("x",), ("w_hh", "w_ih"), ("w_ih",)], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision(dtype, names):
