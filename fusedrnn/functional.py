@@ -38,6 +38,24 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> Any:
     )
 
 
+def _register_autocast(device_type: str, key: str) -> None:
+    """The same for whoever calls the op itself: an exported program."""
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def rule(x: Any, w_ih: Any, b_ih: Any, b_hh: Any, h0: Any, w_hh: Any, *others: Any) -> Any:
+        alpha, *walk = others
+        cast = _autocast(device_type, x, w_ih, b_ih, b_hh, h0, w_hh, alpha)
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            return _ops.activation(*cast, *walk)
+
+    _LIBRARY.impl("activation", rule, key)
+
+
+_LIBRARY = torch.library.Library("fusedrnn", "IMPL")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
 def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
     size = like.size(0)
     if not isinstance(alpha, Tensor):

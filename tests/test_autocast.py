@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Case
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
@@ -53,6 +54,20 @@ def test_every_floating_argument_is_cast(dtype):
     assert h.dtype == h_n.dtype == dtype
     low = {k: v.to(dtype) for k, v in case.arguments().items()}
     torch.testing.assert_close(h, fusedrnn.rnn(**low, **case.flags())[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_the_op_itself_casts(dtype):
+    case = Case(T=T, B=B, I=I, H=H, keep=True, alpha=True, dtype=torch.float32)
+    found = case.arguments(requires_grad=True)
+    names = ("x", "w_ih", "b_ih", "b_hh", "h0", "w_hh", "alpha")
+    keep = case.flags()["keep"]
+    with torch.autocast("cpu", dtype):
+        arguments = (*(found[name] for name in names), keep, None, "tanh", False)
+        h, h_n, phi = torch.ops.fusedrnn.activation(*arguments)
+    assert h.dtype == h_n.dtype == phi.dtype == dtype
+    slopes = torch.autograd.grad(h.float().sum(), [found[name] for name in names])
+    assert {slope.dtype for slope in slopes} == {torch.float32}
 
 
 def test_float64_stays():
@@ -138,21 +153,43 @@ def test_cell():
         assert fusedrnn.RNNCell(I, H)(x).dtype == torch.bfloat16  # torch's own op
 
 
-def test_the_rule_for_cuda_is_the_same():
-    """Without a GPU: what would be cast is, and autocast of the CPU does not matter."""
-    tensors = (torch.randn(2), None, torch.ones(2).bool(), torch.randn(2).double())
+def test_exported_programs():
+    """Which call the op itself, with a low x and weights that are not, after a linear layer."""
+    model = nn.Sequential(nn.Linear(I, I), fusedrnn.RNN(I, H, num_layers=2, bidirectional=True))
+    x = torch.randn(T, B, I)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = exported(x), model(x)
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def autocast_for_cuda():
+    """What ``torch.autocast("cuda", torch.float16)`` sets, which does nothing without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    try:
-        torch.set_autocast_enabled("cuda", True)
-        torch.set_autocast_dtype("cuda", torch.float16)
-        cast = functional._autocast("cuda", *tensors)
-        assert functional._autocast("cpu", *tensors)[0].dtype == torch.float32
-    finally:
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
-    assert cast[0].dtype == torch.float16
-    assert cast[1] is None
-    assert (cast[2].dtype, cast[3].dtype) == (torch.bool, torch.float64)
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    yield
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.usefixtures("autocast_for_cuda")
+def test_the_rule_for_cuda_is_the_same():
+    """On fake tensors, which need no GPU. Those of the CPU are left alone."""
+    with FakeTensorMode():
+        for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
+            x, w = torch.empty(T, B, H, device=device), torch.empty(H, H, device=device)
+            walk = (None, None, None, "tanh", False)
+            h, h_n, _ = torch.ops.fusedrnn.activation(x, None, None, None, None, w, *walk)
+            assert (h.dtype, h_n.dtype, h.device.type) == (dtype, dtype, device)
+    x, keep, wide = torch.randn(2), torch.ones(2).bool(), torch.randn(2).double()
+    cast = functional._autocast("cuda", x, None, keep, wide)
+    assert [c if c is None else c.dtype for c in cast] == [
+        torch.float16, None, torch.bool, torch.float64,
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
