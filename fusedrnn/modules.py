@@ -8,7 +8,7 @@ because ``torch.compile`` refuses every subclass of the latter.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn, overload
+from typing import NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -335,7 +335,10 @@ class RNNCell(nn.RNNCell):
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
 
 
-def replace(model: nn.Module) -> nn.Module:
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def replace(model: _Module) -> _Module:
     """Turn every ``nn.RNN`` and ``nn.RNNCell`` in ``model`` into this package's, in place.
 
     Nothing is copied: a module keeps its identity and only changes its class, so parameters (and

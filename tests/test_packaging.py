@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -83,27 +84,77 @@ def test_every_public_name_exists() -> None:
     assert [name for name in fusedrnn.__all__ if not hasattr(fusedrnn, name)] == []
 
 
-@pytest.mark.slow
-def test_wheel_is_complete(unbuilt: Path) -> None:
-    """`pip wheel` from bare sources: what `pip install --no-build-isolation .` installs."""
-    shutil.copytree(ROOT / "csrc", unbuilt / "csrc")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, unbuilt)
-    pip = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", "out", "."]
-    run = subprocess.run(
-        [sys.executable, *pip], cwd=unbuilt, capture_output=True, text=True, check=False
-    )
+BUILT = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """All that is in the repository, and nothing built."""
+    copy = tmp_path / "checkout"
+    for name in ("fusedrnn", "csrc", "tests", "bench", ".ci"):
+        shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copy(ROOT / ".clang-format", copy)
+    return copy
+
+
+def test_sdist_is_the_checkout(checkout: Path) -> None:
+    """Setuptools alone would leave out headers, and take along what it does not build."""
+    before = {str(p.relative_to(checkout)) for p in checkout.rglob("*") if p.is_file()}
+    (checkout / "fusedrnn" / "_build_info.py").write_text("")  # as in a checkout that is in use
+    (checkout / "fusedrnn" / "_C.so").write_text("")
+    code = "from setuptools import build_meta; build_meta.build_sdist('out')"
+    run = python(code, checkout)
     assert run.returncode == 0, run.stdout + run.stderr
-    (wheel,) = (unbuilt / "out").glob("fusedrnn-*.whl")
+    with tarfile.open(next((checkout / "out").glob("fusedrnn-*.tar.gz"))) as sdist:
+        files = {m.name.split("/", 1)[1] for m in sdist.getmembers() if m.isfile()}
+    assert before <= files
+    assert {f for f in files - before if not f.startswith("fusedrnn.egg-info/")} == {
+        "PKG-INFO",
+        "setup.cfg",
+    }
+
+
+@pytest.mark.slow
+def test_build_gives_a_wheel_that_runs_elsewhere(checkout: Path, tmp_path: Path) -> None:
+    """`python -m build` makes an sdist and, of that, a wheel; an empty venv takes it."""
+    if not os.environ.get("CI"):
+        pytest.importorskip(
+            "build.__main__", reason="build is not installed (see .ci/requirements.txt)"
+        )
+
+    def succeed(*command: str | Path, cwd: Path = tmp_path) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        run = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    succeed(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, cwd=checkout)
+    (wheel,) = tmp_path.glob("fusedrnn-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fusedrnn", f"fusedrnn-{fusedrnn.__version__}.dist-info"}  # no tests, no bench
-    for needed in ("fusedrnn/py.typed", "fusedrnn/_build_info.py", "fusedrnn/__main__.py"):
-        assert needed in names
+    python_files = {f"fusedrnn/{path.name}" for path in (ROOT / "fusedrnn").glob("*.py")}
+    assert python_files | {"fusedrnn/py.typed"} <= set(names)
     assert any(re.fullmatch(r"fusedrnn/_C\..*\.so", name) for name in names)
 
-    installed = unbuilt / "installed"
-    zipfile.ZipFile(wheel).extractall(installed)
-    code = "import fusedrnn, torch; print(fusedrnn.RNN(3, 4)(torch.zeros(2, 1, 3))[0].shape)"
-    run = python(code, installed)
-    assert run.stdout.strip() == "torch.Size([2, 1, 4])", run.stderr
+    venv = tmp_path / "venv"
+    succeed(sys.executable, "-m", "venv", venv)
+    (site,) = venv.glob("lib/python*/site-packages")
+    # the torch it was built with; the checkout is not there, for .pth files count in venvs alone
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    succeed(venv / "bin" / "pip", "install", "--no-index", "--no-deps", wheel)
+    code = """
+import torch, fusedrnn
+rnn = fusedrnn.RNN(3, 4, num_layers=2)
+output, h_n = torch.compile(rnn, backend="eager", fullgraph=True)(torch.randn(5, 2, 3))
+output.sum().backward()
+print(fusedrnn.__file__, output.shape, all(p.grad is not None for p in rnn.parameters()))
+"""
+    found = succeed(venv / "bin" / "python", "-c", code)
+    assert found.split(maxsplit=1) == [
+        str(site / "fusedrnn" / "__init__.py"),
+        "torch.Size([5, 2, 4]) True\n",
+    ]
+    assert "CPU engine    built" in succeed(venv / "bin" / "python", "-m", "fusedrnn", "info")
