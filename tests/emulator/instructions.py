@@ -499,8 +499,16 @@ def dp4a(f: FunctionTranslator, i: Instruction) -> None:
 # --- Comparison and selection ---
 
 COMPARISONS = {
-    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
-    "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
 }
 UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "geu": "ge"}
 COMPARE = " ".join([*COMPARISONS, *UNORDERED, "num", "nan", "and", "or", "xor", "ftz"])
@@ -856,9 +864,8 @@ def half_update(type_: str, name: str) -> str:
 
 @rule(
     "fence membar",
-    f"sc acq_rel acquire release {SCOPES} gl proxy async async::global "
-    "async::shared::cta async::shared::cluster mbarrier_init "
-    "sync_restrict::shared::cta sync_restrict::shared::cluster alias",
+    f"sc acq_rel acquire release {SCOPES} {SPACES} gl proxy async async::global "
+    "async::shared::cta async::shared::cluster mbarrier_init",
 )
 def fence(f: FunctionTranslator, i: Instruction) -> None:
     f.emit("fence(self);")

@@ -17,11 +17,27 @@ from .ptx import Data, Function, Instruction, Label, UnsupportedError
 
 # The C++ type that values of a PTX type are computed in. Halves stay in their 16 bits.
 CPP = {
-    "pred": "bool", "b8": "u8", "u8": "u8", "s8": "s8",
-    "b16": "u16", "u16": "u16", "s16": "s16", "f16": "u16", "bf16": "u16",
-    "b32": "u32", "u32": "u32", "s32": "s32", "f32": "f32",
-    "f16x2": "u32", "bf16x2": "u32", "tf32": "u32",
-    "b64": "u64", "u64": "u64", "s64": "s64", "f64": "f64", "b128": "u128",
+    "pred": "bool",
+    "b8": "u8",
+    "u8": "u8",
+    "s8": "s8",
+    "b16": "u16",
+    "u16": "u16",
+    "s16": "s16",
+    "f16": "u16",
+    "bf16": "u16",
+    "b32": "u32",
+    "u32": "u32",
+    "s32": "s32",
+    "f32": "f32",
+    "f16x2": "u32",
+    "bf16x2": "u32",
+    "tf32": "u32",
+    "b64": "u64",
+    "u64": "u64",
+    "s64": "s64",
+    "f64": "f64",
+    "b128": "u128",
 }
 WIDTH = {"bool": 1, "u8": 1, "s8": 1, "u16": 2, "s16": 2, "u32": 4, "s32": 4, "f32": 4} | {
     "u64": 8,
@@ -181,8 +197,8 @@ class FunctionTranslator:
             value = -value if match[1] else value
             if want == "bool":
                 return "true" if value else "false"
-            if want in FLOATS:
-                return f"{want}({value})"
+            if want in FLOATS:  # an integer where a float is moved stands for its bits
+                return f"bits<{want}>({'u32' if want == 'f32' else 'u64'}({value}))"
             if want == "u32":
                 return f"{value & 0xFFFFFFFF}u"
             if want == "s32" and -(2**31) < value < 2**31:

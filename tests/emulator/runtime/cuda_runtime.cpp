@@ -208,11 +208,12 @@ cudaError_t launch(const void* host, Configuration c, void** arguments) {
   char* const block = reinterpret_cast<char*>(parameters.data());
   for (u32 i = 0; i < kernel.parameter_count; ++i)
     std::memcpy(block + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].bytes);
-  const std::string failure = run(
+  const Failure failure = run(
       {&kernel, dims(c.grid), dims(c.block), c.cluster, c.dynamic_shared, c.cooperative, block});
-  if (failure.empty()) return cudaSuccess;
+  if (failure.text.empty()) return cudaSuccess;
   ++counters.failed_launches;
-  return refuse(cudaErrorLaunchFailure, failure);
+  return refuse(failure.illegal_address ? cudaErrorIllegalAddress : cudaErrorLaunchFailure,
+                failure.text);
 }
 
 thread_local std::vector<Configuration> pushed;
@@ -345,6 +346,7 @@ EXPORT void cudaemu_schedule(const char* order, unsigned long long seed, double 
                    : !std::strcmp(order, "reverse") ? Order::reverse
                                                     : Order::forward;
   settings.seed = seed;
+  settings.launches = 0;
   settings.yield_probability = probability;
 }
 EXPORT void cudaemu_fail_next_launch(int error) { next_launch_fails_with = error; }
@@ -396,7 +398,8 @@ EXPORT const char* cudaemu_launch(const char* name, const unsigned grid[3], cons
                  {cluster[0], cluster[1], cluster[2]},
                  dynamic_shared,
                  cooperative != 0,
-                 parameters});
+                 parameters})
+                .text;
   return failure.empty() ? nullptr : failure.c_str();
 }
 

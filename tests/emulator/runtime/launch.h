@@ -11,6 +11,7 @@ enum class Order { forward, reverse, random };
 struct Settings {
   Order order = Order::forward;
   u64 seed = 1;
+  u64 launches = 0;              // since the seed was set: each launch has an order of its own
   double yield_probability = 0;  // random order: the chance to be interrupted at an atomic or fence
 };
 extern Settings settings;
@@ -23,8 +24,11 @@ struct Launch {
   const char* parameters = nullptr;
 };
 
-// Returns what went wrong, or an empty string.
-std::string run(const Launch&);
+struct Failure {
+  std::string text;  // empty: all went well
+  bool illegal_address = false;
+};
+Failure run(const Launch&);
 
 // All modules of this library, in the order of linking.
 const Module* const* registered_modules(size_t* count);

@@ -1,9 +1,13 @@
 // Fibers, the order they run in, barriers, warp operations, and the life of a grid.
 #include "scheduler.h"
 
+#include <dlfcn.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,7 +15,8 @@
 #include <memory>
 #include <mutex>
 
-// Saves the registers that a function must keep, and continues where `load` was saved.
+// Saves the registers that a function must keep, and continues where `load` was saved. By a jump:
+// the processor would predict that a `ret` goes back to where it came from, and be wrong each time.
 extern "C" void emulator_switch_stack(void** save, void* load);
 #if !defined(__x86_64__)
 #error "the emulator switches stacks in x86-64 assembly; other processors need their own"
@@ -36,7 +41,8 @@ emulator_switch_stack:
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmp *%rcx
 .size emulator_switch_stack,.-emulator_switch_stack
 )");
 
@@ -111,6 +117,14 @@ class ReadyQueue {
   ThreadState* pop() {
     if (settings.order == Order::random)
       std::swap(ring_[head_ & mask_], ring_[(head_ + random_number() % (tail_ - head_)) & mask_]);
+    if (head_ + 2 < tail_) {
+      // Most of a switch is waiting for the other stack to come from the cache.
+      const char* soon = static_cast<char*>(ring_[(head_ + 2) & mask_]->context.stack_pointer);
+      __builtin_prefetch(soon);
+      __builtin_prefetch(soon + 64);
+      __builtin_prefetch(soon + 128);
+      __builtin_prefetch(soon + 192);
+    }
     return ring_[head_++ & mask_];
   }
 
@@ -130,6 +144,7 @@ struct Machine {
   u64 idle_polls = 0;
   bool failed = false;
   std::string failure;
+  u64 fault_at = 0;  // the instruction that accessed an illegal address
   u64 random_state = 1;
   char end_of_launch = 0;  // an address for ThreadSanitizer
   // Kept from launch to launch: most of a small launch would else be allocation.
@@ -261,7 +276,8 @@ bool arrive(Thread& self, const Site& site, Barrier& barrier, u32 count, u32 liv
     barrier.expected = count;
   } else if (!barrier.first) {
     barrier.first = &site;
-  } else if (barrier.first->line != site.line || std::strcmp(barrier.first->file, site.file)) {
+  } else if (barrier.first != &site &&
+             (barrier.first->line != site.line || std::strcmp(barrier.first->file, site.file))) {
     fail(self, site,
          "threads of one block wait at different __syncthreads(): some at " +
              name_of(*barrier.first));
@@ -273,7 +289,6 @@ bool arrive(Thread& self, const Site& site, Barrier& barrier, u32 count, u32 liv
 
 void thread_exits(ThreadState& self) {
   Quiet quiet;
-  finish_copies(self);
   self.exited = true;
   --machine.live;
   machine.idle_polls = 0;
@@ -287,6 +302,8 @@ void thread_exits(ThreadState& self) {
     if (barrier.arrived && !barrier.expected && barrier.arrived == block.live) release_all(barrier);
   if (cluster.barrier.arrived && cluster.barrier.arrived == cluster.live)
     release_all(cluster.barrier);
+  if (block.live == 0)
+    for (u32 i = 0; i < machine.grid.threads.count(); ++i) finish_copies(block.threads[i]);
   if (block.live == 0 && block.shared_bytes) {
     // The block's shared memory is gone, also for its peers in the cluster.
     std::memset(block.shared, 0xFF, block.shared_bytes);
@@ -396,8 +413,8 @@ std::string who_waits(u32 count) {
   return report;
 }
 
-void start_randomness(u64 launch_number) {
-  machine.random_state = (settings.seed + launch_number) * 0x9E3779B97F4A7C15ull | 1;
+void start_randomness() {
+  machine.random_state = (settings.seed + settings.launches++) * 0x9E3779B97F4A7C15ull | 1;
   preemption = settings.order == Order::random && settings.yield_probability > 0;
 }
 
@@ -445,6 +462,63 @@ void run_threads(u32 count) {
 #endif
 }
 
+// --- Illegal addresses ---
+// A kernel that goes astray must fail its launch, not end the process. Sanitizers have handlers of
+// their own, which tell more.
+#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
+struct FaultHandler {
+  FaultHandler() {}
+  ~FaultHandler() {}
+};
+#else
+void handle_fault(int, siginfo_t* info, void* context) {
+  if (!machine.current || machine.failed) {  // not a kernel's doing: let it happen again
+    std::signal(SIGSEGV, SIG_DFL);
+    return;
+  }
+  machine.fault_at = u64(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+  static const Site nowhere = {"", 0};
+  char text[64];
+  std::snprintf(text, sizeof text, "illegal address 0x%llx", reinterpret_cast<u64>(info->si_addr));
+  fail(*machine.current, nowhere, text);
+}
+
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action = {};
+    action.sa_sigaction = handle_fault;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler does not return
+    sigaction(SIGSEGV, &action, &before_[0]);
+    sigaction(SIGBUS, &action, &before_[1]);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &before_[0], nullptr);
+    sigaction(SIGBUS, &before_[1], nullptr);
+  }
+
+ private:
+  struct sigaction before_[2];
+};
+#endif
+
+// The line of the .cu file that an instruction came from, as addr2line finds it.
+std::string line_of(u64 instruction) {
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<void*>(instruction), &info)) return "";
+  char command[4200];
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%llx 2>/dev/null", info.dli_fname,
+                instruction - reinterpret_cast<u64>(info.dli_fbase));
+  FILE* output = popen(command, "r");
+  if (!output) return "";
+  // Inlined functions come first; the last is in the kernel.
+  char line[4200] = "";
+  for (char next[4200]; std::fgets(next, sizeof next, output);) std::strcpy(line, next);
+  pclose(output);
+  line[std::strcspn(line, "\n")] = 0;
+  return line;
+}
+
 std::vector<const Module*>& modules() {
   static std::vector<const Module*> all;
   return all;
@@ -469,10 +543,9 @@ u64 random_number() {  // xorshift64*
 
 void progress() { machine.idle_polls = 0; }
 
-std::string run(const Launch& launch) {
+Failure run(const Launch& launch) {
   const std::lock_guard<std::mutex> one_grid_at_a_time(machine.mutex);
-  static u64 launch_number = 0;
-  start_randomness(launch_number++);
+  start_randomness();
   const Kernel& kernel = *launch.kernel;
   Grid& grid = machine.grid;
   grid = Grid{};
@@ -487,6 +560,8 @@ std::string run(const Launch& launch) {
   machine.body = kernel.body;
   machine.failed = false;
   machine.failure.clear();
+  machine.fault_at = 0;
+  const FaultHandler faults;
 #ifdef EMULATOR_TSAN
   machine.main.fiber = __tsan_get_current_fiber();
 #endif
@@ -517,7 +592,9 @@ std::string run(const Launch& launch) {
   }
   for (char* stack : machine.dead_stacks) machine.stacks.give(stack);
   machine.dead_stacks.clear();
-  return machine.failed ? "kernel " + std::string(kernel.name) + ": " + machine.failure : "";
+  if (!machine.failed) return {};
+  if (machine.fault_at) machine.failure += ", at " + line_of(machine.fault_at);
+  return {"kernel " + std::string(kernel.name) + ": " + machine.failure, machine.fault_at != 0};
 }
 
 void fail(Thread& self, const Site& site, const std::string& text) {
@@ -526,13 +603,14 @@ void fail(Thread& self, const Site& site, const std::string& text) {
   std::snprintf(where, sizeof where, " (block %u,%u,%u thread %u,%u,%u)", b.x, b.y, b.z, t.x, t.y,
                 t.z);
   machine.failed = true;
-  machine.failure = text + ", at " + name_of(site) + where;
+  machine.failure = text + (site.line ? ", at " + name_of(site) : "") + where;
   switch_context(state(self).context, machine.main, true);
   std::abort();  // a failed thread is never continued
 }
 void fail(Thread& self, const Site& site, const char* text) { fail(self, site, std::string(text)); }
 
 void fail_shared_access(Thread& self, const Site& site, u32 address, u32 bytes) {
+  if (u64(address) + bytes <= self.block->shared_bytes) fail_alignment(self, site, address, bytes);
   fail(self, site,
        "out of bounds: " + std::to_string(bytes) + " bytes at " + std::to_string(address) + " of " +
            std::to_string(self.block->shared_bytes) + " bytes of shared memory");
@@ -861,8 +939,7 @@ char* cluster_shared(Thread& self, const Site& site, u32 address, u32 bytes) {
   const u32 offset = address & offset_mask;
   if (u64(offset) + bytes > owner.shared_bytes) fail_shared_access(self, site, address, bytes);
   if (owner.live == 0) fail(self, site, "access to the shared memory of a block that has exited");
-  if (bytes && !(bytes & (bytes - 1)) && bytes <= 16 && address & (bytes - 1))
-    fail_alignment(self, site, address, bytes);
+  if (bytes <= 16 && address & (bytes - 1)) fail_alignment(self, site, address, bytes);
   return owner.shared + offset;
 }
 
