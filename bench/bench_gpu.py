@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 from gpu_cases import TINY_CHECK_STEPS, Case, Run, all_cases, tiny_cases
-from gpu_report import device_facts, render, summary
+from gpu_report import device_facts, nvidia_smi, render, summary
 from report import environment
 
 # For a checkout that is built but not installed; an installed fusedrnn comes first.
@@ -220,6 +222,8 @@ class Foreman:
         while self.tasks and time.time() < self.deadline:
             self.send_child()
         self.record.not_run += map(self.name_of, self.tasks)
+        if self.options.device == "cuda":
+            self.record.environment["nvidia_smi_at_the_end"] = nvidia_smi()
         self.record.seconds = round(time.time() - start, 1)
         return self.record
 
@@ -306,7 +310,13 @@ class Foreman:
 def main() -> int:
     options = parse_arguments()
     if options.child:
-        return child(options)
+        try:
+            status = child(options)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)  # at once: what a lost device leaves behind may not come to an end
     foreman = Foreman(options, sys.argv[1:])
     record = foreman.run()
     foreman.save()

@@ -46,14 +46,19 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nvidia_smi": output_of(
-            "nvidia-smi",
-            "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu",
-            "--format=csv,noheader",
-        ),
+        "nvidia_smi": nvidia_smi(),
         "nvcc": output_of("nvcc", "--version").rpartition("\n")[2],
         "host": platform.node(),
     }
+
+
+def nvidia_smi() -> str:
+    """Driver, clocks now and at most, power, temperature."""
+    return output_of(
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu",
+        "--format=csv,noheader",
+    )
 
 
 def cuda_engine() -> str:
@@ -293,7 +298,11 @@ def describe(data: dict[str, Any]) -> list[str]:
         return ["nothing was started"]
     lines = [
         ", ".join(f"{key} {env[key]}" for key in ("gpu", "sms", "cuda", "cudnn") if key in env),
-        ", ".join(f"{key} {env[key]}" for key in ("nvidia_smi", "nvcc") if key in env),
+        ", ".join(
+            f"{key} {env[key]}"
+            for key in ("nvidia_smi", "nvidia_smi_at_the_end", "nvcc")
+            if key in env
+        ),
         f"fusedrnn's CUDA engine: {env['cuda_engine']}",
         f"{env['cpu']}, {env['os']}; " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()),
         f"{env['date']}, commit {env['commit']}: {data['command']}; {data['seconds']} s",
