@@ -41,7 +41,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 # Multiplications up to which an emulated case is quick.
-QUICK = 300_000
+QUICK = 2_000_000
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m "not slow" takes effect

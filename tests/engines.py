@@ -73,8 +73,15 @@ EMULATED = [
 ON_GPU = [Engine("cuda", "gpu", regime) for regime in (None, *REGIMES)]
 ENGINES = [
     *(Engine("cpu", name) for name in _C.build_info()["isa_compiled"]),
-    *(EMULATED if os.environ.get("FUSEDRNN_EMULATED") else []),  # until the kernels are complete
+    *EMULATED,
     *(ON_GPU if torch.cuda.is_available() and "cuda" in _C.build_info() else []),
+]
+# Where derivatives are taken by finite differences, which calls an engine hundreds of times.
+DIFFERENTIATED = [
+    Engine("cpu", _C.build_info()["isa_chosen"]),
+    Engine("emulated", "h100"),
+    Engine("emulated", "tiny", "grid"),
+    *(engine for engine in ENGINES if engine.kind == "cuda"),
 ]
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 from cases import Case
-from engines import ENGINES, Engine, emulated
+from engines import EMULATED, Engine, emulated
 
 import fusedrnn
-
-EMULATED = [engine for engine in ENGINES if engine.kind == "emulated"]
 
 
 @pytest.mark.parametrize("engine", EMULATED, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case
+from engines import DIFFERENTIATED
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,15 +34,19 @@ def function_of(case: Case, rnn=fusedrnn.rnn):
     return lambda *tensors: rnn(**dict(zip(names, tensors)), **flags)
 
 
+@pytest.mark.parametrize("engine", DIFFERENTIATED, ids=str, indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_first_derivatives(case):
+@pytest.mark.slow_emulated
+def test_first_derivatives(engine, case):
     tensors = tuple(case.arguments(requires_grad=True).values())
     batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
     assert gradcheck(function_of(case), tensors, check_forward_ad=True, **batched)
 
 
+@pytest.mark.parametrize("engine", DIFFERENTIATED, ids=str, indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_second_derivatives(case):
+@pytest.mark.slow_emulated
+def test_second_derivatives(engine, case):
     tensors = tuple(case.arguments(requires_grad=True).values())
     assert gradgradcheck(
         function_of(case), tensors, check_fwd_over_rev=True, check_batched_grad=True
@@ -78,6 +83,7 @@ BIGGER = [
 ]
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("case", BIGGER, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_gradients_match_the_reference(case, dtype):
