@@ -133,8 +133,8 @@ def promises(results: list[Result]) -> Iterator[dict[str, Any]]:
     """Each promise of issue 3 beside what was measured, met or not."""
 
     def promise(what: str, target: float, found: float, met: bool) -> dict[str, Any]:
-        met = bool(met) and not math.isnan(found)
-        return {"what": what, "target": target, "found": found, "met": met}
+        known = None if math.isnan(found) else found
+        return {"what": what, "target": target, "found": known, "met": bool(met)}
 
     for result in results:
         if result["group"] != "shapes":

@@ -73,6 +73,7 @@ def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None
         assert result["foretold"]["backward"]["words"]
 
 
+@pytest.mark.slow_emulated
 @pytest.mark.parametrize("precision", ["bf16", "f32"])
 def test_a_case_on_every_engine(engine: Engine, precision: str) -> None:
     device = torch.device("cuda" if engine.kind == "cuda" else "cpu")
