@@ -206,6 +206,8 @@ def compile_cu(source: Path, arch: int, flags: Sequence[str], sanitizer: str | N
     home = require_cuda_home()
     nvcc = home / "bin" / "nvcc"
     kernel_flags = [*KERNEL_FLAGS, *sanitizer_flags(sanitizer), "-I", str(RUNTIME)]
+    if sanitizer == "thread":
+        kernel_flags.append("-DEMULATOR_TSAN")
     key = digest(
         *("cu", source, arch, flags, kernel_flags, file_digest(source)),
         *(tool_version(str(nvcc)), tool_version(CXX)),

@@ -96,7 +96,7 @@ void complete_bytes(char* barrier, u32 bytes) {
 }
 
 void carry_out(const Operation& operation) {
-  Quiet quiet;
+  const Quiet quiet;
   std::memcpy(operation.to, operation.from ? operation.from : operation.value, operation.bytes);
   if (operation.barrier) complete_bytes(operation.barrier, operation.bytes);
   progress();
@@ -139,14 +139,14 @@ void finish_copies(ThreadState& thread) {
 // --- cp.async ---
 void copy_async(Thread& self, const Site& site, char* to, const char* from, u32 bytes,
                 u32 source_bytes) {
-  Quiet quiet;
+  const Quiet quiet;
   if (source_bytes > bytes) fail(self, site, "cp.async reads more bytes than it writes");
   if ((reinterpret_cast<u64>(to) | reinterpret_cast<u64>(from)) & (bytes - 1))
     fail_alignment(self, site, reinterpret_cast<u64>(from), bytes);
   copies_of(self).open.push_back({to, from, bytes, source_bytes});
 }
 void copy_async_commit(Thread& self) {
-  Quiet quiet;
+  const Quiet quiet;
   Copies& copies = copies_of(self);
   copies.groups.push_back(std::move(copies.open));
   copies.open.clear();
@@ -155,7 +155,7 @@ void copy_async_wait(Thread& self, u32 groups_left) {
   auto& groups = copies_of(self).groups;
   while (groups.size() > groups_left) {
     carry_out_group(groups.front());
-    Quiet quiet;
+    const Quiet quiet;
     groups.erase(groups.begin());
   }
 }
@@ -176,7 +176,7 @@ void copy_async_arrive(Thread& self, const Site& site, char* barrier, bool count
 // --- st.async and bulk copies ---
 void store_async(Thread& self, const Site& site, char* to, const void* value, u32 bytes,
                  char* barrier) {
-  Quiet quiet;
+  const Quiet quiet;
   read_barrier(self, site, barrier);
   note_write(to, bytes);
   Operation operation = {to, nullptr, bytes, barrier, nullptr, 0, {}};
@@ -189,7 +189,7 @@ void check_bulk(Thread& self, const Site& site, const char* to, const char* from
 }
 void bulk_copy_to_shared(Thread& self, const Site& site, char* to, const char* from, u32 bytes,
                          char* barrier) {
-  Quiet quiet;
+  const Quiet quiet;
   check_bulk(self, site, to, from, bytes);
   read_barrier(self, site, barrier);
   note_read(from, bytes);
@@ -197,7 +197,7 @@ void bulk_copy_to_shared(Thread& self, const Site& site, char* to, const char* f
   start(self, {to, from, bytes, barrier, nullptr, 0, {}});
 }
 void bulk_copy_to_global(Thread& self, const Site& site, char* to, const char* from, u32 bytes) {
-  Quiet quiet;
+  const Quiet quiet;
   check_bulk(self, site, to, from, bytes);
   Copies& copies = copies_of(self);
   if (!copies.bulk_group) copies.bulk_group = 1;
@@ -210,7 +210,7 @@ void bulk_commit(Thread& self) {
   copies.bulk_group = copies.bulk_group ? copies.bulk_group + 1 : 2;
 }
 void bulk_wait(Thread& self, const Site&, u32 groups_left) {
-  Quiet quiet;
+  const Quiet quiet;
   const u64 open = copies_of(self).bulk_group;
   for (size_t i = 0; i < in_flight.size();) {
     const Operation operation = in_flight[i];
@@ -234,7 +234,7 @@ void mbarrier_invalidate(Thread& self, const Site& site, char* barrier) {
 }
 u64 mbarrier_arrive(Thread& self, const Site& site, char* barrier, u32 count, bool drop,
                     bool release) {
-  Quiet quiet;
+  const Quiet quiet;
   if (release) tsan_release(barrier);
   State s = read_barrier(self, site, barrier);
   const u64 before = packed(s);

@@ -85,7 +85,7 @@ struct DoubleFragments {
 
 void mma_16bit(Thread& self, const Site& site, Half type, u32 k, f32 d[4], const u32* a,
                const u32* b, const f32 c[4]) {
-  Quiet quiet;
+  const Quiet quiet;
   Fragments x;
   std::memcpy(x.a, a, k);
   std::memcpy(x.b, b, k / 2);
@@ -96,7 +96,7 @@ void mma_16bit(Thread& self, const Site& site, Half type, u32 k, f32 d[4], const
 
 void mma_tf32(Thread& self, const Site& site, u32 k, f32 d[4], const u32* a, const u32* b,
               const f32 c[4]) {
-  Quiet quiet;
+  const Quiet quiet;
   Fragments x;
   std::memcpy(x.a, a, 2 * k);
   std::memcpy(x.b, b, k);
@@ -106,7 +106,7 @@ void mma_tf32(Thread& self, const Site& site, u32 k, f32 d[4], const u32* a, con
 }
 
 void mma_f64(Thread& self, const Site& site, f64 d[2], f64 a, f64 b, const f64 c[2]) {
-  Quiet quiet;
+  const Quiet quiet;
   const DoubleFragments x = {a, b, {c[0], c[1]}};
   warp_operation(
       self, site, all_lanes, 'D', &x, d,
@@ -130,7 +130,7 @@ void mma_f64(Thread& self, const Site& site, f64 d[2], f64 a, f64 b, const f64 c
 
 void load_matrices(Thread& self, const Site& site, u32 count, bool transposed, u32 result[],
                    const char* row) {
-  Quiet quiet;
+  const Quiet quiet;
   struct Argument {
     u32 count;
     bool transposed;
@@ -161,7 +161,7 @@ void load_matrices(Thread& self, const Site& site, u32 count, bool transposed, u
 
 void store_matrices(Thread& self, const Site& site, u32 count, bool transposed, const u32 value[],
                     char* row) {
-  Quiet quiet;
+  const Quiet quiet;
   struct Argument {
     u32 count;
     bool transposed;
@@ -224,7 +224,7 @@ void wmma_store_f32(Thread& self, const Site& site, const f32 value[8], char* ti
 }
 void wmma_mma(Thread& self, const Site& site, Half type, f32 d[8], const u32* a, const u32* b,
               const f32 c[8]) {
-  Quiet quiet;
+  const Quiet quiet;
   Fragments x;
   std::memcpy(x.a, a, 16);
   std::memcpy(x.b, b, 16);

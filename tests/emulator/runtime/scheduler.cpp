@@ -192,8 +192,11 @@ ThreadState* next_ready() { return machine.ready.empty() ? nullptr : machine.rea
     char* stack = self.stack;
     self.stack = nullptr;
 #ifdef EMULATOR_TSAN
-    // To ThreadSanitizer the next thread's locals would race with this one's: no sharing of stacks.
-    machine.dead_stacks.push_back(stack);
+    {
+      // To ThreadSanitizer the next thread's locals would race with this one's: no sharing.
+      const Quiet quiet;
+      machine.dead_stacks.push_back(stack);
+    }
 #else
     if (next && !next->started) {
       next->started = true;
@@ -211,6 +214,7 @@ ThreadState* next_ready() { return machine.ready.empty() ? nullptr : machine.rea
 }
 
 void prepare(ThreadState& thread) {
+  const Quiet quiet;
   thread.started = true;
   thread.stack = machine.stacks.take();
   void** top = reinterpret_cast<void**>(StackPool::top(thread.stack));
@@ -221,9 +225,6 @@ void prepare(ThreadState& thread) {
 #ifdef EMULATOR_ASAN
   thread.context.bottom = thread.stack;
   thread.context.size = stack_bytes;
-#endif
-#ifdef EMULATOR_TSAN
-  if (!thread.context.fiber) thread.context.fiber = __tsan_create_fiber(0);
 #endif
 }
 
@@ -288,7 +289,7 @@ bool arrive(Thread& self, const Site& site, Barrier& barrier, u32 count, u32 liv
 }
 
 void thread_exits(ThreadState& self) {
-  Quiet quiet;
+  const Quiet quiet;
   self.exited = true;
   --machine.live;
   machine.idle_polls = 0;
@@ -430,6 +431,10 @@ void run_threads(u32 count) {
 #ifdef EMULATOR_ASAN
   machine.main.bottom = nullptr;
 #endif
+#ifdef EMULATOR_TSAN
+  // A fiber comes after all that its creator did before: one thread must not create another.
+  for (u32 i = 0; i < count; ++i) machine.threads[i].context.fiber = __tsan_create_fiber(0);
+#endif
   ThreadState* first = next_ready();
   prepare(*first);
   machine.current = first;
@@ -439,7 +444,7 @@ void run_threads(u32 count) {
     machine.failed = true;
     machine.failure = "deadlock: no thread can go on" + who_waits(count);
   }
-  Quiet quiet;
+  const Quiet quiet;
   if (machine.failed) {
     forget_async_operations();
   } else {
@@ -624,7 +629,7 @@ void fail_alignment(Thread& self, const Site& site, u64 address, u32 bytes) {
 
 // --- Waiting ---
 void block_barrier(Thread& thread, const Site& site, u32 id, u32 count) {
-  Quiet quiet;
+  const Quiet quiet;
   ThreadState& self = state(thread);
   Barrier& barrier = block_barrier_named(self, site, id);
   const u32 phase = barrier.phase;
@@ -645,14 +650,14 @@ void block_barrier(Thread& thread, const Site& site, u32 id, u32 count) {
 }
 
 void block_barrier_arrive(Thread& self, const Site& site, u32 id, u32 count) {
-  Quiet quiet;
+  const Quiet quiet;
   Barrier& barrier = block_barrier_named(self, site, id);
   if (arrive(self, site, barrier, count, block_of(self).live)) release_all(barrier);
 }
 
 u32 block_barrier_reduce(Thread& thread, const Site& site, Reduce operation, u32 id, u32 count,
                          bool predicate) {
-  Quiet quiet;
+  const Quiet quiet;
   ThreadState& self = state(thread);
   Barrier& barrier = block_barrier_named(self, site, id);
   const u32 phase = barrier.phase;
@@ -675,7 +680,7 @@ u32 block_barrier_reduce(Thread& thread, const Site& site, Reduce operation, u32
 }
 
 void cluster_barrier_arrive(Thread& thread, const Site& site, bool release) {
-  Quiet quiet;
+  const Quiet quiet;
   ThreadState& self = state(thread);
   ClusterState& cluster = *block_of(self).cluster;
   Barrier& barrier = cluster.barrier;
@@ -688,7 +693,7 @@ void cluster_barrier_arrive(Thread& thread, const Site& site, bool release) {
 }
 
 void cluster_barrier_wait(Thread& thread, const Site& site, bool acquire) {
-  Quiet quiet;
+  const Quiet quiet;
   ThreadState& self = state(thread);
   Barrier& barrier = block_of(self).cluster->barrier;
   if (!self.cluster_arrived) fail(self, site, "barrier.cluster.wait without an arrive before it");
@@ -704,7 +709,7 @@ void cluster_barrier_wait(Thread& thread, const Site& site, bool acquire) {
 }
 
 void yield(Thread& self, const Site& site) {
-  Quiet quiet;
+  const Quiet quiet;
   run_one_async_operation();
   if (++machine.idle_polls > most_idle_polls)
     fail(self, site,
@@ -714,7 +719,7 @@ void yield(Thread& self, const Site& site) {
 }
 
 void preempt_now(Thread& self) {
-  Quiet quiet;
+  const Quiet quiet;
   static const Site nowhere = {"", 0};
   if (double(random_number() & 0xFFFFFF) >= settings.yield_probability * 0x1000000) return;
   run_one_async_operation();
@@ -790,7 +795,7 @@ void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const 
 }
 
 void warp_barrier(Thread& self, const Site& site, u32 mask) {
-  Quiet quiet;
+  const Quiet quiet;
   // Of the warp operations only this one orders memory.
   char* order = &block_of(self).warps[self.warp].order;
   tsan_release(order);
@@ -808,7 +813,7 @@ struct Shuffle {
 
 u32 warp_shuffle(Thread& self, const Site& site, char mode, u32 value, u32 b, u32 c, u32 mask,
                  bool* in_range) {
-  Quiet quiet;
+  const Quiet quiet;
   const u32 lane = self.lane, segment = c >> 8 & 31, clamp = c & 31;
   b &= 31;
   const u32 last = (lane & segment) | (clamp & ~segment), first = lane & segment;
@@ -848,7 +853,7 @@ u32 warp_shuffle(Thread& self, const Site& site, char mode, u32 value, u32 b, u3
 }
 
 u32 warp_ballot(Thread& self, const Site& site, u32 mask, bool predicate) {
-  Quiet quiet;
+  const Quiet quiet;
   u32 result = 0;
   warp_operation(
       self, site, mask, 'v', &predicate, &result,
@@ -864,7 +869,7 @@ u32 warp_ballot(Thread& self, const Site& site, u32 mask, bool predicate) {
 }
 
 u32 warp_match(Thread& self, const Site& site, bool all, u64 value, u32 mask, bool* all_equal) {
-  Quiet quiet;
+  const Quiet quiet;
   u32 equal = 0;
   warp_operation(
       self, site, mask, 'm', &value, &equal,
@@ -886,7 +891,7 @@ u32 warp_match(Thread& self, const Site& site, bool all, u64 value, u32 mask, bo
 }
 
 u32 warp_reduce(Thread& self, const Site& site, Combine combine, u32 value, u32 mask) {
-  Quiet quiet;
+  const Quiet quiet;
   u32 result = 0;
   warp_operation(
       self, site, mask, 'r' + 256 * u32(combine), &value, &result,
