@@ -95,6 +95,7 @@ def child(options: argparse.Namespace) -> int:
         def tell(name: str, phase: str = "", limit: float | None = None, task: str = task) -> None:
             say("at", task=task, name=name, phase=phase, limit=limit)
 
+        tell("begin")
         left = work["deadline"] - time.time()
         if left < needed(task, cases):
             say("no time", task=task)
@@ -182,7 +183,8 @@ def words_of(
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(MARK):
-                words.put(json.loads(line.removeprefix(MARK)))
+                with contextlib.suppress(ValueError):  # it was ended within a line
+                    words.put(json.loads(line.removeprefix(MARK)))
             else:  # a library's own words
                 sys.stderr.write(line)
         words.put(None)
@@ -278,9 +280,10 @@ class Foreman:
         self.record.lost.append({"where": where, "name": name, "phase": phase, "how": how})
         print(f"LOST at {where}: {name}, {note}", file=sys.stderr, flush=True)
         times = sum(lost["name"] == name for lost in self.record.lost)
-        if name == "start" and times >= FATAL:
-            self.record.not_run += map(self.name_of, self.tasks)
-            self.tasks.clear()
+        if name == "start":  # it may start the next time
+            if times >= FATAL:
+                self.record.not_run += map(self.name_of, self.tasks)
+                self.tasks.clear()
             return
         if task == "probes":
             self.record.probes.append({"probe": name, "error": note})
@@ -291,7 +294,7 @@ class Foreman:
         # A loss that names no peer, or one that was left out already, would only come again.
         known = {kind.name for kind in self.cases[int(task)].kinds}
         blamed = name if name in known else "fusedrnn"
-        if blamed in self.without[task]:
+        if blamed in self.without[task] and task in self.tasks:
             self.tasks.remove(task)
         for other in self.tasks if times >= FATAL else [task]:
             if other != "probes":
