@@ -159,8 +159,8 @@ def rnn(
         or type(w_hh) is ExpandedWeight
     )
     activation = _ops.activation if watched else Activation.differentiate
-    if compiling and torch.onnx.is_in_onnx_export():
-        activation = onnx.activation
+    if watched and torch.onnx.is_in_onnx_export():
+        activation = onnx.activation if compiling else onnx.traced_activation
     elif compiling and h0 is None and batch_sizes is not None:
         rows = rows_of(batch_sizes)
         h0 = None if rows is None else x.new_zeros(rows, w_hh.size(0))

@@ -87,6 +87,40 @@ def activation(
     return h.squeeze(1), h_n.squeeze(0), x.new_empty(0)
 
 
+def traced_activation(
+    x: Tensor,
+    w_ih: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    w_hh: Tensor,
+    alpha: Tensor | None,
+    keep: Tensor | None,
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op of the same name as torch's own, of which the old exporter, by TorchScript, knows."""
+    check(alpha, keep, batch_sizes, nonlinearity)
+    if nonlinearity not in ("tanh", "relu"):
+        raise NotImplementedError(
+            f"fusedrnn: torch.onnx.export(dynamo=False) knows no nonlinearity {nonlinearity!r}, "
+            "only tanh and relu"
+        )
+    size = w_hh.size(0)
+    if w_ih is None:
+        w_ih = torch.eye(size, dtype=x.dtype, device=x.device)
+    weights = [w_ih, w_hh]
+    if b_ih is not None or b_hh is not None:
+        zeros = x.new_zeros(size)
+        weights += [zeros if b is None else b for b in (b_ih, b_hh)]
+    h0 = x.new_zeros(1, x.size(1), size) if h0 is None else h0.unsqueeze(0)
+    run = torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu
+    x = x.flip(0) if reverse else x
+    h, h_n = run(x, h0, weights, len(weights) == 4, 1, 0.0, False, False, False)
+    return h.flip(0) if reverse else h, h_n.squeeze(0), x.new_empty(0)
+
+
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., object]]:
     """What turns a program of ``torch.export`` into one that ``torch.onnx.export`` accepts.
 

@@ -71,26 +71,20 @@ class Function(nn.Module):
         return fusedrnn.rnn(x, self.w_ih, self.w_hh, None, self.bias, **self.flags)
 
 
-MODES: dict[str, dict[str, Any]] = {
-    "tanh": {},
-    "relu": {"nonlinearity": "relu"},
-    "no bias": {"bias": False},
-    "batch_first": {"batch_first": True},
-    "bidirectional": {"bidirectional": True},
-    "layers": {"num_layers": 3, "dropout": 0.5},  # in eval mode, nothing drops
-    "all": {"num_layers": 2, "nonlinearity": "relu", "bidirectional": True, "batch_first": True},
+MODES: dict[str, tuple[dict[str, Any], bool]] = {
+    "tanh from a state": ({}, True),
+    "relu without bias": ({"nonlinearity": "relu", "bias": False}, False),
+    "batch_first from a state": ({"batch_first": True}, True),
+    "bidirectional": ({"bidirectional": True}, False),
+    "layers from a state": ({"num_layers": 3, "dropout": 0.5}, True),  # in eval, nothing drops
+    "all from a state": (
+        {"num_layers": 2, "nonlinearity": "relu", "bidirectional": True, "batch_first": True},
+        True,
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    ("mode", "state"),
-    [
-        pytest.param(mode, state, id=f"{name} from {'a state' if state else 'zeros'}")
-        for name, mode in MODES.items()
-        for state in (False, True)
-        if state or name in ("tanh", "all")
-    ],
-)
+@pytest.mark.parametrize(("mode", "state"), MODES.values(), ids=MODES)
 def test_every_mode_runs_in_onnxruntime_at_any_length_and_batch(mode, state):
     rnn = fusedrnn.RNN(I, H, **mode).eval()
     count = rnn.num_layers * (2 if rnn.bidirectional else 1)
@@ -130,22 +124,41 @@ def test_a_cell_is_a_node_too():
     assert_close(run(proto, x, hx), [cell(x, hx)])
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("bare", [False, True], ids=["rnn", "recurrence"])
-def test_the_functions(bare, reverse):
-    layer, size = Function(bare, reverse=reverse), H if bare else I
-    proto = export(layer, torch.randn(5, 3, size), dynamic_shapes=(T_AND_B,))
-    x = torch.randn(9, 4, size)
-    assert_close(run(proto, x), list(layer(x)))
+def test_the_functions():
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                Function(bare, reverse=reverse)
+                for bare in (False, True)
+                for reverse in (False, True)
+            )
+
+        def forward(self, x: Tensor, u: Tensor) -> list[Tensor]:
+            return [h for layer in self.layers for h in layer(u if layer.bare else x)]
+
+    model = Layers().eval()
+    given = torch.randn(5, 3, I), torch.randn(5, 3, H)
+    proto = export(model, *given, dynamic_shapes=(T_AND_B, T_AND_B))
+    assert len(nodes(proto)) == 4
+    given = torch.randn(9, 4, I), torch.randn(9, 4, H)
+    assert_close(run(proto, *given), model(*given))
 
 
 KNOWN_TO_ONNX = ["tanh", "relu", "identity", "sigmoid", "softplus", "leaky_relu", "elu"]
 
 
-@pytest.mark.parametrize("nonlinearity", KNOWN_TO_ONNX)
-def test_nonlinearities_that_onnx_has(nonlinearity):
-    layer, x = Function(nonlinearity=nonlinearity), torch.randn(9, 4, I)
-    assert_close(run(export(layer, x), x), list(layer(x)))
+def test_nonlinearities_that_onnx_has():
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Function(nonlinearity=name) for name in KNOWN_TO_ONNX)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [layer(x)[0] for layer in self.layers]
+
+    model, x = Layers().eval(), torch.randn(9, 4, I)
+    assert_close(run(export(model, x), x), model(x))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +229,34 @@ def test_a_model_with_its_rnn_replaced():
     proto = export(ours, tokens[:, :8], dynamic_shapes=({0: Dim("B"), 1: Dim("T")},))
     assert len(nodes(proto)) == 2
     assert_close(run(proto, tokens), [want])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{"bias": False}, {"num_layers": 2, "nonlinearity": "relu", "bidirectional": True}],
+    ids=["no bias", "relu, layers, bidirectional"],
+)
+def test_the_old_exporter_by_torchscript(mode):
+    rnn = fusedrnn.RNN(I, H, **mode).eval()
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and warns of every size asked for
+        torch.onnx.export(
+            rnn,
+            (torch.randn(5, 5, I),),
+            file,
+            dynamo=False,
+            input_names=["x"],
+            dynamic_axes={"x": [0, 1]},
+        )
+    proto = onnx.load_from_string(file.getvalue())
+    assert len(nodes(proto)) == len(rnn.all_weights)
+    x = torch.randn(9, 2, I)
+    assert_close(run(proto, x), list(rnn(x)))
+
+    with pytest.raises(Exception) as error:
+        export(Function(nonlinearity="elu"), x, f=io.BytesIO(), dynamo=False)
+    assert "knows no nonlinearity 'elu', only tanh and relu" in str(error.value)
 
 
 def test_no_warning_that_a_linear_layer_does_not_give():
