@@ -3,6 +3,10 @@
 #   make test     runs the tests (SLOW=1: all of them; ARGS="-k name": some)
 #   make lint     checks formatting, lint and types; `make format` mends
 #   make bench    times fusedrnn against its peers (ARGS="--set wide")
+#   make cuda-build      builds and links the CUDA engine, without a GPU (downloads torch with CUDA)
+#   make cuda-resources  writes tests/cuda_resources.txt anew: registers of each CUDA kernel
+#   make gpu-check       on a machine with a GPU: build, tests, sanitizers, benchmark (EMULATED=1:
+#                        tries that script without one)
 #   make clean    removes what was built; `make distclean` also .venv
 # Another interpreter: make PYTHON=python3.12 (after make distclean).
 
@@ -11,13 +15,16 @@ CXX ?= g++
 export CXX
 
 VENV := .venv
+CUDA_VENV := .venv-cuda
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)  # where torch's build looks for ninja
 
-CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu')
+CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
+  tests/emulated_engine.cpp)
 
 .DEFAULT_GOAL := test
 .PHONY: demo test bench lint format build clean distclean check-tools
+.PHONY: cuda-build cuda-resources gpu-check
 
 demo: build
 	$(BIN)/python -m fusedrnn charlm $(ARGS)
@@ -29,6 +36,23 @@ test: build
 
 bench: build
 	$(BIN)/python bench/bench_rnn.py $(ARGS)
+
+# With the torch that is installed, if there is no .venv; nothing is fetched.
+gpu-check: $(if $(EMULATED),build)
+	$(PYTHON) bench/gpu_check.py $(if $(EMULATED),--emulated) $(ARGS)
+
+cuda-resources: $(VENV)/pins
+	$(BIN)/python tests/cuda_resources.py
+
+cuda-build: $(CUDA_VENV)/torch
+	$(CUDA_VENV)/bin/python tests/cuda_build.py
+
+# torch for CUDA, of several GB, in an environment of its own.
+$(CUDA_VENV)/torch:
+	@$(MAKE) --no-print-directory check-tools
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --disable-pip-version-check torch setuptools ninja pybind11
+	@touch $@
 
 lint: $(VENV)/pins
 	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run -Werror $(CPP_FILES))
@@ -74,4 +98,4 @@ clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA_VENV)
