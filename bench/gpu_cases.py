@@ -22,6 +22,7 @@ from gpu_peers import (
     call_of,
     tf32,
 )
+from gpu_regimes import time_regimes
 from measure import PAUSE, Judge, is_fatal, kept_bytes, take_turns, timer_for
 from peers import BACKWARD, FORWARD, MODES, FusedRNN, Peer, Problem, Shape, TorchPeer
 
@@ -50,6 +51,8 @@ class Case:
 
     @property
     def kinds(self) -> list[type[Peer]]:
+        if self.group == "regimes":
+            return []
         kinds = COMPILED if self.group == "compile" else EVERYWHERE
         return [kind for kind in kinds if kind is not TF32RNN or self.precision == "f32"]
 
@@ -77,6 +80,11 @@ def all_cases() -> list[Case]:
     ]
     return [
         *(Case("shapes", shape, p) for p in ("bf16", "f32", "f16", "tf32") for shape in SHAPES),
+        *(
+            Case("regimes", shape._replace(T=256), p)
+            for p in ("bf16", "f32", "tf32")
+            for shape in SHAPES
+        ),
         *(Case("compile", shape, "bf16") for shape in compiled),
         *(Case("sweep", shape, p) for shape in sweep for p in ("bf16", "f32")),
     ]
@@ -89,6 +97,7 @@ def tiny_cases() -> list[Case]:
     """The same kinds of cases, so small that a CPU runs them in a moment."""
     return [
         *(Case("shapes", Shape(6, 2, 3, 8), precision) for precision in PRECISIONS),
+        Case("regimes", Shape(5, 2, 3, 8), "bf16"),
         Case("compile", Shape(2, 2, 3, 8), "bf16"),
         Case("sweep", Shape(5, 1, 8, 8), "f32"),
     ]
@@ -123,11 +132,22 @@ class Run:
         self.case, self.device, self.seconds, self.tell = case, device, seconds, tell
         self.check_steps = check_steps
         self.precision = PRECISIONS[case.precision]
-        self.found: dict[str, Found] = {k.name: Found() for k in case.kinds}
-        for name, reason in without.items():
-            self.found[name] = Found(failed=reason)
+        self.without = without
+        self.found = {k.name: Found(failed=without.get(k.name)) for k in case.kinds}
 
     def __call__(self) -> dict[str, Any]:
+        if self.case.group == "regimes":
+            return self.result(
+                regimes=time_regimes(
+                    self.case.shape,
+                    self.case.precision,
+                    self.precision.dtype,
+                    self.device,
+                    self.seconds,
+                    self.tell,
+                    self.without,
+                )
+            )
         with tf32(self.case.precision == "tf32"):
             problem, exact, peers = self.prepare()
             for mode in MODES:
@@ -143,19 +163,20 @@ class Run:
                 self.weigh(peer)
             chains = self.time_chains(problem)
             foretold = self.foretell(problem)
-        result = {
+        peers.clear()  # and their graphs
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.result(chains=chains, foretold=foretold)
+
+    def result(self, **more: Any) -> dict[str, Any]:
+        return {
             "group": self.case.group,
             "shape": self.case.shape._asdict(),
             "precision": self.case.precision,
             "peers": {name: asdict(found) for name, found in self.found.items()},
-            "chains": chains,
-            "foretold": foretold,
+            **more,
         }
-        peers.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return result
 
     def attempt(self, name: str, phase: str, action: Callable[[], Any], **more: Any) -> Any:
         """The action's result; None, and noted, where it fails."""

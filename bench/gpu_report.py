@@ -214,7 +214,7 @@ def forward_table(results: list[Result]) -> tuple[list[str], list[list[str]]]:
                 cell(best),
                 cell(best / us(result, OURS[0], FORWARD)),
                 cell(ratio(result, CUDNN, FORWARD)),
-                f"{error:.1e}",
+                "-" if math.isnan(error) else f"{error:.1e}",
             ]
         )
     return header, rows
@@ -292,6 +292,28 @@ def probe_rows(probes: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     return header, rows
 
 
+def regime_rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
+    """A line a regime: what it takes, what the planner's model says, and their ratio."""
+    header = ["T,B,I,H", "", "regime", "fwd", "foretold", "÷", "error"]
+    header += ["chain bwd", "foretold", "÷", "error", "notes"]
+    rows = []
+    for result in results:
+        for regime, ways in result["regimes"].items():
+            row = [*name_of(result).split(" "), regime]
+            notes = []
+            for way in (FORWARD, ALONE):
+                found = ways.get(way, {})
+                time = median_us(found.get("seconds"), result["shape"]["T"])
+                foretold = found.get("plan", {}).get("microseconds", math.nan)
+                error = found.get("error")
+                row += [cell(time), cell(foretold), cell(time / foretold if foretold else None)]
+                row.append("-" if error is None else f"{error:.1e}")
+                if "failed" in found:
+                    notes.append(f"{way}: {found['failed']}"[:100])
+            rows.append([*row, "; ".join(notes)])
+    return header, rows
+
+
 def describe(data: dict[str, Any]) -> list[str]:
     env = data["environment"]
     if not env:
@@ -324,7 +346,9 @@ def describe(data: dict[str, Any]) -> list[str]:
 
 def render(data: dict[str, Any], whole: bool = True) -> str:
     """All tables; or without those that are too long for a terminal."""
-    results, found = data["results"], data["summary"]
+    results = [result for result in data["results"] if result["group"] != "regimes"]
+    regimes = [result for result in data["results"] if result["group"] == "regimes"]
+    found = data["summary"]
     blocks = ["\n".join("# " + line for line in describe(data))]
     if data["probes"]:
         blocks.append("== probes\n" + table(*probe_rows(data["probes"])))
@@ -332,6 +356,8 @@ def render(data: dict[str, Any], whole: bool = True) -> str:
         some = [result for result in results if result["group"] == group]
         blocks.append(f"== {group}, forward\n" + table(*forward_table(some)))
         blocks.append(f"== {group}, forward and backward\n" + table(*backward_table(some)))
+    if regimes:
+        blocks.append("== regimes\n" + table(*regime_rows(regimes)))
     if results and whole:
         blocks.append("== everyone\n" + table(*everyone(results)))
     promises = [promise for promise in found["promises"] if whole or not promise["met"]]

@@ -21,12 +21,15 @@ import pytest
 import torch
 from engines import Engine
 
+from fusedrnn import _C
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import bench_gpu  # noqa: E402
 import gpu_cases  # noqa: E402
 import gpu_peers  # noqa: E402
+import gpu_regimes  # noqa: E402
 import gpu_report  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
@@ -58,10 +61,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 
 def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None:
     _, data = tiny
-    assert [result["precision"] for result in data["results"]] == [*gpu_cases.PRECISIONS, "f32"]
+    (regimes,) = (result for result in data["results"] if result["group"] == "regimes")
+    assert regimes["regimes"] == {}  # a planner chooses among them, where CUDA is
+    layers = [result for result in data["results"] if result is not regimes]
+    assert [result["precision"] for result in layers] == [*gpu_cases.PRECISIONS, "f32"]
     assert data["lost"] == []
     assert data["not_run"] == ["compile (2,2,3,8) bf16"]
-    for result in data["results"]:
+    for result in layers:
         who = {name for name, found in result["peers"].items() if not found["failed"]}
         there = {"nn.RNN", "fusedrnn", "nn.RNN in a graph", "fusedrnn in a graph"}
         assert who >= there | {"loop in a graph"}
@@ -71,6 +77,37 @@ def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None
             assert [check["passed"] for check in found["check"].values()] == [True, True]
         assert set(result["chains"]) == {peers.FORWARD, gpu_peers.ALONE}
         assert result["foretold"]["backward"]["words"]
+
+
+H100 = {
+    "name": "H100", "architecture": 90, "sms": 132, "shared_memory": 232448, "clock": 1.755,
+    "memory_bandwidth": 3350.0, "clusters": [132, 66, 32, 16, 8],
+}  # fmt: skip
+
+
+def test_regimes_are_forced_and_held_against_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU engine in every regime's place."""
+    forced: list[str | None] = []
+    plan = _C.plan_cuda
+    monkeypatch.setattr(_C, "has_cuda", True)
+    monkeypatch.setattr(_C, "use_regime", forced.append, raising=False)
+    monkeypatch.setattr(_C, "plan_cuda", lambda **of: plan(**{**of, "device": H100}))
+    case = gpu_cases.Case("regimes", peers.Shape(5, 2, 3, 8), "f32")
+    result = gpu_cases.Run(case, torch.device("cpu"), 0.01, without={"regime cluster": "it hung"})()
+    assert set(result["regimes"]) == set(gpu_regimes.REGIMES)
+    for regime, ways in result["regimes"].items():
+        for way in (peers.FORWARD, gpu_peers.ALONE):
+            if regime == "cluster":
+                assert ways[way] == {"failed": "it hung"}
+            elif "failed" not in ways[way]:
+                assert ways[way]["error"] < 1e-6
+                assert ways[way]["plan"]["regime"] == regime
+                assert len(ways[way]["seconds"]) >= measure.MIN_ROUNDS
+    assert "step" in forced
+    assert "cluster" not in forced
+    assert forced[1::2] == [None] * (len(forced) // 2)
+    rows = gpu_report.regime_rows([result])[1]
+    assert [row[2] for row in rows] == list(gpu_regimes.REGIMES)
 
 
 @pytest.mark.slow_emulated

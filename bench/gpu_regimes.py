@@ -1,0 +1,88 @@
+"""Each regime of the CUDA engine forced in turn: what the planner chose between, and how well its
+model knows them. See csrc/cuda/plan.h."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from gpu_peers import ALONE, tf32
+from measure import distances, is_fatal, take_turns, timer_for
+from peers import FORWARD, Problem, Shape
+
+REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
+
+
+def time_regimes(
+    shape: Shape,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    tell: Callable[..., None],
+    without: Mapping[str, str],
+) -> dict[str, Any]:
+    """By regime and direction: seconds a call, the plan, and how far the results are from those of
+    the regime that the planner chooses. The forward has its input product, the backward is the
+    chain alone."""
+    from fusedrnn import _C, _ops
+
+    if not _C.has_cuda:
+        return {}
+    problem = Problem.random(
+        shape, dtype, cell=False, grad_input=False, threads=1, device=device
+    ).to(dtype)
+    walk = (None, None, None, "tanh", False)  # alpha, keep, batch_sizes
+
+    def forward() -> Any:
+        w_ih, w_hh, b_ih, b_hh = problem.weights
+        return _ops.activation(problem.x, w_ih, b_ih, b_hh, None, w_hh, *walk)[:1]
+
+    def backward(h: torch.Tensor) -> Any:
+        w_hh = problem.weights[1]
+        return _ops.adjoint(problem.grad, None, None, h, w_hh, *walk, False, False)[:1]
+
+    def measured(call: Callable[[], Any], truth: list[torch.Tensor]) -> dict[str, Any]:
+        (error,) = distances(call(), truth)
+        times = take_turns({"": call}, seconds / 8, timer_for(device), pause=0)
+        return {"seconds": times[""], "error": error}
+
+    found: dict[str, Any] = {regime: {} for regime in REGIMES}
+    with torch.no_grad(), tf32(precision == "tf32"):
+        ways: dict[str, Callable[[], Any]] = {
+            FORWARD: forward,
+            ALONE: functools.partial(backward, *forward()),
+        }
+        truths = {way: [t.double() for t in call()] for way, call in ways.items()}
+        for regime in REGIMES:
+            name = f"regime {regime}"
+            for way, call in ways.items():
+                tell(name, way)
+                if name in without:
+                    found[regime][way] = {"failed": without[name]}
+                    continue
+                plan = _C.plan_cuda(
+                    adjoint=way == ALONE,
+                    dtype=str(dtype).removeprefix("torch."),
+                    T=shape.T,
+                    B=shape.B,
+                    I=0 if way == ALONE else shape.I,
+                    H=shape.H,
+                    regime=regime,
+                    device=device.index or 0,
+                )
+                if plan["regime"] != regime:
+                    found[regime][way] = {"failed": f"it cannot; {plan['regime']} would run"}
+                    continue
+                _C.use_regime(regime)
+                try:
+                    found[regime][way] = {"plan": plan, **measured(call, truths[way])}
+                except RuntimeError as error:
+                    if is_fatal(error, device):
+                        raise
+                    found[regime][way] = {"plan": plan, "failed": str(error)}
+                finally:
+                    _C.use_regime(None)
+    return found
