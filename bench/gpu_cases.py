@@ -73,11 +73,15 @@ SHAPES = [
 def all_cases() -> list[Case]:
     """In the order of importance: time may end before they do."""
     compiled = [Shape(16, 16, 128, 256), Shape(16, 64, 1024, 1024)]  # T: the graph is unrolled
-    sweep = [
-        Shape(256 if H < 1024 else 128, B, H, H)
-        for B in (16, 64, 1, 256)
-        for H in (64, 128, 256, 384, 512, 768, 1024, 2048)
-    ]
+
+    def sweep(*batches: int) -> list[Case]:
+        return [
+            Case("sweep", Shape(256 if H < 1024 else 128, B, H, H), precision)
+            for B in batches
+            for H in (64, 128, 256, 384, 512, 768, 1024, 2048)
+            for precision in ("bf16", "f32")
+        ]
+
     return [
         *(Case("shapes", shape, p) for p in ("bf16", "f32", "f16", "tf32") for shape in SHAPES),
         *(
@@ -85,8 +89,9 @@ def all_cases() -> list[Case]:
             for p in ("bf16", "f32", "tf32")
             for shape in SHAPES
         ),
+        *sweep(16, 64),
         *(Case("compile", shape, "bf16") for shape in compiled),
-        *(Case("sweep", shape, p) for shape in sweep for p in ("bf16", "f32")),
+        *sweep(1, 256),
     ]
 
 
