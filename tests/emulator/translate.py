@@ -5,47 +5,19 @@ What the instructions do is in `instructions`; the C++ they become calls runtime
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import ptx
+# The modules of instructions register what they know when they are imported.
+from . import arithmetic, memory, ptx, rules, threads  # noqa: F401
 from .ptx import Data, Function, Instruction, Label, UnsupportedError
-
-# The C++ type that values of a PTX type are computed in. Halves stay in their 16 bits.
-CPP = {
-    "pred": "bool",
-    "b8": "u8",
-    "u8": "u8",
-    "s8": "s8",
-    "b16": "u16",
-    "u16": "u16",
-    "s16": "s16",
-    "f16": "u16",
-    "bf16": "u16",
-    "b32": "u32",
-    "u32": "u32",
-    "s32": "s32",
-    "f32": "f32",
-    "f16x2": "u32",
-    "bf16x2": "u32",
-    "tf32": "u32",
-    "b64": "u64",
-    "u64": "u64",
-    "s64": "s64",
-    "f64": "f64",
-    "b128": "u128",
-}
-WIDTH = {"bool": 1, "u8": 1, "s8": 1, "u16": 2, "s16": 2, "u32": 4, "s32": 4, "f32": 4} | {
-    "u64": 8,
-    "s64": 8,
-    "f64": 8,
-    "u128": 16,
-}
-FLOATS = {"f32", "f64"}
+from .rules import CPP, FLOATS, WIDTH
 
 SPECIAL_REGISTERS = {
     "%laneid": "self.lane",
@@ -93,12 +65,44 @@ class Resources:
     local_bytes: int = 0
 
 
+@functools.cache
 def identifier(name: str) -> str:
     return re.sub(r"\W", lambda c: f"_{ord(c.group()):x}_", name)
 
 
 def align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
+
+
+def operand_types(i: Instruction) -> Iterator[tuple[str, str]]:
+    """Operands with the type they are used as, as far as that says what a register holds."""
+    if not i.types:
+        return
+    first, last = i.types[0], i.types[-1]
+    if i.opcode in ("cvt", "set"):
+        yield i.operands[0], first
+        for operand in i.operands[1:]:
+            yield operand, last
+    elif i.opcode == "setp":
+        for operand in i.operands[1:3]:
+            yield operand, last
+    elif i.opcode in ("mma", "wmma"):
+        for operand, type_ in zip(i.operands, i.types):
+            yield operand, type_ if type_ in ("f32", "f64") else "u32"
+    elif i.opcode in ("ld", "ldu"):
+        yield i.operands[0], last
+    elif i.opcode in ("st", "mov", "selp"):
+        for operand in i.operands if i.opcode == "mov" else i.operands[:2]:
+            if not operand.startswith("["):
+                yield operand, last
+    elif i.opcode in ("add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt", "rsqrt") or (
+        i.opcode in ("ex2", "lg2", "sin", "cos", "tanh", "abs", "neg", "min", "max", "copysign")
+    ):
+        for operand in i.operands:
+            yield operand, last
+    elif i.opcode in ("and", "or", "xor", "not", "shl", "shr", "lop3", "prmt", "shf", "bfe", "bfi"):
+        for operand in i.operands:
+            yield operand, "u32"
 
 
 class FunctionTranslator:
@@ -118,20 +122,25 @@ class FunctionTranslator:
         self.shared_bytes = 0
         self.shared: dict[str, int] = {}
         self.float_registers: set[str] = set()
+        self.known: dict[tuple[str, int], tuple[str, str] | None] = {}  # what `register` found
 
     # --- names ---
 
     def register(self, name: str, scope: int) -> tuple[str, str] | None:
         """C++ name and C++ type of a register that is visible in a scope."""
+        if (found := self.known.get((name, scope), False)) is not False:
+            return found
+        found = None
         for s in self.function.scopes(scope):
             if type_ := self.function.registers.get((s, name)):
-                cpp = f"r{s}_" * (s > 0) + identifier(name.lstrip("%"))
-                cpp = cpp if s > 0 else f"r_{cpp}"
+                cpp = f"r{s or ''}_{identifier(name.lstrip('%'))}"
                 kind = CPP[type_]
                 if cpp in self.float_registers:
                     kind = {"u32": "f32", "u64": "f64"}.get(kind, kind)
-                return cpp, kind
-        return None
+                found = (cpp, kind)
+                break
+        self.known[name, scope] = found
+        return found
 
     def array(self, name: str) -> str | None:
         """C++ name of a variable in local memory, or of a parameter of a call."""
@@ -193,19 +202,19 @@ class FunctionTranslator:
         if match := re.fullmatch(r"(-?)(0[xX][0-9A-Fa-f]+|0[bB][01]+|\d+)U?", text):
             digits = match[2]
             octal = re.fullmatch(r"0\d+", digits)
-            value = int(digits, 8) if octal else int(digits, 0)
-            value = -value if match[1] else value
+            number = int(digits, 8) if octal else int(digits, 0)
+            number = -number if match[1] else number
             if want == "bool":
-                return "true" if value else "false"
+                return "true" if number else "false"
             if want in FLOATS:  # an integer where a float is moved stands for its bits
-                return f"bits<{want}>({'u32' if want == 'f32' else 'u64'}({value}))"
+                return f"bits<{want}>({'u32' if want == 'f32' else 'u64'}({number}))"
             if want == "u32":
-                return f"{value & 0xFFFFFFFF}u"
-            if want == "s32" and -(2**31) < value < 2**31:
-                return str(value) if value >= 0 else f"({value})"
+                return f"{number & 0xFFFFFFFF}u"
+            if want == "s32" and -(2**31) < number < 2**31:
+                return str(number) if number >= 0 else f"({number})"
             if want == "u128":
-                return f"u128({value & (2**64 - 1)}ull)"
-            return f"{want}({value & (2**64 - 1)}ull)"
+                return f"u128({number & (2**64 - 1)}ull)"
+            return f"{want}({number & (2**64 - 1)}ull)"
         return None
 
     @staticmethod
@@ -303,8 +312,6 @@ class FunctionTranslator:
         nvcc declares them all .b32 and .b64. As C++ integers each use would be a transfer between
         kinds of registers, which takes longer to compile and to run.
         """
-        from .instructions import operand_types
-
         votes: Counter[str] = Counter()
         for statement in self.function.statements:
             if isinstance(statement, Label):
@@ -318,6 +325,7 @@ class FunctionTranslator:
                         elif wide and type_ not in ("b32", "b64"):
                             votes[register[0]] -= 1
         self.float_registers = {name for name, count in votes.items() if count > 0}
+        self.known.clear()
 
     def label(self, name: str, scope: int) -> str:
         for s in self.function.scopes(scope):
@@ -326,8 +334,6 @@ class FunctionTranslator:
         raise UnsupportedError(f"label {name}")
 
     def translate(self) -> None:
-        from .instructions import translate_instruction
-
         function = self.function
         self.shared_bytes = self.module.shared_bytes if function.is_kernel else 0
         for data in function.shared:
@@ -363,7 +369,7 @@ class FunctionTranslator:
             try:
                 if statement.predicate:
                     self.emit(f"if ({self.read(statement.predicate, 'pred')}) {{")
-                translate_instruction(self, statement)
+                rules.apply(self, statement)
                 if statement.predicate:
                     self.emit("}")
             except UnsupportedError as error:
@@ -450,7 +456,7 @@ class ModuleTranslator:
             if not translator.function.is_kernel and translator.shared_bytes:
                 self.unsupported.append(f"static shared memory in {translator.function.name}")
         for data in self.module.variables:
-            # Variables of the program can be reached from the host, whether kernels use them or not.
+            # The host may reach the program's variables whether kernels use them or not.
             if not data.initial or not re.search(r"[A-Za-z_$]{3}", data.initial):
                 self.use_variable(data.name)
         variables = [self.variable(self.variables[name]) for name in list(self.used_variables)]
@@ -489,9 +495,7 @@ class ModuleTranslator:
     def kernel_entry(self, translator: FunctionTranslator) -> str:
         function = translator.function
         name = identifier(function.name)
-        threads = 1
-        for n in function.directives.get("maxntid", (0,)):
-            threads *= n
+        largest_block = math.prod(function.directives.get("maxntid", (0,)))
         cluster = (*function.directives.get("reqnctapercluster", (0, 0, 0)), 1, 1)[:3]
         taken = self.resources.get(function.name, Resources())
         fields = [
@@ -501,7 +505,7 @@ class ModuleTranslator:
             len(function.parameters),
             translator.parameter_bytes,
             translator.shared_bytes,
-            threads,
+            largest_block,
             function.directives.get("minnctapersm", (0,))[0],
             f"{{{cluster[0]}, {cluster[1]}, {cluster[2]}}}",
             taken.registers,

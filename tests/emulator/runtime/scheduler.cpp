@@ -82,6 +82,12 @@ class StackPool {
   }
   void give(char* stack) { free_.push_back(stack); }  // the next one to run finds it in the cache
 
+  // After a large grid: gives the memory back, not the address space.
+  void trim() {
+    constexpr size_t kept = 2048;
+    for (size_t i = 0; i + kept < free_.size(); ++i) madvise(free_[i], stack_bytes, MADV_DONTNEED);
+  }
+
   // Stacks that began at the same offset would all compete for the same lines of the cache.
   static char* top(char* stack) {
     const size_t number = reinterpret_cast<size_t>(stack) / stack_bytes;
@@ -597,6 +603,7 @@ Failure run(const Launch& launch) {
   }
   for (char* stack : machine.dead_stacks) machine.stacks.give(stack);
   machine.dead_stacks.clear();
+  if (size_t(resident) * threads_per_cluster > 4096) machine.stacks.trim();
   if (!machine.failed) return {};
   if (machine.fault_at) machine.failure += ", at " + line_of(machine.fault_at);
   return {"kernel " + std::string(kernel.name) + ": " + machine.failure, machine.fault_at != 0};
