@@ -6,11 +6,13 @@ The schemas stand in ``csrc/bindings.cpp``, the kernels beside them, the derivat
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import onnx
 
@@ -107,3 +109,17 @@ def _(g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_
         phi.new_empty(to_first),
         phi.new_empty(phi.shape if full else 0),
     )
+
+
+# For torch.utils.flop_counter, which hands over shapes in place of tensors.
+
+
+@register_flop_formula(torch.ops.fusedrnn.activation)
+def _(x, w_ih, b_ih, b_hh, h0, w_hh, *_, **__):  # type: ignore[no-untyped-def]
+    size, inputs = w_hh[0], 0 if w_ih is None else w_ih[1]
+    return 2 * math.prod(x[:-1]) * size * (inputs + size)
+
+
+@register_flop_formula([torch.ops.fusedrnn.tangent, torch.ops.fusedrnn.adjoint])
+def _(first, second, states, phi, w_hh, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(phi) * w_hh[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 
@@ -101,6 +102,18 @@ def test_every_op_is_checked():
     }
     checked = {"activation", "tangent", "adjoint", "bptt", "previous", "following"}
     assert names == checked | {"following_first", "recurrent_product"}
+
+
+@pytest.mark.parametrize("layout", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_flops_are_counted_as_those_of_nn_rnn(layout):
+    x = torch.randn(5, 3, 8)
+    counts = []
+    for cls in (fusedrnn.RNN, torch.nn.RNN):
+        rnn = cls(8, 16, **layout)
+        with FlopCounterMode(display=False) as flops:
+            rnn(x)[0].sum().backward()
+        counts.append(flops.get_total_flops())
+    assert counts[0] == counts[1]
 
 
 def test_jit_trace_of_a_trained_module():
