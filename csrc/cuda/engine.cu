@@ -140,6 +140,7 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.carry_offset = carries ? int(plan.shared.carry) : 0;
   p.vectors_offset = int(plan.shared.vectors);
   p.partial_offset = int(plan.shared.partial);
+  p.arrivals_offset = int(plan.shared.arrivals);
   const int size = tile.number_size();
   for (int bytes = 4; bytes <= 16; bytes *= 2)
     if (problem.I && fits(problem.x, problem.I, size, bytes)) p.x_copy = bytes;

@@ -17,23 +17,66 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Stores 4 or 8 bytes at the place in `peer`'s shared memory that `place` is in ours.
-template <class Numbers>
-__device__ __forceinline__ void store_at_peer(void* place, int peer, const Numbers& numbers) {
+// Arrivals of bytes in shared memory, counted by an mbarrier of one arrival a phase: that of the
+// thread which says how many bytes are expected. Bytes may come before it does.
+__device__ __forceinline__ void init_arrivals(uint64_t* arrived) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(place))), "r"(peer));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(arrived)))
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(arrived))),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_bytes(uint64_t* arrived, unsigned phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.b32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(arrived))), "r"(phase)
+        : "memory");
+  } while (!done);
+#endif
+}
+
+// Stores 4 or 8 bytes where `peer` has in its shared memory what `place` is in ours, and counts
+// them there: one hop, and no fence.
+template <class Numbers>
+__device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrived, int peer,
+                                             const Numbers& numbers) {
+#if __CUDA_ARCH__ >= 900
+  const auto at_peer = [&](const void* ours) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(address)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(ours))), "r"(peer));
+    return address;
+  };
   if constexpr (sizeof(numbers) == 8) {
     uint64_t word;
     memcpy(&word, &numbers, 8);
-    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(word) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(
+                     at_peer(place)),
+                 "l"(word), "r"(at_peer(arrived))
+                 : "memory");
   } else {
     static_assert(sizeof(numbers) == 4);
     uint32_t word;
     memcpy(&word, &numbers, 4);
-    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     at_peer(place)),
+                 "r"(word), "r"(at_peer(arrived))
+                 : "memory");
   }
 #endif
 }

@@ -19,7 +19,7 @@ struct Params {
   int state_k;              // where inputs follow the states in K
   int chunks;               // of K
   int e_row, e_rows;        // shared memory: e is [buffers][e_rows][e_row], and where things begin
-  int e_offset, carry_offset, vectors_offset, partial_offset;
+  int e_offset, carry_offset, vectors_offset, partial_offset, arrivals_offset;
   int x_copy;         // bytes by which x can be copied; 0: number by number
   bool state_copies;  // rows of out[0] are whole multiples of 16 bytes
   bool packs;         // all series can be loaded and stored by two numbers

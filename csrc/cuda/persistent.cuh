@@ -46,26 +46,34 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     Inputs next[kItems];
     if constexpr (kAhead) load_inputs(next, 0, now, after);
     for (int64_t s = 0; s < end; ++s) {
-      const bool finishing = !kForward && s == q.T;
+      const bool finishing = !kForward && s == q.T, goes_on = s + 1 < end;
       const int alive = finishing ? rows : now.alive;
       const Step second_after = step(s + 2);
-      const S* from = through_l2 ? e_ : buffer(s);
-      S* to = through_l2 ? nullptr : buffer(s + 1);
+      const S* from = buffer(s);
+      S* const to = buffer(s + 1);
       if (through_l2) {
-        gather(alive, finishing, before, now);
-      } else if (!kForward && q.last.data) {
-        // Packed, rows that ended leave their state for the end of the walk.
+        gather(0, alive, finishing, before, now);
+      } else {
+        if (p.regime == Regime::cluster && goes_on) expect(s, alive);
+        if (!kForward && q.last.data) {
+          // Packed, rows that ended leave their state for the end of the walk.
 #pragma unroll 1
-        for (int row = now.alive; row < before.alive; ++row)
-          for (int j = threadIdx.x; j < p.state_k; j += kThreads)
-            to[row * p.e_row + j] = from[row * p.e_row + j];
-      }
-      if (q.I) load_x(*this, through_l2 ? e_ : to, through_l2 ? now : after);
-      if (through_l2) {
-        copies_done();
-        __syncthreads();
+          for (int row = now.alive; row < before.alive; ++row)
+            for (int j = threadIdx.x; j < p.state_k; j += kThreads)
+              to[row * p.e_row + j] = from[row * p.e_row + j];
+        }
+        if (q.I) load_x(*this, to, after, 0, after.alive);
       }
       for (int first = 0; first < alive; first += Product::kRows) {
+        const S* states = from + first * p.e_row;
+        if (through_l2) {  // states of one group after another, and while it is multiplied the next
+          copies_done();
+          __syncthreads();
+          if (first + Product::kRows < alive)
+            gather(first + Product::kRows, alive, finishing, before, now);
+          states = buffer(first / Product::kRows);
+        }
+        if (!product_.busy(units)) continue;
         Inputs in[kItems];
         if constexpr (!kAhead) {
           load_inputs(in, first, now, after);
@@ -78,7 +86,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
             load_inputs(next, 0, after, second_after);
         }
         C sum[kItems][N];
-        product_.multiply(from + first * p.e_row, p.e_row, p.chunks, partial_, sum);
+        product_.multiply(states, p.e_row, p.chunks, partial_, sum);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           const int row = first + product_.row(i), unit = product_.unit(i);
@@ -103,11 +111,11 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           if (leaky)
 #pragma unroll
             for (int n = 0; n < N; ++n) carried[n] = carry[n];
-          if (!through_l2) send(to + row * p.e_row + j0 + unit, handed);
+          if (!through_l2 && goes_on) send(s, to + row * p.e_row + j0 + unit, handed);
         }
       }
       if (kAhead && alive == 0) load_inputs(next, 0, after, second_after);
-      meet(s);
+      if (goes_on) meet(s);
       before = now;
       now = after;
       after = second_after;
@@ -141,8 +149,9 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     S* const e = reinterpret_cast<S*>(shared + p.e_offset);
     C* const carry = reinterpret_cast<C*>(shared + p.carry_offset);
     C* const vectors = reinterpret_cast<C*>(shared + p.vectors_offset);
-    const int buffers = p.regime == Regime::grid ? 1 : 2;
-    for (int i = threadIdx.x; i < buffers * p.e_rows * p.e_row; i += kThreads) e[i] = narrow<S>(0);
+    if (p.regime == Regime::cluster && threadIdx.x == 0)
+      for (int b = 0; b < 2; ++b) init_arrivals(arrivals(p, shared) + b);
+    for (int i = threadIdx.x; i < 2 * p.e_rows * p.e_row; i += kThreads) e[i] = narrow<S>(0);
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < p.units; unit += kThreads) {
       vectors[unit] = unit < layer.units ? layer.bias(j0 + unit) : C(0);
@@ -168,7 +177,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           e[(p.e_rows + row) * p.e_row + j] = first;
         }
       }
-    if (q.I) load_x(layer, e, layer.step(0));
+    if (q.I) load_x(layer, e, layer.step(0), 0, layer.step(0).alive);
     copies_done();
     if (p.regime == Regime::cluster)
       cluster_barrier();
@@ -186,17 +195,18 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
         in[i] = Base::inputs(product_.unit(i), first + product_.row(i), now, after);
   }
 
-  // The inputs of a step, behind the states of its rows.
-  static __device__ __forceinline__ void load_x(const Base& layer, S* e, const Step& step) {
+  // The inputs of a step for `count` rows, behind their states.
+  static __device__ __forceinline__ void load_x(const Base& layer, S* e, const Step& step,
+                                                int first, int count) {
     const Params& p = layer.p;
     const int size = int(p.problem.I);
     const int per_copy = p.x_copy ? p.x_copy / int(sizeof(S)) : 1;
     const int copies = size / per_copy;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < step.alive * copies; i += kThreads) {
+    for (int i = threadIdx.x; i < count * copies; i += kThreads) {
       const int row = i / copies, j = i % copies * per_copy;
       S* const to = e + row * p.e_row + p.state_k + j;
-      const S* const from = layer.at(p.problem.x, step, row, j);
+      const S* const from = layer.at(p.problem.x, step, first + row, j);
       if (p.x_copy)
         copy_async(to, from, p.x_copy);
       else
@@ -208,13 +218,16 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
 
   __device__ S* buffer(int64_t s) const { return e_ + (s & 1) * p.e_rows * p.e_row; }
 
-  // Grid: the states that a step starts from, out of global memory, a warp for each row.
-  __device__ __forceinline__ void gather(int count, bool finishing, const Step& before,
+  // Grid: the states that a step starts from, out of global memory, and its inputs: of a group of
+  // rows, a warp for each.
+  __device__ __forceinline__ void gather(int first, int alive, bool finishing, const Step& before,
                                          const Step& now) {
-    const int lane = threadIdx.x % 32, H = int(q.H);
-#pragma unroll 1
-    for (int row = threadIdx.x / 32; row < count; row += kWarps) {
-      S* const to = e_ + row * p.e_row;
+    const int count = min(Product::kRows, alive - first), H = int(q.H);
+    S* const e = buffer(first / Product::kRows);
+    const int index = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (index < count) {
+      const int row = first + index;
+      S* const to = e + index * p.e_row;
       const S* const from =
           finishing ? Base::state_after_all(row) : Base::state_before(row, before, now);
       constexpr int kPerCopy = 16 / int(sizeof(S));
@@ -228,32 +241,49 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           to[j] = from ? load_through_l2(from + j) : narrow<S>(0);
       }
     }
+    if (q.I) load_x(*this, e, now, first, count);
+  }
+
+  // Cluster: for each of the two buffers, what counts the bytes that have arrived.
+  static __device__ uint64_t* arrivals(const Params& p, unsigned char* shared) {
+    return reinterpret_cast<uint64_t*>(shared + p.arrivals_offset);
+  }
+
+  // Cluster: so much will come from all blocks of the team in step s.
+  __device__ __forceinline__ void expect(int64_t s, int alive) const {
+    const int size = (int(q.H) + N - 1) / N * int(sizeof(Numbers));
+    if (threadIdx.x == 0) expect_bytes(arrivals(p, shared_) + ((s + 1) & 1), alive * size);
   }
 
   // To everyone in the team who multiplies it.
-  __device__ __forceinline__ void send(S* place, const Numbers& numbers) const {
-    if (p.regime == Regime::block)
+  __device__ __forceinline__ void send(int64_t s, S* place, const Numbers& numbers) const {
+    if (p.regime == Regime::block) {
       *reinterpret_cast<Numbers*>(place) = numbers;
-    else
-      for (int peer = 0; peer < p.blocks; ++peer) store_at_peer(place, peer, numbers);
+      return;
+    }
+    const uint64_t* const arrived = arrivals(p, shared_) + ((s + 1) & 1);
+    for (int i = 0; i < p.blocks; ++i)  // each block begins with itself: never all with the same
+      send_to_peer(place, arrived, i ^ int(blockIdx.x % unsigned(p.blocks)), numbers);
   }
 
-  // Ends a step: what was sent has arrived.
+  // Ends a step: what was sent to this block has arrived. That is all that a cluster needs: a block
+  // sends into a buffer only after everyone's states of the step before came, and they came after
+  // their last use of that buffer. No thread of a block may fall two steps behind, though: it would
+  // take a later phase for the one that it waits for.
   __device__ __forceinline__ void meet(int64_t s) const {
     if (p.regime == Regime::grid) {
       grid_barrier(p.counters + blockIdx.x / p.blocks, unsigned(s + 1) * unsigned(p.blocks));
       return;
     }
     copies_done();
+    __syncthreads();
     if (p.regime == Regime::cluster)
-      cluster_barrier();
-    else
-      __syncthreads();
+      wait_for_bytes(arrivals(p, shared_) + ((s + 1) & 1), unsigned(s >> 1) & 1);
   }
 
   unsigned char* const shared_;
   Product product_;
-  S* const e_;        // [2][e_rows][e_row], in turns; through L2, one
+  S* const e_;        // [2][e_rows][e_row], in turns
   C* const carry_;    // [rows][units]
   C* const vectors_;  // bias, then alpha
   float* const partial_;

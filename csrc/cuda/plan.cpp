@@ -62,19 +62,19 @@ bool suits(const Tile& tile, const PlanInput& in) {
 Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   const int64_t padded_k = plan.chunks * tile.chunk();
   const int64_t size = tile.number_size(), wide = tile.computed_size();
-  const int64_t buffers = plan.regime == Regime::grid ? 1 : 2;
   Shared shared;
   // Rows begin in different banks: 16 bytes apart for ldmatrix, 32 for loads of two TF32 numbers.
   shared.e_row = !tile.mma() ? padded_k : size == 2 ? padded_k + 8 : round_up(padded_k, 32) + 8;
-  shared.e_rows = round_up(plan.rows, tile.rows);
+  shared.e_rows = plan.regime == Regime::grid ? tile.rows : round_up(plan.rows, tile.rows);
   const int64_t spilled =
       std::max<int64_t>(0, ceil_div(plan.chunks, plan.split) - tile.held()) * tile.chunk_bytes();
   shared.e = spilled;
-  shared.carry = shared.e + buffers * shared.e_rows * shared.e_row * size;
+  shared.carry = shared.e + 2 * shared.e_rows * shared.e_row * size;
   const bool carries = in.leaky || in.pass == Pass::adjoint;
   shared.vectors = shared.carry + round_up(carries ? plan.rows * plan.units * wide : 0, 16);
   shared.partial = shared.vectors + round_up(2 * plan.units * wide, 16);
-  shared.end = shared.partial + (plan.split > 1 ? 8192 * tile.units : 0);
+  shared.arrivals = shared.partial + (plan.split > 1 ? 8192 * tile.units : 0);
+  shared.end = shared.arrivals + (plan.regime == Regime::cluster ? 16 : 0);
   return shared;
 }
 

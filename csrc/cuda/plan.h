@@ -55,7 +55,8 @@ struct Tile {
   constexpr int computed_size() const { return arithmetic == Arithmetic::fma_f64 ? 8 : 4; }
   // K is cut into chunks; a thread holds its part of `held` of them, and more lie in shared memory.
   constexpr int chunk() const { return mma() ? 64 / number_size() : 128 / number_size(); }
-  constexpr int held() const { return (mma() ? 16 : 32) / units; }
+  // All 32 of one unit and 8 rows would leave too few registers for the sums.
+  constexpr int held() const { return mma() ? 16 / units : units == 1 ? 30 : 32 / units; }
   constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
   // of a block, where `split` warps share the K of their units
   constexpr int block_units(int split) const { return (mma() ? 128 / split : 32) * units; }
@@ -74,8 +75,8 @@ constexpr int kStepRows = 32;   // and its batch rows
 
 // Where a block's shared memory has what, in bytes, after the weights that registers do not hold.
 struct Shared {
-  int64_t e, carry, vectors, partial, end;
-  int64_t e_row, e_rows;  // e is [buffers][e_rows][e_row]
+  int64_t e, carry, vectors, partial, arrivals, end;
+  int64_t e_row, e_rows;  // e is [2][e_rows][e_row]
 };
 
 struct Plan {

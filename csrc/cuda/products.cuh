@@ -48,9 +48,11 @@ __device__ __forceinline__ uint32_t bits(T v) {
 template <class C, int UnitsPerThread, int Rows>
 struct Fma {
   using Stored = C;
+  static constexpr Tile kTile{sizeof(C) == 8 ? Arithmetic::fma_f64 : Arithmetic::fma_f32,
+                              UnitsPerThread, Rows};
   static constexpr int kVector = 16 / sizeof(C);
-  static constexpr int kChunk = 8 * kVector;
-  static constexpr int kHeld = 32 / UnitsPerThread;  // chunks in registers
+  static constexpr int kChunk = kTile.chunk();
+  static constexpr int kHeld = kTile.held();
   static constexpr int kRows = Rows;                 // batch rows at once
   static constexpr int kSums = UnitsPerThread * Rows;
   static_assert(kSums <= 8);  // so that 8 lanes can own one each
@@ -70,6 +72,8 @@ struct Fma {
       : spilled(static_cast<const Vector*>(spill)), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
 
   __device__ int first_unit() const { return (warp * 4 + lane / 8) * UnitsPerThread; }
+  // Whether this warp has any of a block's units.
+  __device__ bool busy(int units) const { return warp * 4 * UnitsPerThread < units; }
 
   static __device__ __noinline__ Vector load(const Weights& weights, int unit, int64_t k) {
     Vector vector;
@@ -231,9 +235,10 @@ template <class S, int TilesPerWarp>
 struct Mma {
   using Stored = S;
   static constexpr bool kTf32 = sizeof(S) == 4;
-  static constexpr int kFragment = kTf32 ? 8 : 16;
-  static constexpr int kChunk = 2 * kFragment;
-  static constexpr int kHeld = 16 / TilesPerWarp;
+  static constexpr Tile kTile{kTf32 ? Arithmetic::mma_tf32 : Arithmetic::mma_f16, TilesPerWarp, 8};
+  static constexpr int kChunk = kTile.chunk();  // two fragments
+  static constexpr int kFragment = kChunk / 2;
+  static constexpr int kHeld = kTile.held();
   static constexpr int kRows = 8;
   static constexpr int kItems = 2 * TilesPerWarp;
   static constexpr int kPack = 2;
@@ -251,6 +256,7 @@ struct Mma {
         part(warp % split) {}
 
   __device__ int first_unit() const { return warp / split * (16 * TilesPerWarp); }
+  __device__ bool busy(int units) const { return first_unit() < units; }
 
   static __device__ __noinline__ uint4 load(const Weights& weights, int unit, int64_t k) {
     const int lane = threadIdx.x % 32;
