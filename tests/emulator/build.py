@@ -37,7 +37,7 @@ KERNEL_FLAGS = (
     *("-fno-math-errno", "-fvisibility=hidden", "-Werror=frame-larger-than=98304"),
 )
 RUNTIME_FLAGS = (
-    *("-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-mfma", "-mf16c", "-mavx2"),
+    *("-std=c++20", "-O3", "-g1", "-fPIC", "-Wall", "-Wextra", "-mfma", "-mf16c", "-mavx2"),
     *("-ffp-contract=off", "-fvisibility=hidden"),
 )
 

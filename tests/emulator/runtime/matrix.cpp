@@ -13,7 +13,9 @@ constexpr u32 all_lanes = ~0u;
 
 f32 half_of(Half type, u32 pair, u32 which) {
   const u16 x = u16(pair >> (16 * which));
-  return type == Half::bf16 ? from_bf16(x) : from_f16(x);
+  f32 value = type == Half::bf16 ? from_bf16(x) : from_f16(x);
+  asm("" : "+x"(value));  // else the compiler goes from f16 to f64 in one step, by a slow function
+  return value;
 }
 
 // Of one lane.
@@ -25,12 +27,12 @@ struct Fragments {
 const Fragments& of(const void* operand) { return *static_cast<const Fragments*>(operand); }
 
 template <u32 rows, u32 columns, u32 depth>
-void multiply(const f32 (&a)[rows][depth], const f32 (&b)[depth][columns],
+void multiply(const f64 (&a)[rows][depth], const f64 (&b)[depth][columns],
               f64 (&product)[rows][columns]) {
   for (u32 i = 0; i < rows; ++i) {
     f64 sums[columns] = {};
     for (u32 k = 0; k < depth; ++k)
-      for (u32 j = 0; j < columns; ++j) sums[j] += f64(a[i][k]) * f64(b[k][j]);
+      for (u32 j = 0; j < columns; ++j) sums[j] += a[i][k] * b[k][j];
     for (u32 j = 0; j < columns; ++j) product[i][j] = sums[j];
   }
 }
@@ -47,7 +49,7 @@ template <u32 depth>
 void mma_16bit_warp(const void* const operands[32], void* const results[32], u32,
                     const void* type) {
   const Half half = *static_cast<const Half*>(type);
-  f32 a[16][depth], b[depth][8];
+  f64 a[16][depth], b[depth][8];
   for (u32 l = 0; l < 32; ++l) {
     const Fragments& x = of(operands[l]);
     const u32 group = l / 4, member = l % 4;
@@ -63,7 +65,7 @@ void mma_16bit_warp(const void* const operands[32], void* const results[32], u32
 
 template <u32 depth>
 void mma_tf32_warp(const void* const operands[32], void* const results[32], u32, const void*) {
-  f32 a[16][depth], b[depth][8];
+  f64 a[16][depth], b[depth][8];
   // The hardware looks at the upper 19 bits only.
   const auto tf32 = [](u32 x) { return bits<f32>(x & 0xFFFFE000u); };
   for (u32 l = 0; l < 32; ++l) {
@@ -87,8 +89,8 @@ void mma_16bit(Thread& self, const Site& site, Half type, u32 k, f32 d[4], const
                const u32* b, const f32 c[4]) {
   const Quiet quiet;
   Fragments x;
-  std::memcpy(x.a, a, k);
-  std::memcpy(x.b, b, k / 2);
+  for (u32 i = 0; i < k / 4; ++i) x.a[i] = a[i];
+  for (u32 i = 0; i < k / 8; ++i) x.b[i] = b[i];
   std::memcpy(x.c, c, 16);
   warp_operation(self, site, all_lanes, 'M' + 256 * u32(type) + 1024 * k, &x, d,
                  k == 8 ? mma_16bit_warp<8> : mma_16bit_warp<16>, &type);
@@ -233,7 +235,7 @@ void wmma_mma(Thread& self, const Site& site, Half type, f32 d[8], const u32* a,
       self, site, all_lanes, 'W' + 256 * u32(type), &x, d,
       [](const void* const operands[32], void* const results[32], u32, const void* shared) {
         const Half half = *static_cast<const Half*>(shared);
-        f32 rows[16][16], columns[16][16];
+        f64 rows[16][16], columns[16][16];
         for (u32 e = 0; e < 256; ++e) {
           const Fragments& y = of(operands[e / 8]);
           rows[e / 16][e % 16] = half_of(half, y.a[e % 8 / 2], e % 2);

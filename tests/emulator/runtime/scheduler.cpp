@@ -120,21 +120,29 @@ class ReadyQueue {
   }
   bool empty() const { return head_ == tail_; }
   void push(ThreadState* thread) { ring_[tail_++ & mask_] = thread; }
+  // For the lanes of a warp: a warp that runs on while it can stays in the cache.
+  void push_front(ThreadState* thread) { ring_[--head_ & mask_] = thread; }
   ThreadState* pop() {
-    if (settings.order == Order::random)
-      std::swap(ring_[head_ & mask_], ring_[(head_ + random_number() % (tail_ - head_)) & mask_]);
-    if (head_ + 2 < tail_) {
-      // Most of a switch is waiting for the other stack to come from the cache.
-      const char* soon = static_cast<char*>(ring_[(head_ + 2) & mask_]->context.stack_pointer);
-      __builtin_prefetch(soon);
-      __builtin_prefetch(soon + 64);
-      __builtin_prefetch(soon + 128);
-      __builtin_prefetch(soon + 192);
+    ThreadState* thread = ring_[head_++ & mask_];
+    // Most of a switch is waiting for the other stack to come from the cache. So it is decided
+    // now who comes next, unless somebody is pushed to the front.
+    const size_t count = tail_ - head_;
+    if (settings.order == Order::random) {
+      if (count == 0) return thread;
+      std::swap(ring_[head_ & mask_], ring_[(head_ + random_number() % count) & mask_]);
+      prefetch(ring_[head_ & mask_]);
+    } else if (count > 1) {
+      prefetch(ring_[(head_ + 1) & mask_]);
     }
-    return ring_[head_++ & mask_];
+    return thread;
   }
 
  private:
+  static void prefetch(const ThreadState* thread) {
+    const char* stack = static_cast<const char*>(thread->context.stack_pointer);
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(stack + 64 * line);
+  }
+
   std::vector<ThreadState*> ring_;
   size_t mask_ = 0, head_ = 0, tail_ = 0;
 };
@@ -430,10 +438,11 @@ void run_threads(u32 count) {
   machine.ready.reset(count);
   machine.live = count;
   machine.idle_polls = 0;
-  if (settings.order == Order::reverse)
-    for (u32 i = count; i-- > 0;) machine.ready.push(&machine.threads[i]);
-  else
-    for (u32 i = 0; i < count; ++i) machine.ready.push(&machine.threads[i]);
+  const u32 first_index = settings.order == Order::random ? u32(random_number() % count) : 0;
+  for (u32 i = 0; i < count; ++i) {
+    const u32 index = (first_index + i) % count;
+    machine.ready.push(&machine.threads[settings.order == Order::reverse ? count - 1 - i : index]);
+  }
 #ifdef EMULATOR_ASAN
   machine.main.bottom = nullptr;
 #endif
@@ -791,13 +800,17 @@ void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const 
     }
     function(operands, results, mask, shared_argument);
   }
-  for (u32 i = 0; i < 32; ++i) {
-    const u32 l = settings.order == Order::reverse ? 31 - i : i;
-    if (mask >> l & 1 && &lanes[l] != &self) machine.ready.push(&lanes[l]);
-  }
+  const auto make_ready = [&](u32 lane, auto push) {
+    if (mask >> lane & 1 && &lanes[lane] != &self) (machine.ready.*push)(&lanes[lane]);
+  };
   if (settings.order == Order::random) {
+    for (u32 l = 0; l < 32; ++l) make_ready(l, &ReadyQueue::push);
     machine.ready.push(&self);
     suspend(self, "after a warp operation", site);
+  } else if (settings.order == Order::reverse) {
+    for (u32 l = 0; l < 32; ++l) make_ready(l, &ReadyQueue::push_front);
+  } else {
+    for (u32 l = 32; l-- > 0;) make_ready(l, &ReadyQueue::push_front);
   }
 }
 
