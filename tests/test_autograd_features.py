@@ -195,6 +195,23 @@ def test_freed_buffers_are_named():
         loss.backward()
 
 
+def test_output_changed_in_place():
+    """An error, as the output is what backward needs; and torch's remedy for it."""
+    ours, _ = pair()
+    x = torch.randn(T, B, I)
+    output, _ = ours(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.mul_(2).sum().backward()
+
+    def changed(x: Tensor) -> Any:
+        output, h_n = ours(x)
+        return output.mul_(2), h_n
+
+    expected = gradients(ours, x, lambda x: (ours(x)[0] * 2, ours(x)[1]))
+    with graph.allow_mutation_on_saved_tensors():
+        torch.testing.assert_close(gradients(ours, x, changed), expected)
+
+
 # Hooks
 
 
