@@ -88,7 +88,12 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, rev
         )
     _check_devices(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep)
     size = w_hh.size(0)
-    h = x.new_empty((*x.shape[:-1], size))
+    rows: Any = x.shape[:-1]
+    if batch_sizes is not None and batch_sizes.dtype != torch.int64:
+        # torch.export is at pack_padded_sequence: by a mistake of torch's, its fake kernel gives
+        # batch_sizes of floats and data of as many rows as there are steps. From here on it is N.
+        rows = (torch.library.get_ctx().new_dynamic_size(),)
+    h = x.new_empty((*rows, size))
     h_n = x.new_empty((_batch(h0, x, batch_sizes), size))
     return h, h_n, x.new_empty(0) if alpha is None else torch.empty_like(h)
 

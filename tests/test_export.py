@@ -114,12 +114,13 @@ class Packing(nn.Module):
     def __init__(self, enforce_sorted: bool, **options: Any) -> None:
         super().__init__()
         self.rnn = fusedrnn.RNN(I, H, **options)
+        self.head = nn.Linear(2 * H if self.rnn.bidirectional else H, 3)
         self.enforce_sorted = enforce_sorted
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         sequences = pack_padded_sequence(x, lengths, enforce_sorted=self.enforce_sorted)
         output, h_n = self.rnn(sequences)
-        return output.data, h_n
+        return self.head(output.data).relu(), h_n
 
 
 @pytest.mark.parametrize("enforce_sorted", [False, True], ids=["unsorted", "sorted"])
@@ -241,17 +242,24 @@ def test_no_warning_that_a_linear_layer_does_not_give():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["batched", "packed"])
+@pytest.mark.parametrize("kind", ["batched", "packed", "lengths"])
 def test_aotinductor_packages_it_and_another_process_runs_it(kind, tmp_path):
     model: nn.Module
+    shapes: Any
     if kind == "batched":
-        model, given = fusedrnn.RNN(I, H, **DEEP).eval(), (torch.randn(5, 3, I),)
+        model, given = fusedrnn.RNN(I, H, **DEEP), (torch.randn(5, 3, I),)
         others = [(torch.randn(T, B, I),) for T, B in [(1, 1), (64, 7), (640, 2)]]
-        shapes: Any = ({0: Dim("T", max=10_000), 1: Dim("B", max=10_000)},)
-    else:
-        model, given = Packed(**DEEP).eval(), packed(5, 3, 2)
+        shapes = ({0: Dim("T", max=10_000), 1: Dim("B", max=10_000)},)
+    elif kind == "packed":
+        model, given = Packed(**DEEP), packed(5, 3, 2)
         others = [packed(9, 8, 6, 6), packed(30), packed(3, 3)]
         shapes = PACKED_SHAPES
+    else:
+        model = Packing(enforce_sorted=False, **DEEP)
+        given = (torch.randn(5, 3, I), torch.tensor([2, 5, 3]))
+        others = [(torch.randn(max(n), len(n), I), torch.tensor(n)) for n in ([6, 9, 1, 6], [30])]
+        shapes = (T_AND_B, {0: Dim("B")})
+    model.eval()
     program = export(model, *given, dynamic_shapes=shapes)
     package = tmp_path / "model.pt2"
     torch._inductor.aoti_compile_and_package(program, package_path=str(package))
