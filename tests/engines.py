@@ -74,7 +74,7 @@ ON_GPU = [Engine("cuda", "gpu", regime) for regime in (None, *REGIMES)]
 ENGINES = [
     *(Engine("cpu", name) for name in _C.build_info()["isa_compiled"]),
     *EMULATED,
-    *(ON_GPU if torch.cuda.is_available() and "cuda" in _C.build_info() else []),
+    *(ON_GPU if torch.cuda.is_available() and _C.has_cuda else []),
 ]
 # Where derivatives are taken by finite differences, which calls an engine hundreds of times.
 DIFFERENTIATED = [
