@@ -295,6 +295,12 @@ def test_calls_variables_and_vectors(kernels):
     assert torch.equal(y[:, 1:], x[:, 1:])
 
 
+def test_time_goes_on(kernels):
+    y = torch.zeros(32).long()
+    kernels.launch("wait_a_while", 1, 32, y)
+    assert (y > 100000).all()
+
+
 def test_what_was_never_written_is_nan(kernels):
     y = torch.zeros(32)
     kernels.launch("never_written", 1, 32, y, smem=128)

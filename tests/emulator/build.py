@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,13 @@ KERNEL_FLAGS = (
 RUNTIME_FLAGS = (
     *("-std=c++20", "-O3", "-g1", "-fPIC", "-Wall", "-Wextra", "-mfma", "-mf16c", "-mavx2"),
     *("-ffp-contract=off", "-fvisibility=hidden"),
+)
+
+
+# What the translated kernels depend on, besides their PTX.
+TRANSLATION = (
+    *("ptx.py", "rules.py", "arithmetic.py", "memory.py", "threads.py", "translate.py"),
+    *("runtime/machine.h", "runtime/device_code.h"),
 )
 
 
@@ -118,10 +126,6 @@ def tool_version(tool: str) -> str:
     return run([tool, "--version"])
 
 
-def own_files(pattern: str) -> str:
-    return digest(*(file_digest(p) for p in sorted(HERE.glob(pattern))))
-
-
 def system_file(path: str) -> bool:
     """Headers of compilers and libraries are taken to change only with their version."""
     home = cuda_home()
@@ -136,12 +140,12 @@ def read_dependencies(path: Path, folder: Path) -> list[str]:
     return sorted(f for f in found if not system_file(f))
 
 
-def cached(key: str, suffix: str, make: Callable[[Path, Path], None], folder: Path) -> Path:
-    """The file for a key and for the contents of the files it was made from.
+def cached(key: str, make: Callable[[Path], None], sources: Path | None = None) -> Path:
+    """The folder of results for a key and for the contents of the files they were made from.
 
-    The key covers all but the included headers, which only the compiler knows. A small record
-    for each key holds which files were read, with their contents, for the latest results.
-    `make(result, rule)` writes the result and a make rule of what it depends on.
+    The key covers all but the included headers, which only the compiler knows: `make(folder)`
+    may leave a make rule of them in rule.d, with names relative to `sources`. A small record for
+    each key holds which files were read, with their contents, for the latest results.
     """
     objects = CACHE / "objects"
     record = objects / f"{key}.json"
@@ -152,32 +156,47 @@ def cached(key: str, suffix: str, make: Callable[[Path, Path], None], folder: Pa
             if result.exists() and all(
                 file_digest(path) == was for path, was in entry["files"].items()
             ):
+                os.utime(result)  # for `prune`
                 return result
         with tempfile.TemporaryDirectory(dir=objects, prefix=f"{key}.") as work:
-            made, rule = Path(work, f"made{suffix}"), Path(work, "rule.d")
-            make(made, rule)
-            files = {p: file_digest(p) for p in read_dependencies(rule, folder)}
-            result = objects / f"{key}-{digest(*files.items())}{suffix}"
+            made = Path(work, "made")
+            made.mkdir()
+            make(made)
+            rule = made / "rule.d"
+            read = read_dependencies(rule, sources or made) if rule.exists() else []
+            files = {p: file_digest(p) for p in read}
+            result = objects / f"{key}-{digest(*files.items())}"
+            shutil.rmtree(result, ignore_errors=True)
             made.replace(result)
         entries = [e for e in entries if e["result"] != result.name]
         entries = [{"result": result.name, "files": files}, *entries][:8]
-        for old in objects.glob(f"{key}-*{suffix}"):
-            if old.name not in {e["result"] for e in entries}:
-                old.unlink()
         record.write_text(json.dumps(entries, indent=1))
     return result
 
 
-def compile_cpp(source: Path, flags: Sequence[str], folder: Path) -> Path:
-    key = digest("cpp", source, flags, folder, file_digest(source), tool_version(CXX))
+def prune(most: int = 1 << 30) -> None:
+    """Forget what was not used for longest, so that the cache stays below a gigabyte."""
+    with locked(CACHE / "prune.lock"):
+        found = [*(CACHE / "objects").glob("*-*-*"), *(CACHE / "linked").glob("*-*")]
+        found = [p for p in found if p.suffix not in (".json", ".lock")]
+        total = 0
+        for path in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True):
+            files = path.iterdir() if path.is_dir() else [path]
+            total += sum(f.stat().st_size for f in files)
+            if total > most and time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def make(result: Path, rule: Path) -> None:
-        command = [CXX, *flags, "-c", source, "-o", result, "-MD", "-MF", rule]
-        output = run(command, cwd=folder)
+
+def compile_cpp(source: Path, flags: Sequence[str], folder: Path) -> list[Path]:
+    key = digest("object", source, flags, folder, file_digest(source), tool_version(CXX))
+
+    def make(result: Path) -> None:
+        command = [CXX, *flags, "-c", source, "-o", result / "object.o"]
+        output = run([*command, "-MD", "-MF", result / "rule.d"], cwd=folder)
         if output.strip():
             print(output, end="")
 
-    return cached(f"{source.stem}-{key}", ".o", make, folder)
+    return [cached(f"{source.stem}-{key}", make, folder) / "object.o"]
 
 
 def read_resources(ptxas_output: str) -> dict[str, Resources]:
@@ -198,49 +217,54 @@ def sanitizer_flags(sanitizer: str | None) -> tuple[str, ...]:
     return (f"-fsanitize={sanitizer}",) if sanitizer else ()
 
 
-def compile_cu(source: Path, arch: int, flags: Sequence[str], sanitizer: str | None) -> Path:
-    """An object with the host code and the translated kernels of one .cu file.
+def compile_cu(source: Path, arch: int, flags: Sequence[str], sanitizer: str | None) -> list[Path]:
+    """Two objects: the translated kernels of a .cu file, and its host code.
 
-    `ld -r` joins the two, kernels first: cuda_runtime.cpp relies on that order.
+    In this order, on which cuda_runtime.cpp relies.
     """
     home = require_cuda_home()
     nvcc = home / "bin" / "nvcc"
+    command: list[str | Path] = [
+        *(nvcc, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-lineinfo"),
+        *("-cudart", "none", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *flags, "-c", source),
+    ]
+
+    def compile_by_nvcc(result: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=result) as kept:
+            keep = ["--keep", "--keep-dir", kept, "-MD", "-MF", result / "rule.d"]
+            output = run([*command, "-o", result / "host.o", *keep], cwd=source.parent)
+            (ptx,) = Path(kept).glob("*.ptx")
+            ptx.replace(result / "kernels.ptx")
+        (result / "ptxas.txt").write_text(output)
+
+    key = digest("nvcc", *command, file_digest(source), tool_version(str(nvcc)))
+    compiled = cached(f"{source.stem}-{key}", compile_by_nvcc, source.parent)
+
     kernel_flags = [*KERNEL_FLAGS, *sanitizer_flags(sanitizer), "-I", str(RUNTIME)]
     if sanitizer == "thread":
         kernel_flags.append("-DEMULATOR_TSAN")
+    ptx, ptxas = compiled / "kernels.ptx", compiled / "ptxas.txt"
+
+    def compile_translated(result: Path) -> None:
+        text = translate(
+            ptx.read_text(errors="replace"),
+            source,
+            read_resources(ptxas.read_text()),
+            foreign=("/usr/", str(home)),
+        )
+        (result / "kernels.cpp").write_text(text)
+        output = ["-c", result / "kernels.cpp", "-o", result / "kernels.o"]
+        run([CXX, *kernel_flags, *output])
+
     key = digest(
-        *("cu", source, arch, flags, kernel_flags, file_digest(source)),
-        *(tool_version(str(nvcc)), tool_version(CXX)),
-        *(own_files("*.py"), own_files("runtime/*.h")),
+        *("kernels", source, file_digest(ptx), file_digest(ptxas), kernel_flags),
+        *(tool_version(CXX), *(file_digest(HERE / name) for name in TRANSLATION)),
     )
-
-    def make(result: Path, rule: Path) -> None:
-        work = result.parent
-        host, kernels, translated = work / "host.o", work / "kernels.o", work / "kernels.cpp"
-        output = run(
-            [
-                *(nvcc, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"),
-                *("-cudart", "none", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-v"),
-                *(*flags, "-MD", "-MF", rule, "--keep", "--keep-dir", work),
-                *("-c", source, "-o", host),
-            ]
-        )
-        (ptx,) = work.glob("*.ptx")
-        translated.write_text(
-            translate(
-                ptx.read_text(errors="replace"),
-                source,
-                read_resources(output),
-                foreign=("/usr/", str(home)),
-            )
-        )
-        run([CXX, *kernel_flags, "-c", translated, "-o", kernels])
-        run(["ld", "-r", "-o", result, kernels, host])
-
-    return cached(f"{source.stem}-{key}", ".o", make, source.parent)
+    translated = cached(f"{source.stem}-{key}", compile_translated)
+    return [translated / "kernels.o", compiled / "host.o"]
 
 
-def runtime_objects(sanitizer: str | None) -> list[Callable[[], Path]]:
+def runtime_objects(sanitizer: str | None) -> list[Callable[[], list[Path]]]:
     """Jobs that compile the emulator's own C++."""
     flags = [*RUNTIME_FLAGS, "-I", str(RUNTIME), "-isystem", str(require_cuda_home() / "include")]
     if sanitizer == "thread":
@@ -268,7 +292,7 @@ def build_objects(
     home = str(require_cuda_home() / "include")
     cpp_flags = ["-std=c++17", "-fPIC", *cxx_flags, *includes, "-isystem", home]
     cpp_flags += sanitizer_flags(sanitizer)
-    jobs: list[Callable[[], Path]] = [
+    jobs: list[Callable[[], list[Path]]] = [
         functools.partial(compile_cu, Path(s).resolve(), arch, (*nvcc_flags, *includes), sanitizer)
         for s in sources
     ]
@@ -278,7 +302,10 @@ def build_objects(
     ]
     jobs += runtime_objects(sanitizer)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+        started = [pool.submit(job) for job in jobs]
+        objects = [path for future in started for path in future.result()]
+    prune()
+    return objects
 
 
 def link(
@@ -291,7 +318,7 @@ def link(
     result = folder / f"{name}-{key}{suffix}"
     with locked(folder / f"{name}.lock"):
         if not result.exists():
-            made = result.with_suffix(".making")
+            made = Path(f"{result}.making")
             run([CXX, *objects, *flags, "-o", made])
             made.replace(result)
             if not out_dir:

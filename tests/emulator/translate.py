@@ -26,9 +26,10 @@ SPECIAL_REGISTERS = {
     "%smid": "u32(block.index.x)",
     "%nsmid": "u32(grid.blocks.count())",
     "%gridid": "u64(0)",
-    "%clock": "0u",
-    "%clock64": "u64(0)",
-    "%globaltimer": "u64(0)",
+    # No measure of time, but it goes on: a loop that waits for a while must end.
+    "%clock": "u32(next_tick())",
+    "%clock64": "next_tick()",
+    "%globaltimer": "next_tick()",
     "%lanemask_eq": "(1u << self.lane)",
     "%lanemask_lt": "((1u << self.lane) - 1)",
     "%lanemask_le": "((2u << self.lane) - 1)",

@@ -363,3 +363,10 @@ extern "C" __global__ void reduce_warp(int* y) {
   y[32 + t] = __reduce_add_sync(~0u, unsigned(t));
 }
 #endif
+
+extern "C" __global__ void wait_a_while(long long* y) {
+  const long long start = clock64();
+  while (clock64() - start < 100000) {
+  }
+  y[threadIdx.x] = clock64() - start;
+}

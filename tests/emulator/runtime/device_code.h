@@ -236,7 +236,7 @@ inline T round_to_integer(T x) {
                          : __builtin_ceil(x);
   }
 }
-// Conversion to an integer saturates; NaN becomes 0 (as on the hardware for 32 bits and below).
+// Conversion to an integer saturates; NaN becomes 0.
 template <class To, char mode, class From>
 inline To to_integer(From x) {
   if (x != x) return 0;
@@ -261,6 +261,11 @@ inline f32 divide_approx(f32 a, f32 b) {
   if (size > 0x1p126f && size <= 0x1.fffffep127f)
     return __builtin_isinf(a) ? __builtin_nanf("") : 0.f;
   return a / b;
+}
+
+inline u64 next_tick() {
+  static u64 ticks = 0;
+  return ticks += 64;
 }
 
 // --- Memory ---
