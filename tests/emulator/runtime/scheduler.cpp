@@ -472,7 +472,8 @@ void run_threads(u32 count) {
     thread.stack = nullptr;
     if (!thread.exited) finish_copies(thread);
 #ifdef EMULATOR_TSAN
-    if (thread.context.fiber) __tsan_destroy_fiber(thread.context.fiber);
+    // Of a launch that failed, some are left in the middle of a `Quiet`, where none may end.
+    if (!machine.failed) __tsan_destroy_fiber(thread.context.fiber);
     thread.context.fiber = nullptr;
 #endif
   }
