@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from engines import ENGINES, Engine
+from engines import ENGINES, OLD, Engine
 from hypothesis import settings
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         engine, case = params.get("engine"), params.get("case")
         if isinstance(engine, Engine) and engine.kind == "emulated":
             large = isinstance(case, Case) and case.multiplications > QUICK
-            if large or item.get_closest_marker("slow_emulated"):
+            if large or engine == OLD or item.get_closest_marker("slow_emulated"):
                 item.add_marker("slow")
 
 

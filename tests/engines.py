@@ -62,6 +62,7 @@ class Engine:
                 _C.use_regime(None)
 
 
+ARCHITECTURES = {"tiny": 90, "h100": 90, "t4": 75}  # of pretend devices; each is a build
 # A forced regime still gives way to another where it cannot run a problem.
 EMULATED = [
     Engine("emulated", "h100"),
@@ -70,10 +71,12 @@ EMULATED = [
     Engine("emulated", "h100", "cluster"),
     Engine("emulated", "tiny", "grid"),
 ]
+OLD = Engine("emulated", "t4")  # where tensor cores know float16 alone
 ON_GPU = [Engine("cuda", "gpu", regime) for regime in (None, *REGIMES)]
 ENGINES = [
     *(Engine("cpu", name) for name in _C.build_info()["isa_compiled"]),
     *EMULATED,
+    OLD,
     *(ON_GPU if torch.cuda.is_available() and _C.has_cuda else []),
 ]
 # Where derivatives are taken by finite differences, which calls an engine hundreds of times.
@@ -117,6 +120,7 @@ def emulated(device: str) -> Emulated:
     path = emulator.build_library(
         sorted(csrc.glob("*.cu")),
         name=f"fusedrnn-{device}",
+        arch=ARCHITECTURES[device],
         nvcc_flags=["-Werror=all-warnings", *cpp_extension.COMMON_NVCC_FLAGS],
         cxx_flags=[
             "-std=c++20",

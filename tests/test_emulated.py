@@ -1,23 +1,98 @@
-"""That the emulated CUDA engine is what ran."""
+"""What an emulator can tell of the CUDA engine beside its results."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from cases import Case
-from engines import EMULATED, Engine, emulated
+from engines import EMULATED, OLD, Engine, emulated
 
 import fusedrnn
 
+FREE = Engine("emulated", "h100")
+PACKED = Case(lengths=(5, 3, 3, 1), keep=True, alpha=True, H=33)
+
+
+def all_passes(case: Case) -> list[torch.Tensor]:
+    """Results of activation, adjoint and tangent."""
+    tensors = list(case.arguments(requires_grad=True).values())
+    h, h_n = fusedrnn.rnn(**dict(zip(case.arguments(), tensors)), **case.flags())
+    gradients = torch.autograd.grad(h.sum() + h_n.sum(), tensors, create_graph=True)
+    again = torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
+    return [h, h_n, *gradients, *again]
+
 
 @pytest.mark.parametrize("engine", EMULATED, ids=str)
-def test_the_regime_that_was_asked_for_runs(engine: Engine) -> None:
+def test_the_regime_that_was_asked_for_runs(engine):
     library, arguments = emulated(engine.name), Case().arguments()
     before = library.runs()
     with engine.installed():
-        found = fusedrnn.rnn(**arguments)
+        fusedrnn.rnn(**arguments)
     after = library.runs()
     fusedrnn.rnn(**arguments)  # by the CPU engine again
     assert library.runs() == after
     (regime,) = {name for name in after if after[name] > before[name]}
     assert engine.regime in (None, regime)
-    assert found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("case", [Case(), PACKED], ids=str)
+@pytest.mark.parametrize("engine", EMULATED, ids=str)
+def test_nobody_waits_and_nothing_is_allocated(engine, case):
+    """Beside tensors: so a stream can be captured in a graph."""
+    library = emulated(engine.name)
+    with engine.installed():
+        all_passes(case)  # the first call asks for the device's properties
+        library.reset_counters()
+        all_passes(case)
+    counters = library.counters()
+    assert counters.pop("launches") >= 3
+    quiet = ("failed_launches", "synchronizations", "copies", "allocations", "frees")
+    assert {name: counters[name] for name in quiet} == dict.fromkeys(quiet, 0)
+
+
+@pytest.mark.parametrize("engine", EMULATED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_order_of_threads_does_not_show(engine, dtype):
+    case = Case(T=4, B=9, H=70, dtype=dtype)
+    found = []
+    for seed in range(3):
+        with engine.installed(seed):
+            found.append(all_passes(case))
+    for again in found[1:]:
+        torch.testing.assert_close(again, found[0], rtol=0, atol=0)
+
+
+def test_a_failed_launch_names_the_plan():
+    with FREE.installed():
+        emulated(FREE.name).fail_next_launch(1)
+        with pytest.raises(RuntimeError, match=r"fusedrnn: .*launch failed: .*plan was: .* regime"):
+            fusedrnn.rnn(**Case().arguments())
+        fusedrnn.rnn(**Case().arguments())  # and the next one is well
+
+
+@pytest.mark.parametrize("regime", ["block", "cluster", "grid"])
+def test_tf32_only_where_torch_allows_it(regime):
+    case = Case(T=2, B=64, I=16, H=64, dtype=torch.float32)  # tensor cores are worth it
+    exact = all_passes(case.with_(dtype=torch.float64))
+    error = {}
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            with Engine("emulated", "tiny", regime).installed():
+                found = all_passes(case)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        error[allowed] = [
+            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact)
+        ]
+    assert max(error[False]) < 2e-6
+    assert 1e-5 < max(error[True]) < 1e-2
+
+
+@pytest.mark.slow  # another build
+def test_bfloat16_on_a_device_that_does_not_know_it():
+    case = PACKED.with_(dtype=torch.bfloat16)
+    with OLD.installed():
+        found = fusedrnn.rnn(**case.arguments(), **case.flags())
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found, fusedrnn.rnn(**case.arguments(), **case.flags()))
