@@ -161,10 +161,15 @@ def cached(key: str, make: Callable[[Path], None], sources: Path | None = None) 
         with tempfile.TemporaryDirectory(dir=objects, prefix=f"{key}.") as work:
             made = Path(work, "made")
             made.mkdir()
+            start = time.time()
             make(made)
             rule = made / "rule.d"
             read = read_dependencies(rule, sources or made) if rule.exists() else []
-            files = {p: file_digest(p) for p in read}
+            # What was edited meanwhile may have been read before or after: not to be relied on.
+            files = {
+                path: file_digest(path) if os.stat(path).st_mtime < start else "edited meanwhile"
+                for path in read
+            }
             result = objects / f"{key}-{digest(*files.items())}"
             shutil.rmtree(result, ignore_errors=True)
             made.replace(result)
