@@ -112,7 +112,9 @@ fusedrnn::cuda::Device cuda_device(const py::object& device) {
 // properties. `tf32` None is torch's setting.
 py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
                    int64_t H, bool leaky, bool packed, std::optional<bool> tf32,
-                   const std::optional<std::string>& regime, const py::object& device) {
+                   const std::optional<std::string>& regime, std::optional<int> tile,
+                   std::optional<int> split, std::optional<bool> fuse_input,
+                   const py::object& device) {
   constexpr const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   const fusedrnn::cuda::Device on = cuda_device(device);
   fusedrnn::cuda::PlanInput in;
@@ -129,7 +131,8 @@ py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B,
   in.H = H;
   in.leaky = leaky;
   in.packed = packed;
-  const fusedrnn::cuda::Plan plan = make_plan(in, on, regime_named(regime));
+  const fusedrnn::cuda::Plan plan =
+      make_plan(in, on, {regime_named(regime), tile, split, fuse_input});
   py::dict result;
   result["regime"] = fusedrnn::cuda::kRegimeNames[int(plan.regime)];
   result["fuse_input"] = plan.fuse_input;
@@ -142,6 +145,7 @@ py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B,
   result["shared_memory"] = plan.shared.end;
   result["counters"] = plan.counters;
   result["microseconds"] = plan.microseconds;
+  result["input_microseconds"] = plan.input_microseconds;
   result["words"] = in_words(in, plan, on);
   return result;
 }
@@ -196,16 +200,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("adjoint") = false,
         py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("leaky") = false, py::arg("packed") = false, py::arg("tf32") = py::none(),
-        py::arg("regime") = py::none(), py::arg("device"));
+        py::arg("regime") = py::none(), py::arg("tile") = py::none(), py::arg("split") = py::none(),
+        py::arg("fuse_input") = py::none(), py::arg("device"));
 #ifdef FUSEDRNN_CUDA
   m.attr("has_cuda") = true;
   m.def("device_properties", &device_properties, py::arg("index"));
   m.def(
       "use_regime",
-      [](const std::optional<std::string>& name) {
-        fusedrnn::cuda::use_regime(regime_named(name));
+      [](const std::optional<std::string>& name, std::optional<int> tile,
+         std::optional<int> split) {
+        fusedrnn::cuda::wish({regime_named(name), tile, split, std::nullopt});
       },
-      py::arg("name"));
+      py::arg("name"), py::arg("tile") = py::none(), py::arg("split") = py::none());
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -102,12 +102,14 @@ Tensor recurrent_product(const Tensor& delta, const Tensor& series, const Option
   if (keep || batch_sizes)
     return product_of_rows(delta, previous(series, first, keep, batch_sizes, reverse));
   // the same without a copy of the series
-  const Tensor others = reverse ? delta.slice(0, 0, -1) : delta.slice(0, 1);
-  const Tensor before = reverse ? series.slice(0, 1) : series.slice(0, 0, -1);
+  const Tensor deltas = rows(delta), states = rows(series);
+  const c10::SymInt batch = series.sym_size(1), end = states.sym_size(0) - batch;
+  const Tensor others = reverse ? deltas.slice_symint(0, 0, end) : deltas.slice_symint(0, batch);
+  const Tensor before = reverse ? states.slice_symint(0, batch) : states.slice_symint(0, 0, end);
   if (!first) return product_of_rows(others, before);
   const Tensor product = at::mm(delta.select(0, reverse ? -1 : 0).t(), *first);
   if (delta.sym_size(0) == 1) return product;
-  return at::addmm(product, rows(others).t(), rows(before));
+  return at::addmm(product, others.t(), before);
 }
 
 using AdjointOp = std::tuple<Tensor, Tensor, Tensor>(const OptionalTensor&, const OptionalTensor&,

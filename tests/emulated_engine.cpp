@@ -43,10 +43,15 @@ void fusedrnn_install() {
 
 void fusedrnn_uninstall() { fusedrnn::cuda::installed.reset(); }
 
-// A regime by its place in kRegimeNames, or -1 for what the planner chooses.
-void fusedrnn_use_regime(int regime) {
-  using namespace fusedrnn::cuda;
-  use_regime(regime < 0 ? std::nullopt : std::optional(Regime(regime)));
+// A regime by its place in kRegimeNames, a tile by its place in kTiles, and a split; -1 for what
+// the planner chooses.
+void fusedrnn_use_regime(int regime, int tile, int split) {
+  const auto wanted = [](int value) { return value < 0 ? std::nullopt : std::optional(value); };
+  fusedrnn::cuda::Wish wish;
+  if (regime >= 0) wish.regime = fusedrnn::cuda::Regime(regime);
+  wish.tile = wanted(tile);
+  wish.split = wanted(split);
+  fusedrnn::cuda::wish(wish);
 }
 
 // How often a regime ran.

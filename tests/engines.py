@@ -30,10 +30,13 @@ REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan
 class Engine:
     kind: str  # cpu, emulated, cuda
     name: str = ""  # the instruction set, or the device that is pretended
-    regime: str | None = None  # None: as the planner chooses
+    regime: str | None = None  # None: as the planner chooses; so for
+    tile: int | None = None  # its place in kTiles of csrc/cuda/plan.h,
+    split: int | None = None  # and the warps that share the K of their units
 
     def __str__(self) -> str:
-        return ":".join(part for part in (self.kind, self.name, self.regime) if part)
+        parts = (self.kind, self.name, self.regime, self.tile, self.split)
+        return ":".join(str(part) for part in parts if part not in (None, ""))
 
     @contextmanager
     def installed(self, seed: int = 0) -> Iterator[None]:
@@ -47,13 +50,13 @@ class Engine:
         elif self.kind == "emulated":
             library = emulated(self.name)
             library.schedule("random", seed, 0.05)
-            library.install(self.regime)
+            library.install(self.regime, self.tile, self.split)
             try:
                 yield
             finally:
                 library.uninstall()
         else:
-            _C.use_regime(self.regime)
+            _C.use_regime(self.regime, self.tile, self.split)
             torch.set_default_device("cuda")
             try:
                 yield
@@ -96,8 +99,9 @@ class Emulated(emulator.Library):
         self.use_device(device)
         self.c.fusedrnn_runs.restype = ctypes.c_int64
 
-    def install(self, regime: str | None) -> None:
-        self.c.fusedrnn_use_regime(-1 if regime is None else REGIMES.index(regime))
+    def install(self, regime: str | None, tile: int | None, split: int | None) -> None:
+        place = None if regime is None else REGIMES.index(regime)
+        self.c.fusedrnn_use_regime(*(-1 if wish is None else wish for wish in (place, tile, split)))
         self.c.fusedrnn_install()
 
     def uninstall(self) -> None:

@@ -1,6 +1,5 @@
 #include "engine.h"
 
-#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -10,8 +9,6 @@
 
 namespace fusedrnn::cuda {
 namespace {
-
-std::atomic<int> forced{-1};
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -109,8 +106,9 @@ Device ask(int index) {
   return device;
 }
 
-std::mutex known_mutex;
+std::mutex mutex;  // of these two:
 std::map<int, std::unique_ptr<const Device>> known;
+Wish wanted_of_plans;
 
 // Whether rows of `count` numbers can be copied by so many bytes at once.
 bool fits(const Series& series, int64_t count, int64_t number_size, int64_t bytes) {
@@ -180,22 +178,20 @@ void launch(const Problem& problem, const Plan& plan, const Workspace& workspace
 }  // namespace
 
 const Device& device_properties(int index) {
-  const std::lock_guard<std::mutex> lock(known_mutex);
+  const std::lock_guard<std::mutex> lock(mutex);
   auto& device = known[index];
   if (!device) device = std::make_unique<const Device>(ask(index));
   return *device;
 }
 
-void forget_device_properties() {
-  const std::lock_guard<std::mutex> lock(known_mutex);
-  known.clear();
+void wish(const Wish& wanted) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  wanted_of_plans = wanted;
 }
 
-void use_regime(std::optional<Regime> regime) { forced = regime ? int(*regime) : -1; }
-
-std::optional<Regime> regime_in_use() {
-  const int regime = forced;
-  return regime < 0 ? std::nullopt : std::optional<Regime>(Regime(regime));
+Wish wished() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return wanted_of_plans;
 }
 
 void run(const Problem& problem, const PlanInput& in, const Plan& plan, const Device& device,
@@ -204,8 +200,8 @@ void run(const Problem& problem, const PlanInput& in, const Plan& plan, const De
   try {
     launch(problem, plan, workspace, stream);
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error(std::string(error.what()) + " (the plan was: " +
-                             in_words(in, plan, device) + ")");
+    throw std::runtime_error(std::string(error.what()) +
+                             " (the plan was: " + in_words(in, plan, device) + ")");
   }
 }
 

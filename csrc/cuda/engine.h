@@ -13,7 +13,6 @@ namespace fusedrnn::cuda {
 
 // What the planner needs to know of a device; asked once of the CUDA runtime, for each device.
 const Device& device_properties(int index);
-void forget_device_properties();  // for tests, which pretend to have several
 
 // What a run needs besides the problem, all in the memory of the device.
 struct Workspace {
@@ -28,9 +27,9 @@ struct Workspace {
 void run(const Problem& problem, const PlanInput& in, const Plan& plan, const Device& device,
          const Workspace& workspace, cudaStream_t stream);
 
-// Tests and the curious may ask for one regime; none gives the choice back to the planner.
-// Where the regime cannot run a problem, the planner still chooses another.
-void use_regime(std::optional<Regime> regime);
-std::optional<Regime> regime_in_use();
+// What tests and the curious wish of all plans from now on; {} gives the choice back to the
+// planner.
+void wish(const Wish& wanted);
+Wish wished();
 
 }  // namespace fusedrnn::cuda

@@ -11,9 +11,8 @@ namespace fusedrnn::cuda {
 // All threads of the cluster; what they wrote into each other's shared memory is then seen.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 #endif
 }
 
@@ -21,9 +20,10 @@ __device__ __forceinline__ void cluster_barrier() {
 // thread which says how many bytes are expected. Bytes may come before it does.
 __device__ __forceinline__ void init_arrivals(uint64_t* arrived) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(arrived)))
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(arrived)))
+      : "memory");
 #endif
 }
 __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {

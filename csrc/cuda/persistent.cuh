@@ -18,9 +18,9 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
   static constexpr int N = Product::kPack;
   using Base = Layer<S, pass, N>;
   using C = typename Base::C;
-  using typename Base::Inputs, typename Base::Numbers;
   using Base::at, Base::b0, Base::j0, Base::keeps, Base::kForward, Base::leaky, Base::p, Base::q,
       Base::rows, Base::step, Base::units;
+  using typename Base::Inputs, typename Base::Numbers;
   static constexpr int kItems = Product::kItems;  // N neighbours each
   // What steps bring is loaded while the step before is computed, if registers are left for it.
   static constexpr bool kAhead = kItems == 1;
@@ -105,9 +105,8 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           if (carried && (leaky || begins))
 #pragma unroll
             for (int n = 0; n < N; ++n) carry[n] = carried[n];
-          const Numbers handed =
-              Base::compute(in[i], sum[i], unit, row, now, begins, ends, vectors_ + unit,
-                            vectors_ + p.units + unit, carry);
+          const Numbers handed = Base::compute(in[i], sum[i], unit, row, now, begins, ends,
+                                               vectors_ + unit, vectors_ + p.units + unit, carry);
           if (leaky)
 #pragma unroll
             for (int n = 0; n < N; ++n) carried[n] = carry[n];
@@ -161,8 +160,8 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
 #pragma unroll 1
       for (int i = threadIdx.x; i < layer.rows * p.units; i += kThreads) {
         const int row = i / p.units, unit = i % p.units;
-        carry[i] = unit < layer.units ? layer.first_carry(row, j0 + unit, layer.start_of(row))
-                                      : C(0);
+        carry[i] =
+            unit < layer.units ? layer.first_carry(row, j0 + unit, layer.start_of(row)) : C(0);
       }
     __syncthreads();
     if (p.regime == Regime::grid) return;
@@ -290,8 +289,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
 };
 
 template <class Product, Pass pass>
-__global__ void __launch_bounds__(kThreads, 1)
-    persistent(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, 1) persistent(const __grid_constant__ Params params) {
   extern __shared__ __align__(16) unsigned char shared[];
   Walk<Product, pass>(params, shared).run();
 }

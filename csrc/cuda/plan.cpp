@@ -10,44 +10,47 @@ namespace {
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 constexpr int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
-constexpr int kMaxCluster = 16;
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
-// What a device does in a cycle. Public figures, and where none is known those of the H100; sources
-// in bench/README.md. They need to rank plans; a GPU run tells how well they predict.
+// What an SM does in a cycle, from public figures; where none is known, those of the H100. They
+// need to rank plans, and a GPU run tells how well they predict (bench/README.md).
 struct Speeds {
-  double fma_f64;       // multiplications an SM, where float32 has 128
-  double mma;           // cycles of a warp scheduler for an m16n8k16 in 16 bits, or m16n8k8 in TF32
-  double mma_latency;   // cycles from one mma to the next that adds to its sum
+  double fma_f64;      // multiplications in float64, of which float32 has 128
+  double mma;          // cycles of a warp scheduler for an m16n8k16 in 16 bits, or m16n8k8 in TF32
+  double mma_latency;  // cycles until the next mma may add to the same sum
+  double gemm;         // multiplications of a large GEMM in 16 bits; half of it in TF32
 };
 
 Speeds speeds(int architecture) {
   switch (architecture) {
-    case 75: return {2, 16, 34};
-    case 80: return {64 / 2.0, 8, 25};
-    case 86:
-    case 89: return {2, 32, 34};
-    case 90: return {64, 6.5, 33};
-    case 100: return {64, 6.5, 33};
-    default: return {2, 32, 34};
+    case 75: return {2, 16, 34, 350};
+    case 80: return {32, 8, 25, 800};
+    case 90:
+    case 100: return {64, 6.5, 33, 1300};
+    default: return {2, 32, 34, 220};  // 86, 89, 120
   }
 }
 
 // Cycles.
-constexpr double kLoad = 33;           // shared memory, to the first number
+constexpr double kLoad = 33;  // shared memory, to the first number
+constexpr double kFma = 4;    // until its result can be added to
 constexpr double kShuffle = 25;
-constexpr double kBarrier = 35;        // __syncthreads
-constexpr double kEpilogue = 70;       // tanh, and a store into shared memory
-constexpr double kItem = 14;           // and for every number a thread owns
-constexpr double kPartial = 90;        // warps adding what they found for the same units
-constexpr double kClusterHop = 330;    // stores to peers, and the barrier that shows them
-constexpr double kGridHop = 2100;      // the same through L2
-constexpr double kL2Bytes = 24;        // a cycle and SM
-constexpr double kGather = 700;        // to the first byte through L2, and into shared memory
-constexpr double kLaunch = 2.2;        // µs, a kernel after another in a stream
-constexpr double kGemmLaunch = 6;      // µs, what a GEMM before the chain costs at least
+constexpr double kBarrier = 35;      // __syncthreads
+constexpr double kEpilogue = 70;     // tanh, and a store into shared memory
+constexpr double kItem = 14;         // instructions for every number that a thread owns
+constexpr double kSend = 4;          // and for sending it to one peer
+constexpr double kPartial = 90;      // warps adding what they found for the same units
+constexpr double kClusterHop = 240;  // from a store at a peer until the peer knows of it
+constexpr double kGridHop = 2100;    // from stores, through L2 and a barrier there, to everyone
+constexpr double kL2Latency = 700;   // until the first states of a group are in shared memory
+constexpr double kL2Bytes = 24;      // a cycle and SM
+constexpr double kSetUp = 700;       // and what the loads of a chunk of weights take, once
+constexpr double kLaunch = 2.2;      // µs, a kernel after another in a stream
+constexpr double kGemmLaunch = 6;    // µs, what a GEMM before the chain costs at least
 
-bool suits(const Tile& tile, const PlanInput& in) {
+bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
+  const bool has_mma = device.architecture >= 80 || tile.arithmetic == Arithmetic::mma_f16;
+  if (tile.mma() && !has_mma) return false;
   switch (in.storage) {
     case Storage::f32:
       return tile.arithmetic == Arithmetic::fma_f32 ||
@@ -78,110 +81,117 @@ Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   return shared;
 }
 
-// Microseconds of one step of a team's walk.
+// Microseconds of one step of a team's walk, with its share of what comes before.
 double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const Device& device) {
   const Speeds speed = speeds(device.architecture);
   const double groups = double(ceil_div(plan.rows, tile.rows));
   // Warps without units wait: 8 warps on 4 schedulers, or fewer.
-  const double warp_units = double(tile.block_units(plan.split)) / (tile.mma() ? 8.0 / plan.split : 8);
+  const double warp_units = (tile.mma() ? 16 : 4) * tile.units;
   const double busy = std::min(8.0, std::ceil(double(plan.units) / warp_units) * plan.split);
   const double per_scheduler = std::ceil(busy / 4);
   const double chunks = double(ceil_div(plan.chunks, plan.split));
   const double spilled = std::max(0.0, chunks - tile.held());
-  double product;
+  const double items = tile.mma() ? 2.0 * tile.units / std::min(plan.split, 2) : 1;
+  const double peers = plan.regime == Regime::cluster ? double(plan.blocks) : 0;
+  // A group of rows takes as long as it keeps the busiest unit busy, or as long as one warp needs
+  // from its first load to its last store.
+  double issue, feed, latency;
   if (tile.mma()) {
-    const double mmas = chunks * 2 * tile.units;
-    const double issue = mmas * speed.mma * per_scheduler;
-    const double feed = busy * (chunks * 4 + spilled * 2 * tile.units * 4);
-    product = std::max({issue, feed, chunks * speed.mma_latency}) + kLoad + speed.mma_latency +
-              (plan.split > 1 ? kPartial : 0);
+    issue = chunks * 2 * tile.units * speed.mma;
+    feed = busy * (chunks * 4 + spilled * 2 * tile.units * 4);
+    latency = chunks * speed.mma_latency + (plan.split > 1 ? kPartial : 0);
   } else {
     const double numbers = 16.0 / tile.number_size();
     const double rate = tile.number_size() == 8 ? speed.fma_f64 / 128 : 1;
-    const double issue = chunks * numbers * tile.units * tile.rows * per_scheduler / rate;
-    const double feed = busy * (chunks * tile.rows + spilled * tile.units * 4);
-    product = std::max(issue, feed) + kLoad + 3 * kShuffle;
+    issue = chunks * numbers * tile.units * tile.rows / rate;
+    feed = busy * (chunks * tile.rows + spilled * tile.units * 4);
+    latency = chunks * numbers * std::max(kFma, tile.units * tile.rows / rate) + 3 * kShuffle;
   }
-  const double items = tile.mma() ? 4 * tile.units / std::min(plan.split, 2) : 1;
-  double cycles = groups * (product + items * kItem * per_scheduler) + kEpilogue;
+  issue = per_scheduler * (issue + items * (kItem * (tile.mma() ? 2 : 1) + peers * kSend));
+  latency += kLoad + kEpilogue;
+  double gather = 0;
+  if (plan.regime == Regime::grid)
+    gather =
+        double(tile.rows * (in.H + (plan.fuse_input ? in.I : 0)) * tile.number_size()) / kL2Bytes;
+  double cycles = groups * std::max({issue, feed, latency, gather});
   switch (plan.regime) {
     case Regime::block: cycles += kBarrier; break;
     case Regime::cluster: cycles += kClusterHop; break;
-    case Regime::grid:
-      cycles += kGridHop + kGather + double(plan.rows * in.H * tile.number_size()) / kL2Bytes;
-      break;
+    case Regime::grid: cycles += kGridHop + kL2Latency + gather; break;
     case Regime::step: break;
   }
-  return cycles / device.clock / 1000;
+  const double once = kLaunch + chunks * kSetUp / device.clock / 1000;
+  return cycles / device.clock / 1000 + once / double(in.T);
+}
+
+bool half(const PlanInput& in) { return in.storage == Storage::bf16 || in.storage == Storage::f16; }
+double number_size(const PlanInput& in) {
+  return half(in) ? 2 : in.storage == Storage::f64 ? 8 : 4;
 }
 
 // µs a step for u = x W_ihᵀ, made for all steps at once.
 double gemm_time(const PlanInput& in, const Device& device) {
-  if (in.I == 0) return 0;
-  const bool half = in.storage == Storage::bf16 || in.storage == Storage::f16;
-  const double per_cycle = half || in.tf32 ? 4 * 2048 / speeds(device.architecture).mma * 0.6
-                           : in.storage == Storage::f64
-                               ? speeds(device.architecture).fma_f64 * 0.8
-                               : 128 * 0.7;
+  const Speeds speed = speeds(device.architecture);
+  const double rate = half(in)                     ? speed.gemm
+                      : in.tf32                    ? speed.gemm / 2
+                      : in.storage == Storage::f64 ? speed.fma_f64 * 0.8
+                                                   : 128 * 0.75;
   const double products = double(in.B) * double(in.I) * double(in.H);
-  const double size = in.storage == Storage::f64 ? 8 : half ? 2 : 4;
-  const double bytes = double(in.B) * double(in.I + 2 * in.H) * size;  // u is written and read
-  return std::max(products / per_cycle / device.sms / device.clock / 1000,
+  const double bytes = double(in.B) * double(in.I + 2 * in.H) * number_size(in);  // u twice
+  return std::max(products / rate / device.sms / device.clock / 1000,
                   bytes / device.memory_bandwidth / 1000) +
          kGemmLaunch / double(in.T);
 }
 
-// One launch a step: the weights come through L2 each time.
-Plan step_plan(const PlanInput& in, const Device& device) {
+// One launch a step: weights and states come through L2 each time, for every tile of the result.
+Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   Plan plan;
   plan.regime = Regime::step;
+  plan.fuse_input = fuse;
   plan.rows = kStepRows;
   plan.units = kStepUnits;
   plan.blocks = ceil_div(in.H, kStepUnits);
   plan.teams = ceil_div(in.B, kStepRows);
   if (in.leaky) plan.carry_bytes = in.B * in.H * (in.storage == Storage::f64 ? 8 : 4);
-  const double size = in.storage == Storage::f64 ? 8 : in.storage == Storage::f32 ? 4 : 2;
-  const double products = double(in.B) * double(in.H) * double(in.H + in.I);
-  const double rate = in.storage == Storage::f64 ? speeds(device.architecture).fma_f64 : 128;
-  const double weights = double(in.H) * double(in.H + in.I) * size;
-  plan.microseconds = kLaunch + std::max(products / rate / 0.6 / device.sms / device.clock / 1000,
-                                         weights / (kL2Bytes * device.sms) / device.clock / 1000);
+  const Speeds speed = speeds(device.architecture);
+  const double K = double(in.H + (fuse ? in.I : 0));
+  const double rate = half(in)                     ? 4 * 2048 / speed.mma * 0.5
+                      : in.storage == Storage::f64 ? speed.fma_f64 * 0.5
+                                                   : 128 * 0.5;
+  const double waves = std::ceil(double(plan.blocks * plan.teams) / device.sms);
+  const double products = kStepUnits * kStepRows * K / rate;
+  const double bytes = (kStepUnits + kStepRows) * K * number_size(in) / kL2Bytes;
+  plan.microseconds =
+      kLaunch + (waves * std::max(products, bytes) + kL2Latency) / device.clock / 1000;
+  if (!fuse) plan.input_microseconds = gemm_time(in, device);
   return plan;
 }
 
 }  // namespace
 
-Plan make_plan(const PlanInput& in, const Device& device, std::optional<Regime> only) {
-  Plan best = step_plan(in, device);
-  // RNNCell, and whatever else has nothing to keep weights for.
-  if (only == Regime::step || in.B == 0 || in.H == 0) return best;
-  bool found = false;
-
-  const auto consider = [&](Plan plan, const Tile& tile) {
-    if (only && plan.regime != *only) return;
-    plan.shared = shared_memory(tile, in, plan);
-    if (plan.shared.end > device.shared_memory) return;
-    int64_t waves = 1;
-    if (plan.regime == Regime::grid) {
-      if (plan.blocks * plan.teams > device.sms) return;
-      plan.counters = plan.teams;
-    } else {
-      const int log2 = plan.regime == Regime::block ? 0 : int(std::log2(double(plan.blocks)));
-      const int at_once = device.clusters[log2];
-      if (at_once == 0 || plan.blocks * plan.teams > kMostBlocks) return;
-      waves = ceil_div(plan.teams, at_once);
+Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
+  Plan best;
+  bool found = false, as_wished = false;
+  const auto consider = [&](const Plan& plan, bool wished) {
+    const double time = plan.microseconds + plan.input_microseconds;
+    if (!found || (wished && !as_wished) ||
+        (wished == as_wished && time < best.microseconds + best.input_microseconds)) {
+      best = plan;
+      found = true;
+      as_wished = wished;
     }
-    plan.microseconds = double(waves) * step_time(tile, in, plan, device) +
-                        (plan.fuse_input ? 0 : gemm_time(in, device));
-    if (!found && only) best = plan, found = true;
-    if (plan.microseconds < best.microseconds) best = plan;
   };
+  const auto agrees = [](const auto& wanted, auto value) { return !wanted || *wanted == value; };
+
+  for (const bool fuse : {true, false})
+    if (fuse || in.I > 0)
+      consider(step_plan(in, device, fuse),
+               agrees(wish.regime, Regime::step) && agrees(wish.fuse_input, fuse));
+  if (in.B == 0 || in.H == 0 || wish.regime == Regime::step) return best;
 
   for (int t = 0; t < kTileCount; ++t) {
     const Tile& tile = kTiles[t];
-    if (!suits(tile, in) || (tile.mma() && device.architecture < 80 &&
-                             tile.arithmetic != Arithmetic::mma_f16))
-      continue;
+    if (!suits(tile, in, device)) continue;
     for (int split = 1; split <= (tile.mma() ? 8 : 1); split *= 2)
       for (const bool fuse : {true, false}) {
         if (!fuse && in.I == 0) continue;
@@ -189,30 +199,44 @@ Plan make_plan(const PlanInput& in, const Device& device, std::optional<Regime> 
         plan.tile = t;
         plan.split = split;
         plan.fuse_input = fuse;
+        plan.input_microseconds = fuse ? 0 : gemm_time(in, device);
         plan.state_chunks = ceil_div(in.H, tile.chunk());
         plan.chunks = plan.state_chunks + (fuse ? ceil_div(in.I, tile.chunk()) : 0);
         const int64_t most_units = tile.block_units(split);
-        const int64_t fewest_blocks = ceil_div(in.H, most_units);
-
         for (const Regime regime : {Regime::block, Regime::cluster, Regime::grid}) {
           plan.regime = regime;
+          plan.blocks = ceil_div(in.H, most_units);
+          int64_t at_once;  // teams
           if (regime == Regime::block) {
-            if (fewest_blocks > 1) continue;
-            plan.blocks = 1;
+            if (plan.blocks > 1) continue;
+            at_once = device.clusters[0];
           } else if (regime == Regime::cluster) {
-            plan.blocks = 2;
-            while (plan.blocks < fewest_blocks) plan.blocks *= 2;
-            if (plan.blocks > kMaxCluster) continue;
+            int log2 = 1;
+            while (log2 < 5 && (1 << log2) < plan.blocks) ++log2;
+            if (log2 == 5) continue;
+            plan.blocks = 1 << log2;
+            at_once = device.clusters[log2];
           } else {
-            plan.blocks = fewest_blocks;
+            at_once = device.sms / plan.blocks;
           }
+          if (at_once == 0) continue;
           // Spread evenly; in pairs, since a thread owns neighbours.
           plan.units = std::min(most_units, round_up(ceil_div(in.H, plan.blocks), 2));
-          for (int64_t groups = 1;; groups *= 2) {
-            plan.rows = std::min(in.B, groups * tile.rows);
+          const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
+                              agrees(wish.split, split) && agrees(wish.fuse_input, fuse);
+          // As many rows as let all teams run at once; or half of them, in two waves, and so on.
+          // A grid has to run at once.
+          for (int64_t waves = 1; waves <= (regime == Regime::grid ? 1 : 64); waves *= 2) {
+            plan.rows = std::min(in.B, round_up(ceil_div(in.B, waves * at_once), tile.rows));
             plan.teams = ceil_div(in.B, plan.rows);
-            consider(plan, tile);
-            if (plan.rows == in.B || plan.rows >= 4096) break;
+            plan.shared = shared_memory(tile, in, plan);
+            if (plan.shared.end > device.shared_memory || plan.blocks * plan.teams > kMostBlocks)
+              continue;
+            plan.counters = regime == Regime::grid ? plan.teams : 0;
+            plan.microseconds =
+                double(ceil_div(plan.teams, at_once)) * step_time(tile, in, plan, device);
+            consider(plan, wished);
+            if (plan.rows <= tile.rows) break;
           }
         }
       }
@@ -249,7 +273,10 @@ std::string in_words(const PlanInput& in, const Plan& plan, const Device& device
   if (in.I > 0)
     words << (plan.fuse_input ? "; the input product is part of the step"
                               : "; one GEMM multiplies the inputs of all steps before");
-  words << "; about " << plan.microseconds << " µs a step on " << device.name;
+  words << "; about " << plan.microseconds << " µs a step";
+  if (plan.input_microseconds > 0)
+    words << " and " << plan.input_microseconds << " µs for its input";
+  words << " on " << device.name;
   return words.str();
 }
 

@@ -48,9 +48,9 @@ struct Tile {
 
   constexpr bool mma() const { return arithmetic >= Arithmetic::mma_bf16; }
   constexpr int number_size() const {
-    return arithmetic == Arithmetic::fma_f64                                            ? 8
+    return arithmetic == Arithmetic::fma_f64                                         ? 8
            : arithmetic == Arithmetic::fma_f32 || arithmetic == Arithmetic::mma_tf32 ? 4
-                                                                                       : 2;
+                                                                                     : 2;
   }
   constexpr int computed_size() const { return arithmetic == Arithmetic::fma_f64 ? 8 : 4; }
   // K is cut into chunks; a thread holds its part of `held` of them, and more lie in shared memory.
@@ -69,7 +69,7 @@ constexpr Tile kTiles[] = {
 };
 constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr int kThreads = 256;  // of a block, in every kernel
+constexpr int kThreads = 256;   // of a block, in every kernel
 constexpr int kStepUnits = 64;  // of a block in the step regime,
 constexpr int kStepRows = 32;   // and its batch rows
 
@@ -81,23 +81,32 @@ struct Shared {
 
 struct Plan {
   Regime regime = Regime::step;
-  bool fuse_input = true;   // W_ih beside W_hh; otherwise one GEMM makes u before the chain
-  int tile = 0;             // index into kTiles
-  int split = 1;            // mma: warps that share the K of their units
-  int64_t rows = 0;         // of the batch, that a team owns
-  int64_t units = 0;        // hidden units that a block owns
-  int64_t blocks = 0;       // of a team, which shares a W_hh
+  bool fuse_input = true;  // W_ih beside W_hh; otherwise one GEMM makes u before the chain
+  int tile = 0;            // index into kTiles
+  int split = 1;           // mma: warps that share the K of their units
+  int64_t rows = 0;        // of the batch, that a team owns
+  int64_t units = 0;       // hidden units that a block owns
+  int64_t blocks = 0;      // of a team, which shares a W_hh
   int64_t teams = 0;
-  int64_t chunks = 0;       // of K
-  int64_t state_chunks = 0; // of these, of the states
-  Shared shared{};          // memory of a block
-  int64_t counters = 0;     // words of zeros that the workspace must have,
-  int64_t carry_bytes = 0;  // and memory for what rows carry from launch to launch
-  double microseconds = 0;  // a step, as the cost model has it
+  int64_t chunks = 0;        // of K
+  int64_t state_chunks = 0;  // of these, of the states
+  Shared shared{};           // memory of a block
+  int64_t counters = 0;      // words of zeros that the workspace must have,
+  int64_t carry_bytes = 0;   // and memory for what rows carry from launch to launch
+  // As the cost model has it: a step of the chain, and its share of the GEMM before the chain.
+  double microseconds = 0;
+  double input_microseconds = 0;
 };
 
-// The best plan; with `only`, of that regime, if it can run the problem.
-Plan make_plan(const PlanInput& in, const Device& device, std::optional<Regime> only = {});
+// What tests and the curious ask for, so far as it can run the problem.
+struct Wish {
+  std::optional<Regime> regime;
+  std::optional<int> tile, split;
+  std::optional<bool> fuse_input;
+};
+
+// The best plan, the best of those wished for if there is one.
+Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish = {});
 
 // The plan in a sentence or two, for explain() and for errors.
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device);

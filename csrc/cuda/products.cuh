@@ -53,7 +53,7 @@ struct Fma {
   static constexpr int kVector = 16 / sizeof(C);
   static constexpr int kChunk = kTile.chunk();
   static constexpr int kHeld = kTile.held();
-  static constexpr int kRows = Rows;                 // batch rows at once
+  static constexpr int kRows = Rows;  // batch rows at once
   static constexpr int kSums = UnitsPerThread * Rows;
   static_assert(kSums <= 8);  // so that 8 lanes can own one each
   static constexpr int kItems = 1;
@@ -69,32 +69,43 @@ struct Fma {
 
   // `split` is Mma's.
   __device__ Fma(void* spill, int /*split*/)
-      : spilled(static_cast<const Vector*>(spill)), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+      : spilled(static_cast<const Vector*>(spill)),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32) {}
 
   __device__ int first_unit() const { return (warp * 4 + lane / 8) * UnitsPerThread; }
   // Whether this warp has any of a block's units.
   __device__ bool busy(int units) const { return warp * 4 * UnitsPerThread < units; }
 
-  static __device__ __noinline__ Vector load(const Weights& weights, int unit, int64_t k) {
-    Vector vector;
+  // This thread's part of a chunk, whose loads all wait at once.
+  struct Part {
+    Vector of[UnitsPerThread];
+  };
+  static __device__ __noinline__ Part load(const Weights& weights, int unit, int64_t k) {
+    Part part;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) vector.v[i] = weights.at<C>(unit, k + i);
-    return vector;
+    for (int u = 0; u < UnitsPerThread; ++u)
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) part.of[u].v[i] = weights.at<C>(unit + u, k + i);
+    return part;
   }
 
   __device__ void hold(const Weights& weights, int chunks) {
     const int64_t k = (lane % 8) * kVector;
 #pragma unroll
     for (int c = 0; c < kHeld; ++c)
-      if (c < chunks)
+      if (c < chunks) {
+        const Part part = load(weights, first_unit(), k + c * kChunk);
 #pragma unroll
-        for (int u = 0; u < UnitsPerThread; ++u)
-          held[c][u] = load(weights, first_unit() + u, k + c * kChunk);
-    Vector* spill = const_cast<Vector*>(spilled);
-    for (int c = kHeld; c < chunks; ++c)
+        for (int u = 0; u < UnitsPerThread; ++u) held[c][u] = part.of[u];
+      }
+    Vector* spill = const_cast<Vector*>(spilled) + threadIdx.x;
+    for (int c = kHeld; c < chunks; ++c) {
+      const Part part = load(weights, first_unit(), k + c * kChunk);
+#pragma unroll
       for (int u = 0; u < UnitsPerThread; ++u)
-        spill[((c - kHeld) * UnitsPerThread + u) * kThreads + threadIdx.x] =
-            load(weights, first_unit() + u, k + c * kChunk);
+        spill[((c - kHeld) * UnitsPerThread + u) * kThreads] = part.of[u];
+    }
   }
 
   static __device__ __forceinline__ void add(C (&sum)[UnitsPerThread][Rows],
@@ -258,23 +269,34 @@ struct Mma {
   __device__ int first_unit() const { return warp / split * (16 * TilesPerWarp); }
   __device__ bool busy(int units) const { return first_unit() < units; }
 
-  static __device__ __noinline__ uint4 load(const Weights& weights, int unit, int64_t k) {
+  // This thread's part of a chunk, whose loads all wait at once.
+  struct Part {
+    uint4 of[2][TilesPerWarp];
+  };
+  static __device__ __noinline__ Part load(const Weights& weights, int unit, int64_t k) {
+    Part part;
     const int lane = threadIdx.x % 32;
     unit += lane / 4 * 2;
     k += lane % 4 * 2;
-    uint32_t a[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int u = unit + (i & 1);
-      if constexpr (kTf32) {
-        a[i] = to_tf32(weights.at<float>(u, k + i / 2));
-      } else {
-        const int64_t at = k + i / 2 * 8;
-        S pair[2] = {weights.at<S>(u, at), weights.at<S>(u, at + 1)};
-        memcpy(&a[i], pair, 4);
+    for (int f = 0; f < 2; ++f)
+#pragma unroll
+      for (int m = 0; m < TilesPerWarp; ++m) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int u = unit + m * 16 + (i & 1);
+          const int64_t at = k + f * kFragment;
+          if constexpr (kTf32) {
+            a[i] = to_tf32(weights.at<float>(u, at + i / 2));
+          } else {
+            S pair[2] = {weights.at<S>(u, at + i / 2 * 8), weights.at<S>(u, at + i / 2 * 8 + 1)};
+            memcpy(&a[i], pair, 4);
+          }
+        }
+        part.of[f][m] = make_uint4(a[0], a[1], a[2], a[3]);
       }
-    }
-    return make_uint4(a[0], a[1], a[2], a[3]);
+    return part;
   }
 
   __device__ void hold(const Weights& weights, int chunks) {
@@ -282,18 +304,21 @@ struct Mma {
     const int64_t stride = int64_t(split) * kChunk, k = int64_t(part) * kChunk;
 #pragma unroll
     for (int c = 0; c < kHeld; ++c)
-      if (c * split + part < chunks)
+      if (c * split + part < chunks) {
+        const Part loaded = load(weights, first_unit(), k + c * stride);
 #pragma unroll
         for (int f = 0; f < 2; ++f)
 #pragma unroll
-          for (int m = 0; m < TilesPerWarp; ++m)
-            held[c][f][m] =
-                load(weights, first_unit() + m * 16, k + c * stride + f * kFragment);
-    for (int c = kHeld; c * split + part < chunks; ++c)
+          for (int m = 0; m < TilesPerWarp; ++m) held[c][f][m] = loaded.of[f][m];
+      }
+    for (int c = kHeld; c * split + part < chunks; ++c) {
+      const Part loaded = load(weights, first_unit(), k + c * stride);
+#pragma unroll
       for (int f = 0; f < 2; ++f)
+#pragma unroll
         for (int m = 0; m < TilesPerWarp; ++m)
-          spill[(((c - kHeld) * 2 + f) * TilesPerWarp + m) * kThreads] =
-              load(weights, first_unit() + m * 16, k + c * stride + f * kFragment);
+          spill[(((c - kHeld) * 2 + f) * TilesPerWarp + m) * kThreads] = loaded.of[f][m];
+    }
   }
 
   // A chunk of 8 rows of states, as the B operands of its two fragments.

@@ -52,7 +52,7 @@ inline Plan run(Call& call, int device, cudaStream_t stream) {
   const Problem& problem = call.problem;
   const Device& properties = device_properties(device);
   const PlanInput in = plan_input(call);
-  const Plan plan = make_plan(in, properties, regime_in_use());
+  const Plan plan = make_plan(in, properties, wished());
   if (problem.I > 0 && !plan.fuse_input) call.project(at::matmul(call.x, call.w_ih.t()));
   const Tensor counters = at::zeros({plan.counters}, call.like.options().dtype(at::kInt));
   Workspace workspace;

@@ -122,9 +122,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < 8; ++i) {
       const int unit = w_unit + (L::kForward ? 0 : i);
       const int64_t k = k0 + w_k + (L::kForward ? i : 0);
-      w_next[i] = unit < layer.units && k < size
-                      ? static_cast<const S*>(matrix)[(layer.j0 + unit) * unit_stride + k * k_stride]
-                      : narrow<S>(0);
+      w_next[i] =
+          unit < layer.units && k < size
+              ? static_cast<const S*>(matrix)[(layer.j0 + unit) * unit_stride + k * k_stride]
+              : narrow<S>(0);
     }
   };
   const int64_t state_slabs = (q.H + kSlab - 1) / kSlab;
