@@ -33,11 +33,6 @@ class Case:
         return " ".join(unusual) or "default"
 
     @property
-    def multiplications(self) -> int:
-        rows = self.T * self.B if self.lengths is None else sum(self.lengths)
-        return rows * self.H * (self.I + self.H)
-
-    @property
     def batch_sizes(self) -> Tensor | None:
         if self.lengths is None:
             return None

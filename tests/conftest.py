@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from engines import ENGINES, OLD, Engine
 from hypothesis import settings
 from torch import Tensor
@@ -40,19 +39,14 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         yield request.param
 
 
-# Multiplications up to which an emulated case is quick.
-QUICK = 2_000_000
-
-
 @pytest.hookimpl(tryfirst=True)  # before -m "not slow" takes effect
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        engine, case = params.get("engine"), params.get("case")
-        if isinstance(engine, Engine) and engine.kind == "emulated":
-            large = isinstance(case, Case) and case.multiplications > QUICK
-            if large or engine == OLD or item.get_closest_marker("slow_emulated"):
-                item.add_marker("slow")
+        engine = getattr(getattr(item, "callspec", None), "params", {}).get("engine")
+        if not isinstance(engine, Engine) or engine.kind != "emulated":
+            continue
+        if engine == OLD or item.get_closest_marker("slow_emulated"):
+            item.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

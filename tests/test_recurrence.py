@@ -35,7 +35,6 @@ lengths = st.lists(st.integers(1, 12), min_size=1, max_size=9).map(
 )
 
 
-@pytest.mark.slow_emulated
 @given(
     st.builds(
         Case,
