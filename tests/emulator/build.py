@@ -78,7 +78,7 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
-def run(command: Sequence[str | Path], **options: object) -> str:
+def run(command: Sequence[object], **options: object) -> str:
     """Run a tool; returns what it printed."""
     words = [str(c) for c in command]
     result = subprocess.run(
@@ -229,7 +229,7 @@ def compile_cu(source: Path, arch: int, flags: Sequence[str], sanitizer: str | N
     """
     home = require_cuda_home()
     nvcc = home / "bin" / "nvcc"
-    command: list[str | Path] = [
+    command: list[object] = [
         *(nvcc, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-lineinfo"),
         *("-cudart", "none", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *flags, "-c", source),
     ]

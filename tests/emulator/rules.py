@@ -6,6 +6,8 @@ here). An instruction with any other modifier is refused: better no answer than 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,6 +50,12 @@ WIDTH = {"bool": 1, "u8": 1, "s8": 1, "u16": 2, "s16": 2, "u32": 4, "s32": 4, "f
 FLOATS = {"f32", "f64"}
 
 Handler = Callable[["FunctionTranslator", Instruction], None]
+
+
+@functools.cache
+def identifier(name: str) -> str:
+    """A PTX name as a name in C++."""
+    return re.sub(r"\W", lambda c: f"_{ord(c.group()):x}_", name)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from .ptx import Instruction, UnsupportedError
@@ -10,6 +9,7 @@ from .rules import (
     SPACES,
     array,
     boolean,
+    identifier,
     is_float,
     is_half,
     results,
@@ -61,16 +61,19 @@ def call(f: FunctionTranslator, i: Instruction) -> None:
     arguments = []
     if operands and operands[0].startswith("("):
         arguments = [a.strip() for a in operands[0][1:-1].split(",") if a.strip()]
-    arrays = [f.array(a) for a in arguments]
+    arrays = [f.array(a) or "" for a in arguments]
+    returned = f.array(result) if result else "nullptr"
+    if not all(arrays) or not returned:
+        raise UnsupportedError("arguments of a call")
     if name == "__assertfail":
         f.emit(f'fail(self, {f.site}, "assertion failed");')
     elif name == "vprintf":
         f.emit(f"device_printf(load<const char*>({arrays[0]}), load<const char*>({arrays[1]}));")
-        f.emit(f"store<u32>({f.array(result)}, 0);")
+        f.emit(f"store<u32>({returned}, 0);")
     elif name in f.module.functions:
-        target = f"function_{re.sub(r'[^A-Za-z0-9_]', lambda c: f'_{ord(c.group()):x}_', name)}"
-        f.emit(f"{{ char* values[] = {{{', '.join(map(str, arrays)) or 'nullptr'}}};")
-        f.emit(f"{target}(self, {f.array(result) if result else 'nullptr'}, values); }}")
+        target = f"function_{identifier(name)}"
+        f.emit(f"{{ char* values[] = {{{', '.join(arrays) or 'nullptr'}}};")
+        f.emit(f"{target}(self, {returned}, values); }}")
     else:
         raise UnsupportedError(f"call of {name}")
 

@@ -5,7 +5,6 @@ What the instructions do is in `instructions`; the C++ they become calls runtime
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 # The modules of instructions register what they know when they are imported.
 from . import arithmetic, memory, ptx, rules, threads  # noqa: F401
 from .ptx import Data, Function, Instruction, Label, UnsupportedError
-from .rules import CPP, FLOATS, WIDTH
+from .rules import CPP, FLOATS, WIDTH, identifier
 
 SPECIAL_REGISTERS = {
     "%laneid": "self.lane",
@@ -64,11 +63,6 @@ class Resources:
 
     registers: int = 0
     local_bytes: int = 0
-
-
-@functools.cache
-def identifier(name: str) -> str:
-    return re.sub(r"\W", lambda c: f"_{ord(c.group()):x}_", name)
 
 
 def align(offset: int, alignment: int) -> int:
@@ -129,8 +123,8 @@ class FunctionTranslator:
 
     def register(self, name: str, scope: int) -> tuple[str, str] | None:
         """C++ name and C++ type of a register that is visible in a scope."""
-        if (found := self.known.get((name, scope), False)) is not False:
-            return found
+        if (name, scope) in self.known:
+            return self.known[name, scope]
         found = None
         for s in self.function.scopes(scope):
             if type_ := self.function.registers.get((s, name)):
