@@ -204,10 +204,11 @@ def rnn_cell(
 ) -> Tensor:
     """One step: the state after ``h [B, H]`` with input ``x [B, I]``.
 
-    A small step is all overhead, and torch's own op, differentiated in C++, has least of it.
+    On a CPU a small step is all overhead, and torch's own op, differentiated in C++, has least of
+    it. On a GPU that op is a handful of launches, and ours is one.
     """
     # Compiled code would be bound to the sizes it saw; and vmap has no rule for torch's op.
-    if not (torch.compiler.is_compiling() or transformed()):
+    if x.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
         small = _SMALL_STEP_WITH_GRAD if torch.is_grad_enabled() else _SMALL_STEP
         if x.size(0) * (w_ih.numel() + w_hh.numel()) < small:
             cell = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
