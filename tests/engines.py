@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import emulator
@@ -24,6 +24,23 @@ from fusedrnn import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
+PASSES = ("activation", "tangent", "adjoint")  # Pass of csrc/recurrence.h
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pass that the CUDA engine ran, and its plan: csrc/cuda/plan.h."""
+
+    which: str
+    regime: str
+    tile: int
+    split: int
+    fuse_input: bool
+    rows: int
+    units: int
+    blocks: int
+    teams: int
+    chunks: int
 
 
 @dataclass(frozen=True)
@@ -32,10 +49,11 @@ class Engine:
     name: str = ""  # the instruction set, or the device that is pretended
     regime: str | None = None  # None: as the planner chooses; so for
     tile: int | None = None  # its place in kTiles of csrc/cuda/plan.h,
-    split: int | None = None  # and the warps that share the K of their units
+    split: int | None = None  # and the warps that share the K of their units;
+    fuse_input: bool | None = None  # emulated: whether the input product is part of the step
 
     def __str__(self) -> str:
-        parts = (self.kind, self.name, self.regime, self.tile, self.split)
+        parts = (self.kind, self.name, self.regime, self.tile, self.split, self.fuse_input)
         return ":".join(str(part) for part in parts if part not in (None, ""))
 
     @contextmanager
@@ -50,7 +68,7 @@ class Engine:
         elif self.kind == "emulated":
             library = emulated(self.name)
             library.schedule("random", seed, 0.05)
-            library.install(self.regime, self.tile, self.split)
+            library.install(self.regime, self.tile, self.split, self.fuse_input)
             try:
                 yield
             finally:
@@ -99,9 +117,16 @@ class Emulated(emulator.Library):
         self.use_device(device)
         self.c.fusedrnn_runs.restype = ctypes.c_int64
 
-    def install(self, regime: str | None, tile: int | None, split: int | None) -> None:
+    def install(
+        self,
+        regime: str | None,
+        tile: int | None = None,
+        split: int | None = None,
+        fuse_input: bool | None = None,
+    ) -> None:
         place = None if regime is None else REGIMES.index(regime)
-        self.c.fusedrnn_use_regime(*(-1 if wish is None else wish for wish in (place, tile, split)))
+        wishes = (place, tile, split, fuse_input)
+        self.c.fusedrnn_use_regime(*(-1 if wish is None else int(wish) for wish in wishes))
         self.c.fusedrnn_install()
 
     def uninstall(self) -> None:
@@ -110,6 +135,20 @@ class Emulated(emulator.Library):
     def runs(self) -> dict[str, int]:
         """How often each regime ran so far."""
         return {name: self.c.fusedrnn_runs(i) for i, name in enumerate(REGIMES)}
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Run]]:
+        """A list which has, after this, what ran during it."""
+        found: list[Run] = []
+        self.c.fusedrnn_watch(1)
+        try:
+            yield found
+            values = (ctypes.c_int64 * len(fields(Run)))()
+            while self.c.fusedrnn_watched(ctypes.c_int64(len(found)), values):
+                which, regime, *numbers = values
+                found.append(Run(PASSES[which], REGIMES[regime], *numbers))
+        finally:
+            self.c.fusedrnn_watch(0)
 
 
 @functools.cache

@@ -187,6 +187,7 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
     if (fuse || in.I > 0)
       consider(step_plan(in, device, fuse),
                agrees(wish.regime, Regime::step) && agrees(wish.fuse_input, fuse));
+  if (in.B == 0 || in.H == 0) best.microseconds = best.input_microseconds = 0;  // nothing runs
   if (in.B == 0 || in.H == 0 || wish.regime == Regime::step) return best;
 
   for (int t = 0; t < kTileCount; ++t) {
@@ -203,42 +204,43 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
         plan.state_chunks = ceil_div(in.H, tile.chunk());
         plan.chunks = plan.state_chunks + (fuse ? ceil_div(in.I, tile.chunk()) : 0);
         const int64_t most_units = tile.block_units(split);
-        for (const Regime regime : {Regime::block, Regime::cluster, Regime::grid}) {
+        const auto try_teams = [&](Regime regime, int64_t blocks, int64_t at_once) {
+          if (at_once == 0) return;
           plan.regime = regime;
-          plan.blocks = ceil_div(in.H, most_units);
-          int64_t at_once;  // teams
-          if (regime == Regime::block) {
-            if (plan.blocks > 1) continue;
-            at_once = device.clusters[0];
-          } else if (regime == Regime::cluster) {
-            int log2 = 1;
-            while (log2 < 5 && (1 << log2) < plan.blocks) ++log2;
-            if (log2 == 5) continue;
-            plan.blocks = 1 << log2;
-            at_once = device.clusters[log2];
-          } else {
-            at_once = device.sms / plan.blocks;
-          }
-          if (at_once == 0) continue;
+          plan.blocks = blocks;
           // Spread evenly; in pairs, since a thread owns neighbours.
-          plan.units = std::min(most_units, round_up(ceil_div(in.H, plan.blocks), 2));
+          plan.units = std::min(most_units, round_up(ceil_div(in.H, blocks), 2));
+          plan.counters = 0;
           const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
                               agrees(wish.split, split) && agrees(wish.fuse_input, fuse);
           // As many rows as let all teams run at once; or half of them, in two waves, and so on.
           // A grid has to run at once.
-          for (int64_t waves = 1; waves <= (regime == Regime::grid ? 1 : 64); waves *= 2) {
+          for (int64_t waves = 1; waves == 1 || regime != Regime::grid; waves *= 2) {
             plan.rows = std::min(in.B, round_up(ceil_div(in.B, waves * at_once), tile.rows));
             plan.teams = ceil_div(in.B, plan.rows);
             plan.shared = shared_memory(tile, in, plan);
-            if (plan.shared.end > device.shared_memory || plan.blocks * plan.teams > kMostBlocks)
-              continue;
-            plan.counters = regime == Regime::grid ? plan.teams : 0;
-            plan.microseconds =
-                double(ceil_div(plan.teams, at_once)) * step_time(tile, in, plan, device);
-            consider(plan, wished);
+            if (plan.shared.end <= device.shared_memory && blocks * plan.teams <= kMostBlocks) {
+              if (regime == Regime::grid) plan.counters = plan.teams;
+              plan.microseconds =
+                  double(ceil_div(plan.teams, at_once)) * step_time(tile, in, plan, device);
+              consider(plan, wished);
+            }
             if (plan.rows <= tile.rows) break;
           }
+        };
+        // Teams as small as can be, and larger ones: more blocks have fewer units each, which a
+        // block multiplies in less time where its schedulers are the limit (float64, mostly).
+        const int64_t fewest = ceil_div(in.H, most_units);
+        if (fewest == 1) try_teams(Regime::block, 1, device.clusters[0]);
+        const auto useful = [&](int64_t blocks) { return 2 * blocks <= in.H; };
+        for (int log2 = 1; log2 < 5; ++log2) {
+          const int64_t blocks = int64_t(1) << log2;
+          if (blocks >= fewest && (blocks / 2 < std::max<int64_t>(fewest, 2) || useful(blocks)))
+            try_teams(Regime::cluster, blocks, device.clusters[log2]);
         }
+        for (int64_t blocks = fewest; blocks <= device.sms; blocks *= 2)
+          if (blocks == fewest || useful(blocks))
+            try_teams(Regime::grid, blocks, device.sms / blocks);
       }
   }
   return best;

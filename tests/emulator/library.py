@@ -26,6 +26,7 @@ class Library:
         self.c = ctypes.CDLL(str(path))
         self.c.cudaemu_last_failure.restype = ctypes.c_char_p
         self.c.cudaemu_kernel_name.restype = ctypes.c_char_p
+        self.c.cudaemu_kernel_launches.restype = ctypes.c_ulonglong
         self.c.cudaemu_launch.restype = ctypes.c_char_p
 
     def use_device(self, name: str) -> None:
@@ -79,6 +80,10 @@ class Library:
         if not self.c.cudaemu_kernel_info(name.encode(), values):
             raise ValueError(f"no kernel {name}")
         return dict(zip(("parameter_bytes", "static_shared", "registers", "local_bytes"), values))
+
+    def launched(self) -> dict[str, int]:
+        """How often host code launched each kernel that ran to its end, since the library came."""
+        return {name: self.c.cudaemu_kernel_launches(name.encode()) for name in self.kernels()}
 
 
 def _packed(argument: Any) -> tuple[bytes, int]:

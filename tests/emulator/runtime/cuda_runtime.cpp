@@ -49,6 +49,7 @@ struct Function {
   bool large_clusters = false;
   int carveout = -1;
   Dim3 required_cluster = {0, 0, 0};
+  u64 launches = 0;  // by host code, that ran to their end
 };
 std::unordered_map<const void*, Function>& functions() {
   static std::unordered_map<const void*, Function> all;
@@ -186,7 +187,7 @@ cudaError_t check_launch(const Function& f, Configuration& c) {
 cudaError_t launch(const void* host, Configuration c, void** arguments) {
   ++counters.launches;
   counters.cooperative_launches += c.cooperative;
-  const Function* f = find(host);
+  Function* const f = find(host);
   if (!f || !f->kernel) {
     ++counters.failed_launches;
     return refuse(cudaErrorInvalidDeviceFunction, "no such kernel" + (f ? ": " + f->name : ""));
@@ -210,7 +211,10 @@ cudaError_t launch(const void* host, Configuration c, void** arguments) {
     std::memcpy(block + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].bytes);
   const Failure failure = run(
       {&kernel, dims(c.grid), dims(c.block), c.cluster, c.dynamic_shared, c.cooperative, block});
-  if (failure.text.empty()) return cudaSuccess;
+  if (failure.text.empty()) {
+    ++f->launches;
+    return cudaSuccess;
+  }
   ++counters.failed_launches;
   return refuse(failure.illegal_address ? cudaErrorIllegalAddress : cudaErrorLaunchFailure,
                 failure.text);
@@ -384,6 +388,12 @@ EXPORT int cudaemu_kernel_info(const char* name, unsigned values[4]) {
   values[2] = kernel->registers;
   values[3] = kernel->local_bytes;
   return 1;
+}
+EXPORT unsigned long long cudaemu_kernel_launches(const char* name) {
+  u64 launches = 0;
+  for (const auto& [host, f] : functions())
+    if (f.name == name) launches += f.launches;
+  return launches;
 }
 // Runs a kernel without host code and without the checks of a device; null if all went well.
 EXPORT const char* cudaemu_launch(const char* name, const unsigned grid[3], const unsigned block[3],
