@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import emulator
 import pytest
@@ -25,6 +26,58 @@ from fusedrnn import _C
 ROOT = Path(__file__).resolve().parents[1]
 REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
 PASSES = ("activation", "tangent", "adjoint")  # Pass of csrc/recurrence.h
+
+
+class Tile(NamedTuple):
+    """Tile of csrc/cuda/plan.h, where this is explained."""
+
+    arithmetic: str
+    dtype: str
+    units: int
+    rows: int
+
+    @property
+    def mma(self) -> bool:
+        return self.arithmetic == "mma"
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        return (1, 2, 4, 8) if self.mma else (1,)
+
+    @property
+    def number_size(self) -> int:
+        return {"float64": 8, "float32": 4, "tf32": 4}.get(self.dtype, 2)
+
+    @property
+    def chunk(self) -> int:
+        return (64 if self.mma else 128) // self.number_size
+
+    @property
+    def held(self) -> int:
+        return 16 // self.units if self.mma else 30 if self.units == 1 else 32 // self.units
+
+    @property
+    def chunk_bytes(self) -> int:
+        return (8192 if self.mma else 4096) * self.units
+
+    def block_units(self, split: int) -> int:
+        return (128 // split if self.mma else 32) * self.units
+
+
+TILES = (  # kTiles
+    Tile("fma", "float32", 2, 1),
+    Tile("fma", "float32", 2, 4),
+    Tile("fma", "float32", 4, 2),
+    Tile("fma", "float32", 1, 8),
+    Tile("fma", "float64", 2, 1),
+    Tile("fma", "float64", 2, 4),
+    Tile("mma", "bfloat16", 1, 8),
+    Tile("mma", "bfloat16", 2, 8),
+    Tile("mma", "float16", 1, 8),
+    Tile("mma", "float16", 2, 8),
+    Tile("mma", "tf32", 1, 8),
+    Tile("mma", "tf32", 2, 8),
+)
 
 
 @dataclass(frozen=True)
