@@ -156,8 +156,8 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   const Speeds speed = speeds(device.architecture);
   const double K = double(in.H + (fuse ? in.I : 0));
   const double rate = half(in)                     ? 4 * 2048 / speed.mma * 0.5
-                      : in.storage == Storage::f64 ? speed.fma_f64 * 0.5
-                                                   : 128 * 0.5;
+                      : in.storage == Storage::f64 ? speed.fma_f64 * 0.7
+                                                   : 128 * 0.7;
   const double waves = std::ceil(double(plan.blocks * plan.teams) / device.sms);
   const double products = kStepUnits * kStepRows * K / rate;
   const double bytes = (kStepUnits + kStepRows) * K * number_size(in) / kL2Bytes;
