@@ -341,6 +341,10 @@ def test_a_wish_for_less_leaves_the_rest_to_the_planner():
     for fuse in (True, False):
         found = plan(H100, BF16, 64, 64, 512, fuse_input=fuse)
         assert (found["regime"], found["fuse_input"]) == ("cluster", fuse)
+        # without inputs there is nothing to fuse, and the rest of the wish stands
+        wish = {"regime": "grid", "tile": 7, "split": 2}
+        found = plan(H100, BF16, 4, 0, 64, **wish, fuse_input=fuse)
+        assert {name: found[name] for name in wish} == wish
 
 
 def test_a_wish_that_nobody_can_grant_is_none():

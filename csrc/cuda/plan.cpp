@@ -182,11 +182,14 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
     }
   };
   const auto agrees = [](const auto& wanted, auto value) { return !wanted || *wanted == value; };
+  const auto agrees_on_input = [&](bool fuse) {
+    return in.I == 0 || agrees(wish.fuse_input, fuse);
+  };
 
   for (const bool fuse : {true, false})
     if (fuse || in.I > 0)
       consider(step_plan(in, device, fuse),
-               agrees(wish.regime, Regime::step) && agrees(wish.fuse_input, fuse));
+               agrees(wish.regime, Regime::step) && agrees_on_input(fuse));
   if (in.B == 0 || in.H == 0) best.microseconds = best.input_microseconds = 0;  // nothing runs
   if (in.B == 0 || in.H == 0 || wish.regime == Regime::step) return best;
 
@@ -212,7 +215,7 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
           plan.units = std::min(most_units, round_up(ceil_div(in.H, blocks), 2));
           plan.counters = 0;
           const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
-                              agrees(wish.split, split) && agrees(wish.fuse_input, fuse);
+                              agrees(wish.split, split) && agrees_on_input(fuse);
           // As many rows as let all teams run at once; or half of them, in two waves, and so on.
           // A grid has to run at once.
           for (int64_t waves = 1; waves == 1 || regime != Regime::grid; waves *= 2) {

@@ -1,0 +1,414 @@
+"""Every CUDA kernel that ships runs on the emulator, in every regime it is for, and is right.
+
+A way through the kernels is a tile, a regime, how many warps share the K of a unit, and whether all
+weights find room in registers. Each test asks for one way, looks whether it was taken, and compares
+what activation, adjoint and tangent found with the reference in float64. In low precision the error
+may be twice torch's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from cases import Case
+from conftest import assert_as_accurate_as_torch
+from engines import PASSES, REGIMES, ROOT, TILES, Engine, Run, Tile, emulated
+from test_plan_cuda import H100, TINY
+from torch import Tensor
+
+import fusedrnn
+from fusedrnn import _C, reference
+
+DEVICES = {"tiny": TINY, "h100": {**H100, "clusters": [132, 66, 32, 16, 8]}}
+
+
+@dataclass(frozen=True)
+class Way:
+    """Which kernels shall run; `spills` is what shared memory holds of the weights."""
+
+    regime: str
+    tile: int = 0
+    split: int = 1
+    spills: bool = False
+
+    def __str__(self) -> str:
+        shape = TILES[self.tile]
+        name = f"{shape.arithmetic}-{shape.dtype}-{shape.units}x{shape.rows}"
+        name += f"/{self.split}" if shape.mma else ""
+        return f"{self.regime}-{name}{'-spills' if self.spills else ''}"
+
+    @property
+    def shape(self) -> Tile:
+        return TILES[self.tile]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.shape.dtype.replace("tf32", "float32"))
+
+    @property
+    def held(self) -> int:
+        """Of K, so much lies in registers."""
+        return self.shape.held * self.shape.chunk * self.split
+
+    def spilled(self, run: Run) -> bool:
+        return -(-run.chunks // run.split) > self.shape.held
+
+    def granted(self, device: str, case: Case, fuse_input: bool | None, adjoint: bool) -> bool:
+        wishes = {"regime": self.regime, "tile": self.tile, "split": self.split}
+        if fuse_input is not None and not adjoint:
+            wishes["fuse_input"] = fuse_input
+        plan = _C.plan_cuda(
+            T=case.T,
+            B=len(case.lengths or ()) or case.B,
+            I=0 if adjoint else case.I,
+            H=case.H,
+            dtype=str(self.dtype).removeprefix("torch."),
+            tf32=self.shape.dtype == "tf32",
+            adjoint=adjoint,
+            leaky=case.alpha,
+            packed=case.lengths is not None,
+            device=DEVICES[device],
+            **wishes,
+        )
+        return {name: plan[name] for name in wishes} == wishes
+
+    def device(self, case: Case, fuse_input: bool | None) -> str | None:
+        """The smallest pretend device on which all passes can go this way, if there is one."""
+        for name in DEVICES:
+            if all(self.granted(name, case, fuse_input, adjoint) for adjoint in (False, True)):
+                return name
+        return None
+
+
+WAYS = [
+    Way(regime, tile, split)
+    for regime in REGIMES[1:]
+    for tile, shape in enumerate(TILES)
+    for split in shape.splits
+]
+
+
+# ---- what runs, and what is expected of it ----
+
+
+def with_rows_apart(tensor: Tensor, padding: int) -> Tensor:
+    """The same numbers; rows begin in memory that is aligned to no more than the padding."""
+    room = tensor.new_zeros(*tensor.shape[:-1], tensor.size(-1) + padding)
+    room[..., padding:] = tensor
+    return room[..., padding:]
+
+
+def tensors_of(case: Case, x_padding: int) -> list[Tensor]:
+    """Arguments, and directions for h and h_n, and for the gradient of each argument."""
+    arguments = case.arguments()
+    rows = arguments["x"].shape[:-1]
+    batch = len(case.lengths) if case.lengths else case.B
+    if x_padding:
+        arguments["x"] = with_rows_apart(arguments["x"], x_padding)
+    shapes = [(*rows, case.H), (batch, case.H), *(v.shape for v in arguments.values())]
+    generator = torch.Generator().manual_seed(2)
+    directions = [torch.randn(s, generator=generator).to(case.dtype) for s in shapes]
+    return [*arguments.values(), *directions]
+
+
+def all_passes(
+    rnn: Callable[..., tuple[Tensor, Tensor]], case: Case, tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Activation; adjoint; and, backward through that, tangent and adjoint again."""
+    names = list(case.arguments())
+    given = [t.detach().requires_grad_() for t in tensors[: len(names)]]
+    along, twice = tensors[len(names) :][:2], tensors[len(names) :][2:]
+    h, h_n = rnn(**dict(zip(names, given)), **case.flags())
+    first = torch.autograd.grad((h, h_n), given, along, create_graph=True)
+    second = torch.autograd.grad(first, given, twice, allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in (h, h_n, *first, *second)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A problem on its way, whether the input product is fused, and how x is aligned."""
+
+    way: Way
+    case: Case
+    fuse_input: bool | None = None
+    x_padding: int = 0
+
+    def __str__(self) -> str:
+        fused = {None: "", True: " fused", False: " separate"}[self.fuse_input]
+        padded = f" x_padding={self.x_padding}" if self.x_padding else ""
+        return f"{self.way} {self.case.with_(dtype=torch.float64)}{fused}{padded}"
+
+    @property
+    def tf32(self) -> bool:
+        return self.way.regime != "step" and self.way.shape.dtype == "tf32"
+
+    def tensors(self) -> list[Tensor]:
+        found = tensors_of(self.case.with_(dtype=self.way.dtype), self.x_padding)
+        for tensor in found if self.tf32 else ():
+            tensor.copy_(tensor.half())
+        return found
+
+    def run(self) -> tuple[list[Tensor], list[Run]]:
+        """What all passes found, and what ran."""
+        way = self.way
+        step = way.regime == "step"
+        device = "tiny" if step else way.device(self.case, self.fuse_input)
+        assert device, f"no device can go this way: {self}"
+        tile, split = (None, None) if step else (way.tile, way.split)
+        engine = Engine("emulated", device, way.regime, tile, split, self.fuse_input)
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        try:
+            with engine.installed(), emulated(device).watched() as runs:
+                found = all_passes(fusedrnn.rnn, self.case, self.tensors())
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        return found, runs
+
+    def check(self) -> list[Run]:
+        found, runs = self.run()
+        tensors = self.tensors()
+        if self.tf32:
+            # Torch knows TF32 on GPUs alone. The arguments are exact in float16, whose numbers are
+            # as precise as TF32's: the error may be twice torch's in float16.
+            found, tensors = ([t.half() for t in several] for several in (found, tensors))
+        assert_as_accurate_as_torch(
+            found,
+            lambda *tensors: all_passes(reference.rnn, self.case, tensors),
+            tensors,
+            floor=100 if found[0].dtype == torch.float64 else 4,  # the reference's own rounding
+        )
+        assert sorted(r.which for r in runs) == ["activation", "adjoint", "adjoint", "tangent"]
+        for r in runs:
+            if r.which == "activation":
+                assert self.fuse_input in (None, r.fuse_input)
+        return runs
+
+    def check_way(self) -> list[Run]:
+        """All passes went the way, those with spills as far as they can: K is H alone backward."""
+        runs = self.check()
+        for r in runs:
+            same = (r.regime, r.tile, r.split) == (self.way.regime, self.way.tile, self.way.split)
+            assert same, (str(self), r)
+            if r.which == "activation" or self.case.H > self.way.held:
+                assert self.way.spilled(r) == self.way.spills
+        return runs
+
+
+# ---- every way, with sizes that leave everything odd ----
+
+
+def small_cases(way: Way) -> list[Trial]:
+    """Each with something of its own, and together with all that a kernel asks about."""
+    trials = [
+        Trial(way, Case(T=3, B=3, I=5, H=37), True),
+        Trial(way, Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, keep=True, alpha=True, reverse=True)),
+        Trial(way, Case(T=2, B=70, I=3, H=33, h0=False), False),  # several groups of rows in a team
+        Trial(way, Case(T=3, B=9, I=16, H=40, alpha=True, keep=True), True),
+        Trial(
+            way, Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=21, reverse=True, keep=True)
+        ),
+        Trial(way, Case(T=2, B=5, I=7, H=65, bias=False, nonlinearity="softplus", reverse=True)),
+    ]
+    if way.regime == "block":  # no more than a block has
+        most = way.shape.block_units(way.split)
+        trials = [replace(t, case=t.case.with_(H=min(t.case.H, most - 1))) for t in trials]
+    return trials
+
+
+def fast_and_slow(trials: list[Trial], fast: Callable[[int], bool]) -> list[object]:
+    return [
+        pytest.param(t, id=str(t), marks=() if fast(i) else pytest.mark.slow)
+        for i, t in enumerate(trials)
+    ]
+
+
+SMALL = [trial for way in WAYS for trial in small_cases(way)]
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(SMALL, lambda i: i % 7 == 0))
+def test_small(trial):
+    trial.check_way()
+
+
+# One block's units to the last, and the last block with fewer: all warps are busy.
+
+
+def full_case(way: Way) -> Trial:
+    units = way.shape.block_units(way.split)
+    H = units if way.regime == "block" else min(2 * units - 3, way.held)
+    return Trial(way, Case(T=2, B=way.shape.rows + 1, I=4, H=min(H, way.held)), False)
+
+
+FULL = [full_case(way) for way in WAYS]
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(FULL, lambda i: i % 9 == 0))
+def test_full(trial):
+    trial.check_way()
+
+
+# ---- weights that registers do not hold ----
+
+SPILLING = [replace(way, spills=True) for way in WAYS]
+# By many inputs, in the step itself: only activation.
+WIDE = [
+    Trial(way, Case(T=2, B=way.shape.rows + 1, I=way.held + 3, H=12, keep=True), True)
+    for way in SPILLING
+]
+
+
+def large_cases() -> Iterator[Trial]:
+    """By many units: all passes, where a regime can have more units than registers hold."""
+    for way in SPILLING:
+        trial = Trial(way, Case(T=2, B=way.shape.rows + 1, I=3, H=way.held + 5), None)
+        if way.held <= 1024 and way.device(trial.case, None):
+            yield trial
+
+
+LARGE = list(large_cases())
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(WIDE, lambda i: i % 6 == 0))
+def test_wide_inputs(trial):
+    trial.check_way()
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(LARGE, lambda i: i % 13 == 0))
+def test_large(trial):
+    for r in trial.check_way():
+        assert trial.way.spilled(r)
+
+
+# ---- memory that is aligned to less ----
+
+
+def aligned_cases() -> Iterator[Trial]:
+    """x in copies of 16, 8 and 4 bytes, and number by number, where its numbers are smaller."""
+    for way in WAYS:
+        size = way.shape.number_size
+        if way.split > 1 and way.split != 4:
+            continue
+        for bytes_ in (16, 8, 4, 2):
+            if bytes_ >= size:
+                padding = bytes_ // size if bytes_ < 16 else 0
+                yield Trial(way, Case(T=2, B=3, I=48 // size, H=13), True, padding)
+
+
+ALIGNED = list(aligned_cases())
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(ALIGNED, lambda i: i % 11 == 0))
+def test_alignment_of_x(trial):
+    trial.check_way()
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("tile", [6, 8, 10], ids=lambda tile: TILES[tile].dtype)
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_pairs_that_lie_across_words(regime, tile, packed):
+    """Of an even number of units, which tensor cores own by two: rows that begin at odd numbers."""
+    way = Way(regime, tile)
+    case = Case(T=3, B=5, H=14, lengths=(3, 3, 2) if packed else None, reverse=packed)
+    arguments = case.with_(dtype=way.dtype).arguments()
+    u = torch.randn(*arguments["x"].shape[:-1], case.H).to(way.dtype)
+    tensors = [u, arguments["w_hh"], arguments["h0"], torch.randn_like(u), torch.randn_like(u)]
+    if way.shape.dtype == "tf32":
+        for tensor in tensors:
+            tensor.copy_(tensor.half())
+    results = []
+    for apart in (0, 1):
+        u, w_hh, h0, g, again = (with_rows_apart(t, apart) for t in tensors)
+        u.requires_grad_()
+        with Engine("emulated", "tiny", regime).installed():
+            h, _ = fusedrnn.recurrence(u, h0, w_hh, **case.flags())
+            (first,) = torch.autograd.grad(h, u, g, create_graph=True)
+            (second,) = torch.autograd.grad(first, u, again)
+        results.append([h, first, second])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+# ---- the step regime ----
+
+STEPS = [
+    Trial(Way("step", tile), case, fuse_input, padding)
+    for tile in (0, 4, 6, 8)  # one of each dtype
+    for case, fuse_input, padding in (
+        (Case(T=3, B=3, I=5, H=37), True, 0),
+        (Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, keep=True, alpha=True, reverse=True), None, 1),
+        (Case(T=2, B=70, I=3, H=33, h0=False), False, 0),
+        (Case(T=3, B=33, I=40, H=130, alpha=True, keep=True), True, 1),
+        (
+            Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=64, reverse=True, keep=True),
+            None,
+            0,
+        ),
+        (Case(T=1, B=33, I=7, H=65, bias=False, nonlinearity="elu"), None, 0),
+    )
+]
+
+
+@pytest.mark.parametrize("trial", [pytest.param(t, id=str(t)) for t in STEPS])
+def test_step(trial):
+    assert {r.regime for r in trial.check()} == {"step"}
+
+
+# ---- none is left out ----
+
+
+def kernel_name(run: Run) -> str:
+    """What is in the mangled name of the kernel that a run should launch."""
+    tile = TILES[run.tile]
+    number = {"float32": "f", "tf32": "f", "float64": "d", "float16": "6__half"}
+    number["bfloat16"] = "13__nv_bfloat16"
+    of_pass = f"LNS_4PassE{PASSES.index(run.which)}E"
+    if tile.mma:
+        return f"3MmaI{number[tile.dtype]}Li{tile.units}EEE{of_pass}"
+    return f"3FmaI{number[tile.dtype]}Li{tile.units}ELi{tile.rows}EEE{of_pass}"
+
+
+def test_every_kernel_ran():
+    """And each as the planner meant it: the tile that a plan names is the one that is launched."""
+    libraries = [emulated(name) for name in DEVICES]
+    ever: dict[str, int] = dict.fromkeys(libraries[0].kernels(), 0)
+    taken = set()
+    for way in WAYS:
+        before = [library.launched() for library in libraries]
+        _, runs = Trial(way, Case(T=2, B=2, I=3, H=9)).run()
+        launched = {
+            name
+            for library, earlier in zip(libraries, before)
+            for name, count in library.launched().items()
+            if count > earlier[name]
+        }
+        expected = {kernel_name(r) for r in runs}
+        assert len(launched) == len(expected) == len(PASSES)
+        assert all(any(e in name for e in expected) for name in launched), (launched, expected)
+        taken |= {(r.regime, r.tile, r.split, r.which) for r in runs}
+        for name in launched:
+            ever[name] += 1
+    assert len(taken) == len(WAYS) * len(PASSES)
+    for tile in (0, 4, 6, 8):
+        before = libraries[0].launched()
+        Trial(Way("step", tile), Case(T=2, B=2, I=3, H=9)).run()
+        for name, count in libraries[0].launched().items():
+            ever[name] += count - before[name]
+    assert [name for name, count in ever.items() if not count] == []
+    steps = [name for name in ever if "10fused_step" in name]
+    assert len(steps) == 4 * len(PASSES)
+    assert len(ever) == (len(TILES) + 4) * len(PASSES)
+
+
+def test_the_tiles_are_those_of_the_planner():
+    """TILES of engines.py is a copy of kTiles."""
+    source = re.sub(r"//.*", "", (ROOT / "csrc" / "cuda" / "plan.h").read_text())
+    listed = re.search(r"kTiles\[\] = \{(.*?)\};", source, re.DOTALL)[1]
+    found = re.findall(r"\{Arithmetic::(\w+?)_(\w+), (\d+), (\d+)\}", listed)
+    short = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+    expected = [
+        (t.arithmetic, short.get(t.dtype, t.dtype), str(t.units), str(t.rows)) for t in TILES
+    ]
+    assert found == expected
