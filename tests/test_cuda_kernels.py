@@ -17,13 +17,13 @@ import torch
 from cases import Case
 from conftest import assert_as_accurate_as_torch
 from engines import PASSES, REGIMES, ROOT, TILES, Engine, Run, Tile, emulated
-from test_plan_cuda import H100, TINY
+from test_plan_cuda import H100, T4, TINY
 from torch import Tensor
 
 import fusedrnn
 from fusedrnn import _C, reference
 
-DEVICES = {"tiny": TINY, "h100": {**H100, "clusters": [132, 66, 32, 16, 8]}}
+DEVICES = {"tiny": TINY, "h100": {**H100, "clusters": [132, 66, 32, 16, 8]}, "t4": T4}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Way:
 
     def device(self, case: Case, fuse_input: bool | None) -> str | None:
         """The smallest pretend device on which all passes can go this way, if there is one."""
-        for name in DEVICES:
+        for name in ("tiny", "h100"):
             if all(self.granted(name, case, fuse_input, adjoint) for adjoint in (False, True)):
                 return name
         return None
@@ -136,11 +136,13 @@ class Trial:
     case: Case
     fuse_input: bool | None = None
     x_padding: int = 0
+    device: str | None = None  # the smallest that can
 
     def __str__(self) -> str:
         fused = {None: "", True: " fused", False: " separate"}[self.fuse_input]
         padded = f" x_padding={self.x_padding}" if self.x_padding else ""
-        return f"{self.way} {self.case.with_(dtype=torch.float64)}{fused}{padded}"
+        device = f" on {self.device}" if self.device else ""
+        return f"{self.way} {self.case.with_(dtype=torch.float64)}{fused}{padded}{device}"
 
     @property
     def tf32(self) -> bool:
@@ -156,7 +158,7 @@ class Trial:
         """What all passes found, and what ran."""
         way = self.way
         step = way.regime == "step"
-        device = "tiny" if step else way.device(self.case, self.fuse_input)
+        device = self.device or ("tiny" if step else way.device(self.case, self.fuse_input))
         assert device, f"no device can go this way: {self}"
         tile, split = (None, None) if step else (way.tile, way.split)
         engine = Engine("emulated", device, way.regime, tile, split, self.fuse_input)
@@ -206,12 +208,15 @@ def small_cases(way: Way) -> list[Trial]:
     trials = [
         Trial(way, Case(T=3, B=3, I=5, H=37), True),
         Trial(way, Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, keep=True, alpha=True, reverse=True)),
-        Trial(way, Case(T=2, B=70, I=3, H=33, h0=False), False),  # several groups of rows in a team
+        Trial(way, Case(T=2, B=70, I=3, H=33, h0=False), False),
         Trial(way, Case(T=3, B=9, I=16, H=40, alpha=True, keep=True), True),
         Trial(
             way, Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=21, reverse=True, keep=True)
         ),
         Trial(way, Case(T=2, B=5, I=7, H=65, bias=False, nonlinearity="softplus", reverse=True)),
+        Trial(way, Case(T=9, B=2, I=4, H=18, keep=True)),  # phases of barriers come again
+        Trial(way, Case(lengths=(3, 2, 2, 1), I=40, H=51, alpha=True, h0=False), True),
+        Trial(way, Case(T=1, B=2, I=2, H=6)),
     ]
     if way.regime == "block":  # no more than a block has
         most = way.shape.block_units(way.split)
@@ -229,8 +234,24 @@ def fast_and_slow(trials: list[Trial], fast: Callable[[int], bool]) -> list[obje
 SMALL = [trial for way in WAYS for trial in small_cases(way)]
 
 
-@pytest.mark.parametrize("trial", fast_and_slow(SMALL, lambda i: i % 7 == 0))
+@pytest.mark.parametrize("trial", fast_and_slow(SMALL, lambda i: i % 4 == 0))
 def test_small(trial):
+    for r in trial.check_way():
+        if trial.case.B > 32:  # several groups of rows, one after another
+            assert r.rows > trial.way.shape.rows
+
+
+# Before architecture 80: smaller products of tensor cores, copies that wait.
+ON_OLD = [
+    replace(trial, device="t4")
+    for trial in SMALL
+    if trial.way.regime != "cluster" and trial.way.shape.dtype not in ("tf32", "bfloat16")
+]
+
+
+@pytest.mark.slow  # another build
+@pytest.mark.parametrize("trial", ON_OLD, ids=str)
+def test_small_on_an_old_device(trial):
     trial.check_way()
 
 
@@ -246,9 +267,25 @@ def full_case(way: Way) -> Trial:
 FULL = [full_case(way) for way in WAYS]
 
 
-@pytest.mark.parametrize("trial", fast_and_slow(FULL, lambda i: i % 9 == 0))
+@pytest.mark.parametrize("trial", fast_and_slow(FULL, lambda i: i % 4 == 0))
 def test_full(trial):
     trial.check_way()
+
+
+# Clusters of 16 blocks: more than a program may have that does not ask, and the last without units.
+SIXTEEN = [
+    Trial(way, Case(T=3, B=3, I=3, H=way.shape.block_units(way.split) * 8 + 5, keep=True))
+    for way in WAYS
+    if way.regime == "cluster" and way.shape.block_units(way.split) <= 64
+]
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(SIXTEEN, lambda i: SIXTEEN[i].case.H < 200))
+def test_clusters_of_sixteen(trial):
+    trial = replace(
+        trial, way=replace(trial.way, spills=trial.case.H > trial.way.held), device="h100"
+    )
+    assert {r.blocks for r in trial.check_way()} == {16}
 
 
 # ---- weights that registers do not hold ----
@@ -265,19 +302,19 @@ def large_cases() -> Iterator[Trial]:
     """By many units: all passes, where a regime can have more units than registers hold."""
     for way in SPILLING:
         trial = Trial(way, Case(T=2, B=way.shape.rows + 1, I=3, H=way.held + 5), None)
-        if way.held <= 1024 and way.device(trial.case, None):
+        if way.held <= 2048 and way.device(trial.case, None):
             yield trial
 
 
 LARGE = list(large_cases())
 
 
-@pytest.mark.parametrize("trial", fast_and_slow(WIDE, lambda i: i % 6 == 0))
+@pytest.mark.parametrize("trial", fast_and_slow(WIDE, lambda i: i % 4 == 0))
 def test_wide_inputs(trial):
     trial.check_way()
 
 
-@pytest.mark.parametrize("trial", fast_and_slow(LARGE, lambda i: i % 13 == 0))
+@pytest.mark.parametrize("trial", fast_and_slow(LARGE, lambda i: LARGE[i].case.H < 300))
 def test_large(trial):
     for r in trial.check_way():
         assert trial.way.spilled(r)
@@ -301,7 +338,7 @@ def aligned_cases() -> Iterator[Trial]:
 ALIGNED = list(aligned_cases())
 
 
-@pytest.mark.parametrize("trial", fast_and_slow(ALIGNED, lambda i: i % 11 == 0))
+@pytest.mark.parametrize("trial", fast_and_slow(ALIGNED, lambda i: i % 5 == 0))
 def test_alignment_of_x(trial):
     trial.check_way()
 
@@ -372,7 +409,7 @@ def kernel_name(run: Run) -> str:
 
 def test_every_kernel_ran():
     """And each as the planner meant it: the tile that a plan names is the one that is launched."""
-    libraries = [emulated(name) for name in DEVICES]
+    libraries = [emulated(name) for name in ("tiny", "h100")]
     ever: dict[str, int] = dict.fromkeys(libraries[0].kernels(), 0)
     taken = set()
     for way in WAYS:
