@@ -150,6 +150,25 @@ py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B,
   return result;
 }
 
+// kTiles of cuda/plan.h.
+py::list cuda_tiles() {
+  constexpr const char* names[] = {"fma_f32", "fma_f64", "mma_bf16", "mma_f16", "mma_tf32"};
+  py::list result;
+  for (const fusedrnn::cuda::Tile& tile : fusedrnn::cuda::kTiles) {
+    py::dict one;
+    one["arithmetic"] = names[int(tile.arithmetic)];
+    one["units"] = tile.units;
+    one["rows"] = tile.rows;
+    one["number_size"] = tile.number_size();
+    one["chunk"] = tile.chunk();
+    one["held"] = tile.held();
+    one["chunk_bytes"] = tile.chunk_bytes();
+    one["block_units"] = tile.block_units(1);
+    result.append(one);
+  }
+  return result;
+}
+
 #ifdef FUSEDRNN_CUDA
 py::dict device_properties(int index) {
   const fusedrnn::cuda::Device& device = fusedrnn::cuda::device_properties(index);
@@ -197,6 +216,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("number_size") = 4, py::arg("lanes") = 16, py::arg("tile_rows") = 6,
         py::arg("tile_vectors") = 4, py::arg("threads"), py::arg("rows_to_pack") = 16);
+  m.def("cuda_tiles", &cuda_tiles);
   m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("adjoint") = false,
         py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("leaky") = false, py::arg("packed") = false, py::arg("tf32") = py::none(),

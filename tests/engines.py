@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import emulator
 import pytest
@@ -28,56 +27,36 @@ REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan
 PASSES = ("activation", "tangent", "adjoint")  # Pass of csrc/recurrence.h
 
 
-class Tile(NamedTuple):
-    """Tile of csrc/cuda/plan.h, where this is explained."""
+@dataclass(frozen=True)
+class Tile:
+    """A tile of csrc/cuda/plan.h, which explains it."""
 
-    arithmetic: str
-    dtype: str
+    arithmetic: str  # fma_f32 and so on
     units: int
     rows: int
+    number_size: int
+    chunk: int
+    held: int
+    chunk_bytes: int
+    block_units: int  # where each warp has units of its own
 
     @property
     def mma(self) -> bool:
-        return self.arithmetic == "mma"
+        return self.arithmetic.startswith("mma")
 
     @property
     def splits(self) -> tuple[int, ...]:
         return (1, 2, 4, 8) if self.mma else (1,)
 
     @property
-    def number_size(self) -> int:
-        return {"float64": 8, "float32": 4, "tf32": 4}.get(self.dtype, 2)
-
-    @property
-    def chunk(self) -> int:
-        return (64 if self.mma else 128) // self.number_size
-
-    @property
-    def held(self) -> int:
-        return 16 // self.units if self.mma else 30 if self.units == 1 else 32 // self.units
-
-    @property
-    def chunk_bytes(self) -> int:
-        return (8192 if self.mma else 4096) * self.units
-
-    def block_units(self, split: int) -> int:
-        return (128 // split if self.mma else 32) * self.units
+    def dtype(self) -> str:
+        """``tf32`` is float32 where torch allows TF32."""
+        short = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float16"}
+        name = self.arithmetic.partition("_")[2]
+        return short.get(name, name)
 
 
-TILES = (  # kTiles
-    Tile("fma", "float32", 2, 1),
-    Tile("fma", "float32", 2, 4),
-    Tile("fma", "float32", 4, 2),
-    Tile("fma", "float32", 1, 8),
-    Tile("fma", "float64", 2, 1),
-    Tile("fma", "float64", 2, 4),
-    Tile("mma", "bfloat16", 1, 8),
-    Tile("mma", "bfloat16", 2, 8),
-    Tile("mma", "float16", 1, 8),
-    Tile("mma", "float16", 2, 8),
-    Tile("mma", "tf32", 1, 8),
-    Tile("mma", "tf32", 2, 8),
-)
+TILES = tuple(Tile(**tile) for tile in _C.cuda_tiles())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ may be twice torch's own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from cases import Case
 from conftest import assert_as_accurate_as_torch
-from engines import PASSES, REGIMES, ROOT, TILES, Engine, Run, Tile, emulated
+from engines import PASSES, REGIMES, TILES, Engine, Run, Tile, emulated
 from test_plan_cuda import H100, T4, TINY
 from torch import Tensor
 
@@ -37,7 +36,7 @@ class Way:
 
     def __str__(self) -> str:
         shape = TILES[self.tile]
-        name = f"{shape.arithmetic}-{shape.dtype}-{shape.units}x{shape.rows}"
+        name = f"{shape.arithmetic}-{shape.units}x{shape.rows}"
         name += f"/{self.split}" if shape.mma else ""
         return f"{self.regime}-{name}{'-spills' if self.spills else ''}"
 
@@ -48,6 +47,10 @@ class Way:
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.shape.dtype.replace("tf32", "float32"))
+
+    @property
+    def block_units(self) -> int:
+        return self.shape.block_units // self.split
 
     @property
     def held(self) -> int:
@@ -219,7 +222,7 @@ def small_cases(way: Way) -> list[Trial]:
         Trial(way, Case(T=1, B=2, I=2, H=6)),
     ]
     if way.regime == "block":  # no more than a block has
-        most = way.shape.block_units(way.split)
+        most = way.block_units
         trials = [replace(t, case=t.case.with_(H=min(t.case.H, most - 1))) for t in trials]
     return trials
 
@@ -259,7 +262,7 @@ def test_small_on_an_old_device(trial):
 
 
 def full_case(way: Way) -> Trial:
-    units = way.shape.block_units(way.split)
+    units = way.block_units
     H = units if way.regime == "block" else min(2 * units - 3, way.held)
     return Trial(way, Case(T=2, B=way.shape.rows + 1, I=4, H=min(H, way.held)), False)
 
@@ -274,9 +277,9 @@ def test_full(trial):
 
 # Clusters of 16 blocks: more than a program may have that does not ask, and the last without units.
 SIXTEEN = [
-    Trial(way, Case(T=3, B=3, I=3, H=way.shape.block_units(way.split) * 8 + 5, keep=True))
+    Trial(way, Case(T=3, B=3, I=3, H=way.block_units * 8 + 5, keep=True))
     for way in WAYS
-    if way.regime == "cluster" and way.shape.block_units(way.split) <= 64
+    if way.regime == "cluster" and way.block_units <= 64
 ]
 
 
@@ -437,15 +440,3 @@ def test_every_kernel_ran():
     steps = [name for name in ever if "10fused_step" in name]
     assert len(steps) == 4 * len(PASSES)
     assert len(ever) == (len(TILES) + 4) * len(PASSES)
-
-
-def test_the_tiles_are_those_of_the_planner():
-    """TILES of engines.py is a copy of kTiles."""
-    source = re.sub(r"//.*", "", (ROOT / "csrc" / "cuda" / "plan.h").read_text())
-    listed = re.search(r"kTiles\[\] = \{(.*?)\};", source, re.DOTALL)[1]
-    found = re.findall(r"\{Arithmetic::(\w+?)_(\w+), (\d+), (\d+)\}", listed)
-    short = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
-    expected = [
-        (t.arithmetic, short.get(t.dtype, t.dtype), str(t.units), str(t.rows)) for t in TILES
-    ]
-    assert found == expected
