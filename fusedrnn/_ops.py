@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import onnx
@@ -66,6 +67,8 @@ def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) ->
         return states.size(0)
     if batch_sizes is None:
         return series.size(1)
+    if not isinstance(batch_sizes, FakeTensor) and batch_sizes.device.type == "cpu":
+        return int(batch_sizes[0])  # real, among tensors on meta
     return torch.library.get_ctx().new_dynamic_size()
 
 

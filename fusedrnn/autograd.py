@@ -128,6 +128,9 @@ class _Op(_SingleLevelFunction):
 
     op: Callable[..., Any]
 
+    # What compiled autograd asks of every Function, and only torch's own subclass has.
+    _compiled_autograd_key = staticmethod(lambda ctx: (ctx._autograd_function_id,))
+
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
         if transformed():  # and come down to this key at one of its levels: differentiate there

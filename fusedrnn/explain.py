@@ -6,7 +6,6 @@ start, and each planner is asked about what was caught.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -73,7 +72,9 @@ class _Catcher(TorchFunctionMode):
 def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:
     """Each call that ``module(x)`` makes, in order."""
     if isinstance(module, (nn.RNN, nn.RNNCell)) and not isinstance(module, modules.RNNCell):
-        module = modules.replace(copy.copy(module))
+        original, module = module, type(module).__new__(type(module))  # copy.copy, parametrized too
+        module.__dict__ = original.__dict__.copy()
+        module = modules.replace(module)
     if not isinstance(module, (modules.RNN, modules.RNNCell)):
         raise TypeError(f"explain: expected an RNN or an RNNCell, got {type(module).__name__}")
     data = x.data if isinstance(x, PackedSequence) else x
@@ -88,7 +89,8 @@ def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:
         mock.patch.object(functional, "_warn_slow", loop),
         catcher,
     ):
-        module(x)
+        # not its hooks, which would see results that are not computed
+        module.forward(x)  # type: ignore[arg-type]
     return catcher.calls
 
 

@@ -200,7 +200,9 @@ class RNN(nn.RNNBase):
         self._check(x, hx, batch_sizes, weights[0][0])
 
         nonlinearity = _NONLINEARITIES[self.mode]
-        if len(weights) == 1:  # the loop below would do, but costs 0.7 us more
+        if (
+            len(weights) == 1 and self.num_layers == 1 and not self.bidirectional
+        ):  # the loop below would do, but costs 0.7 us more
             output, h = rnn(
                 x,
                 *weights[0],
@@ -211,6 +213,11 @@ class RNN(nn.RNNBase):
             return output, h.unsqueeze(0)
 
         directions = 2 if self.bidirectional else 1
+        if len(weights) != self.num_layers * directions:  # someone has changed them
+            raise RuntimeError(
+                f"Expected weights of {self.num_layers} layers in {directions} direction(s), "
+                f"got {len(weights)}"
+            )
         h0s = [None] * len(weights) if hx is None else hx.unbind(0)
         h_n: list[Tensor] = []
         for layer in range(self.num_layers):

@@ -316,3 +316,15 @@ def test_backward_in_another_thread_than_forward():
     found = ours.weight_hh_l0.grad
     expected = torch.autograd.grad(ours(x)[0].sum(), ours.weight_hh_l0)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_autograd_takes_the_backward_of_an_eager_forward(backend):
+    x = torch.randn(5, 2, 3)
+    rnn = fusedrnn.RNN(3, 4, bidirectional=True)
+    rnn(x)[0].sum().backward()
+    expected = [p.grad.clone() for p in rnn.parameters()]
+    rnn.zero_grad()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend)):
+        rnn(x)[0].sum().backward()
+    torch.testing.assert_close([p.grad for p in rnn.parameters()], expected)

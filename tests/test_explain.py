@@ -144,3 +144,9 @@ def test_cuda() -> None:
 def test_what_is_no_rnn() -> None:
     with pytest.raises(TypeError, match="expected an RNN or an RNNCell, got LSTM"):
         fusedrnn.explain(nn.LSTM(3, 4), torch.zeros(2, 1, 3))
+
+
+def test_hooks_see_nothing_and_parametrizations_are_no_obstacle():
+    rnn = torch.nn.utils.parametrizations.weight_norm(torch.nn.RNN(3, 4), "weight_hh_l0")
+    rnn.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    assert "layer 0" in fusedrnn.explain(rnn, torch.randn(5, 2, 3))

@@ -941,3 +941,23 @@ def test_compiles_with_weights_that_are_no_parameters(change: str) -> None:
 
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     assert_close(compiled(x), function(x), rtol=0, atol=0)
+
+
+def test_a_layout_changed_after_construction_is_refused():
+    rnn = fusedrnn.RNN(4, 4, 2, bidirectional=True)
+    rnn.bidirectional = False
+    with pytest.raises(RuntimeError, match="weights of 2 layers in 1 direction"):
+        rnn(torch.ones(3, 1, 4))
+    rnn = fusedrnn.RNN(4, 4)
+    rnn.num_layers = 2
+    with pytest.raises(RuntimeError, match="weights of 2 layers"):
+        rnn(torch.ones(3, 1, 4))
+
+
+def test_a_packed_batch_on_meta_needs_no_state():
+    rnn = fusedrnn.RNN(3, 4, device="meta")
+    data = torch.empty(6, 3, device="meta")
+    packed = torch.nn.utils.rnn.PackedSequence(data, torch.tensor([3, 2, 1]))
+    output, h_n = rnn(packed)
+    assert output.data.shape == (6, 4)
+    assert h_n.shape == (1, 3, 4)

@@ -34,11 +34,12 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-// Raises the limits that a launch needs; both are the kernel's own and stay.
-void allow(const void* kernel, int64_t shared, int64_t cluster) {
-  if (shared > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-          "shared memory");
+// Raises the limits that a launch may need. They are the kernel's own and stay, so it is always the
+// same limit: another thread may be about to launch.
+void allow(const void* kernel, const Device& device, int64_t cluster) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(device.shared_memory)),
+        "shared memory");
   if (cluster > 8)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "clusters of more than 8 blocks");
@@ -81,7 +82,7 @@ void count_clusters(Device& device) {
     launch.clusters_of(int64_t(1) << log2);
     int clusters = 0;
     try {
-      allow(kernel, device.shared_memory, int64_t(1) << log2);
+      allow(kernel, device, int64_t(1) << log2);
       check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), "occupancy");
     } catch (const std::runtime_error&) {
       clusters = 0;  // no such clusters here
@@ -102,7 +103,11 @@ Device ask(int index) {
   // two transfers a cycle
   device.memory_bandwidth = 2.0 * attribute(cudaDevAttrMemoryClockRate, index) *
                             attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8 / 1e6;
+  int current;  // occupancy is asked of that device
+  check(cudaGetDevice(&current), "the current device");
+  check(cudaSetDevice(index), "a device");
   count_clusters(device);
+  check(cudaSetDevice(current), "a device");
   return device;
 }
 
@@ -128,6 +133,7 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.blocks = int(plan.blocks);
   p.rows = int(plan.rows);
   p.units = int(plan.units);
+  p.receivers = int((problem.H + plan.units - 1) / plan.units);
   p.split = plan.split;
   p.state_k = int(plan.state_chunks) * tile.chunk();
   p.chunks = int(plan.chunks);
@@ -150,8 +156,8 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   return p;
 }
 
-void launch(const Problem& problem, const Plan& plan, const Workspace& workspace,
-            cudaStream_t stream) {
+void launch(const Problem& problem, const Plan& plan, const Device& device,
+            const Workspace& workspace, cudaStream_t stream) {
   Params p = parameters(problem, plan, workspace);
   if (plan.regime == Regime::step) {
     StepKernel kernel = step_kernel(problem.storage, problem.pass);
@@ -166,7 +172,7 @@ void launch(const Problem& problem, const Plan& plan, const Workspace& workspace
   }
   PersistentKernel kernel = persistent_kernel(plan.tile, problem.pass);
   const bool cluster = plan.regime == Regime::cluster;
-  allow(reinterpret_cast<const void*>(kernel), plan.shared.end, cluster ? plan.blocks : 1);
+  allow(reinterpret_cast<const void*>(kernel), device, cluster ? plan.blocks : 1);
   Launch launch(plan.blocks * plan.teams, plan.shared.end, stream);
   if (cluster) launch.clusters_of(plan.blocks);
   if (plan.regime == Regime::grid) launch.all_at_once();
@@ -198,7 +204,7 @@ void run(const Problem& problem, const PlanInput& in, const Plan& plan, const De
          const Workspace& workspace, cudaStream_t stream) {
   if (problem.B == 0 || problem.H == 0) return;
   try {
-    launch(problem, plan, workspace, stream);
+    launch(problem, plan, device, workspace, stream);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(error.what()) +
                              " (the plan was: " + in_words(in, plan, device) + ")");

@@ -20,6 +20,20 @@ struct alignas(N * sizeof(T)) Pack {
   T v[N];
 };
 
+// The word that has as many bytes.
+template <int bytes>
+struct Word {
+  using type = uint32_t;
+};
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<8> {
+  using type = uint64_t;
+};
+
 // Some rows of the batch, b0 and on, and some hidden units, j0 and on, N neighbours at a time.
 template <class S, Pass pass, int N>
 struct Layer {
@@ -27,11 +41,18 @@ struct Layer {
   using Numbers = Pack<S, N>;
   static constexpr bool kForward = pass != Pass::adjoint;
 
-  // What a step brings to N units of one row.
+  // What a step brings to N units of one row: words as they come from memory, since to unpack them
+  // is to wait for them.
+  using Raw = typename Word<sizeof(Numbers)>::type;
   struct Inputs {
-    Numbers in[2], gate;
-    bool keep;  // whether what this step leaves goes on
+    Raw in[2], gate;
+    uint32_t keep;  // not 0 where what this step leaves goes on
   };
+  static __device__ __forceinline__ Numbers unpack(Raw raw) {
+    Numbers numbers;
+    memcpy(&numbers, &raw, sizeof(numbers));
+    return numbers;
+  }
 
   const Params& p;
   const Problem& q;
@@ -59,16 +80,27 @@ struct Layer {
     const int64_t offset = p.offsets[t], alive = p.offsets[t + 1] - offset - b0;
     return {t, offset, int(max(int64_t(0), min(int64_t(rows), alive)))};
   }
-  // Packed, rows join and leave on the way.
-  __device__ Step start_of(int row) const {
-    int64_t s = 0;
-    while (step(s).alive <= row) ++s;
-    return step(s);
+  // Packed, rows join on a descending walk and leave on an ascending one.
+  __device__ int64_t first_step(int row) const {
+    if (!p.offsets || !q.descending) return 0;
+    return search([&](int64_t s) { return step(s).alive > row; });
   }
-  __device__ Step end_of(int row) const {
-    int64_t s = q.T - 1;
-    while (step(s).alive <= row) --s;
-    return step(s);
+  __device__ int64_t last_step(int row) const {
+    if (!p.offsets || q.descending) return q.T - 1;
+    return search([&](int64_t s) { return step(s).alive <= row; }) - 1;
+  }
+  // The first step for which `reached` is true, after which it stays so; or T.
+  template <class Reached>
+  __device__ int64_t search(const Reached& reached) const {
+    int64_t low = 0, high = q.T;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (reached(middle))
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return low;
   }
 
   __device__ S* at(const Series& series, const Step& step, int row, int64_t j) const {
@@ -79,8 +111,12 @@ struct Layer {
   __device__ S* at(const States& states, int row, int64_t j) const {
     return static_cast<S*>(states.data) + ((b0 + row) * states.row + j);
   }
+  __device__ uint32_t keep_of(const Step& step, int row) const {
+    const auto* keep = reinterpret_cast<const uint8_t*>(q.keep);
+    return keep[(p.offsets ? step.offset : step.t * q.B) + b0 + row];
+  }
   __device__ bool keeps(const Step& step, int row) const {
-    return !q.keep || q.keep[(p.offsets ? step.offset : step.t * q.B) + b0 + row];
+    return !q.keep || keep_of(step, row) != 0;
   }
 
   // Where row `row` has the state that step `now` starts from; null is zeros.
@@ -93,7 +129,7 @@ struct Layer {
   }
   // And after its last step; backward, for ∂L/∂h0.
   __device__ const S* state_after_all(int row) const {
-    const Step end = end_of(row);
+    const Step end = step(last_step(row));
     return keeps(end, row) ? at(q.out[0], end, row, 0) : nullptr;
   }
 
@@ -112,16 +148,16 @@ struct Layer {
   __device__ C alpha(int64_t j) const { return value_of(q.alpha, j); }
 
   // Of a row, the numbers of N units; those that exist.
-  __device__ Numbers load(const Series& series, const Step& step, int row, int unit) const {
+  __device__ Raw load(const Series& series, const Step& step, int row, int unit) const {
     const S* from = at(series, step, row, j0 + unit);
+    if (N == 1 || p.packs) return *reinterpret_cast<const Raw*>(from);
     Numbers numbers = {};
-    if (N == 1 || p.packs)
-      numbers = *reinterpret_cast<const Numbers*>(from);
-    else
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-        if (unit + n < units) numbers.v[n] = from[n];
-    return numbers;
+    for (int n = 0; n < N; ++n)
+      if (unit + n < units) numbers.v[n] = from[n];
+    Raw raw;
+    memcpy(&raw, &numbers, sizeof(raw));
+    return raw;
   }
   __device__ void store(const Series& series, const Step& step, int row, int unit,
                         const Numbers& numbers) const {
@@ -142,7 +178,9 @@ struct Layer {
       if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit);
     if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit);
     // Forward, what a step leaves meets the keep of the next one; backward, its own.
-    in.keep = !q.keep || (kForward ? row < after.alive && keeps(after, row) : keeps(now, row));
+    in.keep = 1;
+    if (q.keep)
+      in.keep = !kForward ? keep_of(now, row) : row < after.alive ? keep_of(after, row) : 0;
     return in;
   }
 
@@ -152,9 +190,10 @@ struct Layer {
                                              const C* bias, const C* alpha, C (&carry)[N]) const {
     const Chosen<C> phi{q.nonlinearity};
     Numbers out[2], handed;
+    const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const C first = widen(in.in[0].v[n]), second = widen(in.in[1].v[n]);
+      const C first = widen(in0.v[n]), second = widen(in1.v[n]);
       C sum = sums[n], state, other;
       if constexpr (pass == Pass::activation) {
         activation(phi, sum + first + bias[n], carry[n], leaky, alpha[n], state, other);
@@ -162,7 +201,7 @@ struct Layer {
       } else {
         // Where nothing came before there is nothing to multiply, be W_hh NaN or not.
         if (begins && !(kForward && q.first.data)) sum = C(0);
-        const C p = gate(phi, C(widen(in.gate.v[n])), leaky, alpha[n]);
+        const C p = gate(phi, C(widen(gates.v[n])), leaky, alpha[n]);
         if constexpr (pass == Pass::tangent) {
           tangent(sum, first, second, p, carry[n], leaky, alpha[n], state, other);
           carry[n] = state;

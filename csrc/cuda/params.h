@@ -15,6 +15,7 @@ struct Params {
   void* carry;             // step, with a leak: what rows carry, [B, H]
   Regime regime;
   int blocks, rows, units;  // of a team, of a team, of a block
+  int receivers;            // blocks of a team that have units
   int split;                // warps that share the K of their units
   int state_k;              // where inputs follow the states in K
   int chunks;               // of K

@@ -23,7 +23,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
   using typename Base::Inputs, typename Base::Numbers;
   static constexpr int kItems = Product::kItems;  // N neighbours each
   // What steps bring is loaded while the step before is computed, if registers are left for it.
-  static constexpr bool kAhead = kItems == 1;
+  static constexpr bool kAhead = kItems <= 2;
 
  public:
   __device__ Walk(const Params& params, unsigned char* shared)
@@ -39,16 +39,21 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
   __device__ void run() {
     hold_weights();
     begin(p, b0, j0, shared_);
+    // Nobody sends to a block without units, so nobody would wait for it either.
+    if (p.regime == Regime::cluster && units == 0) return;
     const bool through_l2 = p.regime == Regime::grid;
     // Backward, one more product after the last step leads to ∂L/∂h0.
     const int64_t end = q.T + (!kForward && q.last.data);
-    Step before{}, now = step(0), after = step(1);
+    // Steps count from the first that has a row: in a step without any, nothing would hold the
+    // blocks of a cluster together.
+    const int64_t skipped = Base::first_step(0);
+    Step before{}, now = step(skipped), after = step(skipped + 1);
     Inputs next[kItems];
     if constexpr (kAhead) load_inputs(next, 0, now, after);
-    for (int64_t s = 0; s < end; ++s) {
-      const bool finishing = !kForward && s == q.T, goes_on = s + 1 < end;
+    for (int64_t s = 0; s < end - skipped; ++s) {
+      const bool finishing = !kForward && s + skipped == q.T, goes_on = s + skipped + 1 < end;
       const int alive = finishing ? rows : now.alive;
-      const Step second_after = step(s + 2);
+      const Step second_after = step(s + skipped + 2);
       const S* from = buffer(s);
       S* const to = buffer(s + 1);
       if (through_l2) {
@@ -93,11 +98,13 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           if (!product_.owns(i) || row >= alive || unit >= units) continue;
           C* const carried = carry_ ? carry_ + row * p.units + unit : nullptr;
           if (finishing) {
+            const bool keep = !q.keep || keeps(step(Base::last_step(row)), row);
 #pragma unroll
             for (int n = 0; n < N; ++n)
               if (unit + n < units)
-                *at(q.last, row, j0 + unit + n) =
-                    narrow<S>(leaky ? sum[i][n] + carried[n] : sum[i][n]);
+                *at(q.last, row, j0 + unit + n) = narrow<S>(!keep   ? C(0)
+                                                            : leaky ? sum[i][n] + carried[n]
+                                                                    : sum[i][n]);
             continue;
           }
           const bool begins = row >= before.alive, ends = row >= after.alive;
@@ -160,15 +167,16 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
 #pragma unroll 1
       for (int i = threadIdx.x; i < layer.rows * p.units; i += kThreads) {
         const int row = i / p.units, unit = i % p.units;
-        carry[i] =
-            unit < layer.units ? layer.first_carry(row, j0 + unit, layer.start_of(row)) : C(0);
+        carry[i] = unit < layer.units
+                       ? layer.first_carry(row, j0 + unit, layer.step(layer.first_step(row)))
+                       : C(0);
       }
     __syncthreads();
     if (p.regime == Regime::grid) return;
     // Packed and descending, rows begin late: until then both buffers have their first state.
     if (kForward && q.first.data)
       for (int row = 0; row < layer.rows; ++row) {
-        const bool keep = layer.keeps(layer.start_of(row), row);
+        const bool keep = layer.keeps(layer.step(layer.first_step(row)), row);
 #pragma unroll 1
         for (int64_t j = threadIdx.x; keep && j < q.H; j += kThreads) {
           const S first = *layer.at(q.first, row, j);
@@ -176,7 +184,8 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           e[(p.e_rows + row) * p.e_row + j] = first;
         }
       }
-    if (q.I) load_x(layer, e, layer.step(0), 0, layer.step(0).alive);
+    const Step first = layer.step(layer.first_step(0));
+    if (q.I) load_x(layer, e, first, 0, first.alive);
     copies_done();
     if (p.regime == Regime::cluster)
       cluster_barrier();
@@ -261,8 +270,12 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
       return;
     }
     const uint64_t* const arrived = arrivals(p, shared_) + ((s + 1) & 1);
-    for (int i = 0; i < p.blocks; ++i)  // each block begins with itself: never all with the same
-      send_to_peer(place, arrived, i ^ int(blockIdx.x % unsigned(p.blocks)), numbers);
+    const int self = int(blockIdx.x) & (p.blocks - 1);  // a power of two
+#pragma unroll 2
+    for (int i = 0; i < p.blocks; ++i) {  // each begins with itself: never all with the same
+      const int peer = i ^ self;
+      if (peer < p.receivers) send_to_peer(place, arrived, peer, numbers);
+    }
   }
 
   // Ends a step: what was sent to this block has arrived. That is all that a cluster needs: a block

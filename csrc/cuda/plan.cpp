@@ -26,7 +26,8 @@ Speeds speeds(int architecture) {
     case 75: return {2, 16, 34, 350};
     case 80: return {32, 8, 25, 800};
     case 90:
-    case 100: return {64, 6.5, 33, 1300};
+    case 100:
+    case 103: return {64, 6.5, 33, 1300};
     default: return {2, 32, 34, 220};  // 86, 89, 120
   }
 }
@@ -37,7 +38,7 @@ constexpr double kFma = 4;    // until its result can be added to
 constexpr double kShuffle = 25;
 constexpr double kBarrier = 35;      // __syncthreads
 constexpr double kEpilogue = 70;     // tanh, and a store into shared memory
-constexpr double kItem = 14;         // instructions for every number that a thread owns
+constexpr double kItem = 40;         // instructions for every number that a thread owns
 constexpr double kSend = 4;          // and for sending it to one peer
 constexpr double kPartial = 90;      // warps adding what they found for the same units
 constexpr double kClusterHop = 240;  // from a store at a peer until the peer knows of it
@@ -104,7 +105,7 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
     const double numbers = 16.0 / tile.number_size();
     const double rate = tile.number_size() == 8 ? speed.fma_f64 / 128 : 1;
     issue = chunks * numbers * tile.units * tile.rows / rate;
-    feed = busy * (chunks * tile.rows + spilled * tile.units * 4);
+    feed = busy * (chunks * tile.rows * 2 + spilled * tile.units * 4);  // an LDS.128 takes 2, or 4
     latency = chunks * numbers * std::max(kFma, tile.units * tile.rows / rate) + 3 * kShuffle;
   }
   issue = per_scheduler * (issue + items * (kItem * (tile.mma() ? 2 : 1) + peers * kSend));

@@ -55,8 +55,12 @@ struct Tile {
   constexpr int computed_size() const { return arithmetic == Arithmetic::fma_f64 ? 8 : 4; }
   // K is cut into chunks; a thread holds its part of `held` of them, and more lie in shared memory.
   constexpr int chunk() const { return mma() ? 64 / number_size() : 128 / number_size(); }
-  // All 32 of one unit and 8 rows would leave too few registers for the sums.
-  constexpr int held() const { return mma() ? 16 / units : units == 1 ? 30 : 32 / units; }
+  // As many as fill 128 registers; fewer where the sums of many rows, or float64, need more of
+  // the other 127.
+  constexpr int held() const {
+    if (mma()) return 16 / units;
+    return units == 1 ? 28 : number_size() == 8 ? 14 : 32 / units;
+  }
   constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
   // of a block, where `split` warps share the K of their units
   constexpr int block_units(int split) const { return (mma() ? 128 / split : 32) * units; }

@@ -73,7 +73,7 @@ struct Fma {
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32) {}
 
-  __device__ int first_unit() const { return (warp * 4 + lane / 8) * UnitsPerThread; }
+  __device__ int first_unit() const { return (warp * 4 + lane % 4) * UnitsPerThread; }
   // Whether this warp has any of a block's units.
   __device__ bool busy(int units) const { return warp * 4 * UnitsPerThread < units; }
 
@@ -91,7 +91,7 @@ struct Fma {
   }
 
   __device__ void hold(const Weights& weights, int chunks) {
-    const int64_t k = (lane % 8) * kVector;
+    const int64_t k = lane / 4 * kVector;
 #pragma unroll
     for (int c = 0; c < kHeld; ++c)
       if (c < chunks) {
@@ -108,12 +108,23 @@ struct Fma {
     }
   }
 
-  static __device__ __forceinline__ void add(C (&sum)[UnitsPerThread][Rows],
-                                             const Vector (&w)[UnitsPerThread],
-                                             const C* __restrict__ e, int e_row) {
+  struct States {
+    Vector of[Rows];
+  };
+  static __device__ __forceinline__ States load_states(const C* e, int e_row) {
+    States states;
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
-      const Vector state = *reinterpret_cast<const Vector*>(e + r * e_row);
+      states.of[r] = *reinterpret_cast<const Vector*>(e + r * e_row);
+    }
+    return states;
+  }
+  static __device__ __forceinline__ void add(C (&sum)[UnitsPerThread][Rows],
+                                             const Vector (&w)[UnitsPerThread],
+                                             const States& states) {
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+      const Vector state = states.of[r];
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
 #pragma unroll
@@ -126,16 +137,28 @@ struct Fma {
   __device__ __forceinline__ void multiply(const C* e, int e_row, int chunks, float* /*partial*/,
                                            C (&item)[kItems][kPack]) {
     C sum[UnitsPerThread][Rows] = {};
-    e += (lane % 8) * kVector;
+    e += lane / 4 * kVector;
+    // Together, so that their loads wait at once: across branches the compiler moves none.
+    constexpr int kGroup = kHeld % 4 == 0 && Rows <= 2 ? 4 / Rows : 1;
 #pragma unroll
-    for (int c = 0; c < kHeld; ++c)
-      if (c < chunks) add(sum, held[c], e + c * kChunk, e_row);
+    for (int c = 0; c < kHeld; c += kGroup) {
+      if (c >= chunks) break;
+      if (c + kGroup <= chunks) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i)
+          add(sum, held[c + i], load_states(e + (c + i) * kChunk, e_row));
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGroup - 1; ++i)
+          if (c + i < chunks) add(sum, held[c + i], load_states(e + (c + i) * kChunk, e_row));
+      }
+    }
     for (int c = kHeld; c < chunks; ++c) {
       Vector w[UnitsPerThread];
 #pragma unroll
       for (int u = 0; u < UnitsPerThread; ++u)
         w[u] = spilled[((c - kHeld) * UnitsPerThread + u) * kThreads + threadIdx.x];
-      add(sum, w, e + c * kChunk, e_row);
+      add(sum, w, load_states(e + c * kChunk, e_row));
     }
     // Sums over the 8 lanes. As long as a lane has two or more sums it gives half of them away.
     C value[kSums];
@@ -145,7 +168,7 @@ struct Fma {
       for (int u = 0; u < UnitsPerThread; ++u) value[r * UnitsPerThread + u] = sum[u][r];
     int count = kSums;
 #pragma unroll
-    for (int bit = 1; bit < 8; bit *= 2) {
+    for (int bit = 4; bit < 32; bit *= 2) {
       if (count > 1) {
         count /= 2;
         const bool odd = lane & bit;
@@ -164,9 +187,9 @@ struct Fma {
   }
 
   // The sum that lane `lane % 8` ended with was number `lane % kSums`.
-  __device__ bool owns(int /*i*/) const { return lane % 8 < kSums; }
-  __device__ int unit(int /*i*/) const { return first_unit() + lane % kSums % UnitsPerThread; }
-  __device__ int row(int /*i*/) const { return lane % kSums / UnitsPerThread; }
+  __device__ bool owns(int /*i*/) const { return lane / 4 < kSums; }
+  __device__ int unit(int /*i*/) const { return first_unit() + lane / 4 % kSums % UnitsPerThread; }
+  __device__ int row(int /*i*/) const { return lane / 4 % kSums / UnitsPerThread; }
 };
 
 // ---- tensor cores ----
@@ -340,16 +363,23 @@ struct Mma {
     float sum[2][TilesPerWarp][4] = {};
     e += part * kChunk;
     const int stride = split * kChunk;
+    const int mine = (chunks - part + split - 1) / split;
+    uint4 ahead[2] = {};
+    if (mine > 0) {
+      ahead[0] = load_states(e, e_row, lane);
+      ahead[1] = load_states(e + min(1, mine - 1) * stride, e_row, lane);
+    }
 #pragma unroll
-    for (int c = 0; c < kHeld; ++c)
-      if (c * split + part < chunks) {
-        const uint4 b = load_states(e + c * stride, e_row, lane);
+    for (int c = 0; c < kHeld; ++c) {
+      if (c >= mine) break;
+      const uint4 b = ahead[c % 2];
+      ahead[c % 2] = load_states(e + min(c + 2, mine - 1) * stride, e_row, lane);
 #pragma unroll
-        for (int f = 0; f < 2; ++f)
+      for (int f = 0; f < 2; ++f)
 #pragma unroll
-          for (int m = 0; m < TilesPerWarp; ++m)
-            mma(sum[f][m], held[c][f][m], f ? b.z : b.x, f ? b.w : b.y, S{});
-      }
+        for (int m = 0; m < TilesPerWarp; ++m)
+          mma(sum[f][m], held[c][f][m], f ? b.z : b.x, f ? b.w : b.y, S{});
+    }
     for (int c = kHeld; c * split + part < chunks; ++c) {
       const uint4 b = load_states(e + c * stride, e_row, lane);
 #pragma unroll

@@ -109,7 +109,7 @@ struct SlabProduct<__nv_bfloat16> {
 
 // Step s of the walk; after the last, s = T, the product that leads to ∂L/∂h0.
 template <class S, Pass pass>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     fused_step(const __grid_constant__ Params p, const int64_t s) {
   using Product = typename SlabProduct<S>::type;
   using L = Layer<S, pass, 1>;
@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(kThreads)
         layer.leaky ? static_cast<C*>(p.carry) + ((layer.b0 + r) * q.H + j) : nullptr;
     const C sum[] = {product.item(i)};
     if (finishing) {
-      *layer.at(q.last, r, j) = narrow<S>(carried ? sum[0] + *carried : sum[0]);
+      const bool keep = !q.keep || layer.keeps(layer.step(layer.last_step(r)), r);
+      *layer.at(q.last, r, j) = narrow<S>(!keep ? C(0) : carried ? sum[0] + *carried : sum[0]);
       continue;
     }
     const bool begins = r >= before.alive, ends = r >= after.alive;

@@ -104,7 +104,11 @@ void carry_out(const Operation& operation) {
 
 void start(Thread& self, Operation operation) {
   tsan_release(operation.barrier ? operation.barrier : operation.to);
-  in_flight.push_back(operation);
+  // As late as possible, or at once: a kernel may rely on neither.
+  if (settings.order == Order::random && random_number() % 2)
+    carry_out(operation);
+  else
+    in_flight.push_back(operation);
   preempt(self);
 }
 
