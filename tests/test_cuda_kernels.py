@@ -8,6 +8,7 @@ may be twice torch's own.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -142,10 +143,11 @@ class Trial:
     device: str | None = None  # the smallest that can
 
     def __str__(self) -> str:
+        """With what the summary of a test run counts (conftest.py) in front."""
         fused = {None: "", True: " fused", False: " separate"}[self.fuse_input]
         padded = f" x_padding={self.x_padding}" if self.x_padding else ""
         device = f" on {self.device}" if self.device else ""
-        return f"{self.way} {self.case.with_(dtype=torch.float64)}{fused}{padded}{device}"
+        return f"emulated:kernels {self.way} {self.case.with_(dtype=torch.float64)}{fused}{padded}{device}"
 
     @property
     def tf32(self) -> bool:
@@ -167,7 +169,8 @@ class Trial:
         engine = Engine("emulated", device, way.regime, tile, split, self.fuse_input)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         try:
-            with engine.installed(), emulated(device).watched() as runs:
+            seed = zlib.crc32(str(self).encode())  # each another order of threads
+            with engine.installed(seed), emulated(device).watched() as runs:
                 found = all_passes(fusedrnn.rnn, self.case, self.tensors())
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False
