@@ -147,7 +147,8 @@ class Trial:
         fused = {None: "", True: " fused", False: " separate"}[self.fuse_input]
         padded = f" x_padding={self.x_padding}" if self.x_padding else ""
         device = f" on {self.device}" if self.device else ""
-        return f"emulated:kernels {self.way} {self.case.with_(dtype=torch.float64)}{fused}{padded}{device}"
+        case = self.case.with_(dtype=torch.float64)
+        return f"emulated:kernels {self.way} {case}{fused}{padded}{device}"
 
     @property
     def tf32(self) -> bool:
