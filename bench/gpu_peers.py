@@ -34,11 +34,14 @@ TF32_EPS = 2.0**-10
 def tf32(allowed: bool) -> Iterator[None]:
     """What torch may do with float32 products, its own and cuDNN's."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    # not by its flag, which torch's own test modules freeze where they are imported
+    torch._C._set_cudnn_allow_tf32(allowed)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = before[0]
+        torch._C._set_cudnn_allow_tf32(before[1])
 
 
 class TF32RNN(TorchRNN):
