@@ -6,6 +6,11 @@
 
 namespace fusedrnn::cuda {
 
+// What PTX calls a place in shared memory.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // ---- clusters ----
 
 // All threads of the cluster; what they wrote into each other's shared memory is then seen.
@@ -22,16 +27,16 @@ __device__ __forceinline__ void init_arrivals(uint64_t* arrived) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-          static_cast<uint32_t>(__cvta_generic_to_shared(arrived)))
+          shared_address(arrived))
       : "memory");
 #endif
 }
 __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(arrived))),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrived)),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 __device__ __forceinline__ void wait_for_bytes(uint64_t* arrived, unsigned phase) {
@@ -43,7 +48,7 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* arrived, unsigned phase
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.b32 %0, 1, 0, p;\n\t}"
         : "=r"(done)
-        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(arrived))), "r"(phase)
+        : "r"(shared_address(arrived)), "r"(phase)
         : "memory");
   } while (!done);
 #endif
@@ -59,7 +64,7 @@ __device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrive
     uint32_t address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;"
         : "=r"(address)
-        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(ours))), "r"(peer));
+        : "r"(shared_address(ours)), "r"(peer));
     return address;
   };
   if constexpr (sizeof(numbers) == 8) {
@@ -121,9 +126,7 @@ __device__ __forceinline__ T load_through_l2(const T* from) {
 // 16 bytes, past L1.
 __device__ __forceinline__ void copy_through_l2(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
 #else
   *static_cast<uint4*>(to) = __ldcg(static_cast<const uint4*>(from));
@@ -133,7 +136,7 @@ __device__ __forceinline__ void copy_through_l2(void* to, const void* from) {
 // 4, 8 or 16 bytes, aligned alike.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   if (bytes == 16)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   else if (bytes == 8)

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "exchange.cuh"
 #include "numbers.cuh"
 #include "plan.h"
 
@@ -186,7 +187,7 @@ struct Fma {
     item[0][0] = value[0];
   }
 
-  // The sum that lane `lane % 8` ended with was number `lane % kSums`.
+  // Of the 8 lanes that share a unit, number `lane / 4` ended with sum `lane / 4 % kSums`.
   __device__ bool owns(int /*i*/) const { return lane / 4 < kSums; }
   __device__ int unit(int /*i*/) const { return first_unit() + lane / 4 % kSums % UnitsPerThread; }
   __device__ int row(int /*i*/) const { return lane / 4 % kSums / UnitsPerThread; }
@@ -245,10 +246,6 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
 #else
   return bits(v);
 #endif
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // Four 8 x 8 matrices of 16-bit numbers; each lane says where one row of 16 bytes begins.
