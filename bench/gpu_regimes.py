@@ -12,7 +12,7 @@ from gpu_peers import ALONE, tf32
 from measure import distances, is_fatal, take_turns, timer_for
 from peers import FORWARD, Problem, Shape
 
-REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
+REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
 
 
 def time_regimes(

@@ -142,6 +142,9 @@ py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B,
   result["units"] = plan.units;
   result["blocks"] = plan.blocks;
   result["teams"] = plan.teams;
+  result["waves"] = plan.waves;
+  result["slices"] = plan.slices;
+  result["chunks"] = plan.chunks;
   result["shared_memory"] = plan.shared.end;
   result["counters"] = plan.counters;
   result["microseconds"] = plan.microseconds;
@@ -164,6 +167,8 @@ py::list cuda_tiles() {
     one["held"] = tile.held();
     one["chunk_bytes"] = tile.chunk_bytes();
     one["block_units"] = tile.block_units(1);
+    one["slices"] = tile.slices();
+    one["only_slices"] = tile.only_slices();
     result.append(one);
   }
   return result;

@@ -23,7 +23,7 @@ from torch.utils import cpp_extension
 from fusedrnn import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
+REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
 PASSES = ("activation", "tangent", "adjoint")  # Pass of csrc/recurrence.h
 
 
@@ -39,6 +39,8 @@ class Tile:
     held: int
     chunk_bytes: int
     block_units: int  # where each warp has units of its own
+    slices: bool  # whether it is for that regime,
+    only_slices: bool  # and for no other
 
     @property
     def mma(self) -> bool:
@@ -115,7 +117,7 @@ class Engine:
                 _C.use_regime(None)
 
 
-ARCHITECTURES = {"tiny": 90, "h100": 90, "t4": 75}  # of pretend devices; each is a build
+ARCHITECTURES = {"tiny": "90a", "h100": "90a", "t4": 75}  # of pretend devices; each is a build
 # A forced regime still gives way to another where it cannot run a problem.
 EMULATED = [
     Engine("emulated", "h100"),

@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -21,6 +22,12 @@ PersistentKernel persistent_kernel(int tile, Pass pass) {
   int index = 0;  // among the tiles of the same arithmetic
   while (index < tile && kTiles[tile - index - 1].arithmetic == kTiles[tile].arithmetic) ++index;
   return lists[int(kTiles[tile].arithmetic)][index].of_pass[int(pass)];
+}
+
+PersistentKernel slices_kernel(Arithmetic arithmetic, Pass pass) {
+  const TileKernels* const kernels[] = {&kSlicesF32, nullptr, &kSlicesBf16, &kSlicesF16,
+                                        &kSlicesTf32};
+  return kernels[int(arithmetic)]->of_pass[int(pass)];
 }
 
 StepKernel step_kernel(Storage storage, Pass pass) {
@@ -45,28 +52,28 @@ void allow(const void* kernel, const Device& device, int64_t cluster) {
           "clusters of more than 8 blocks");
 }
 
-// A launch of clusters, or of blocks that all run at once.
+// A launch, perhaps of clusters, and perhaps of blocks that all run at once.
 struct Launch {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[1];
+  cudaLaunchAttribute attributes[2];
 
-  Launch(int64_t blocks, int64_t shared, cudaStream_t stream) {
+  Launch(int64_t blocks, int threads, int64_t shared, cudaStream_t stream) {
     config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared);
     config.stream = stream;
     config.attrs = attributes;
   }
   void clusters_of(int64_t blocks) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = unsigned(blocks);
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    config.numAttrs = 1;
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
   void all_at_once() {
-    attributes[0].id = cudaLaunchAttributeCooperative;
-    attributes[0].val.cooperative = 1;
-    config.numAttrs = 1;
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
 };
 
@@ -78,7 +85,7 @@ void count_clusters(Device& device) {
   if (device.architecture < 90) return;
   const auto kernel = reinterpret_cast<const void*>(persistent_kernel(0, Pass::activation));
   for (int log2 = 1; log2 < 5; ++log2) {
-    Launch launch(int64_t(1) << log2, device.shared_memory, nullptr);
+    Launch launch(int64_t(1) << log2, kThreads, device.shared_memory, nullptr);
     launch.clusters_of(int64_t(1) << log2);
     int clusters = 0;
     try {
@@ -135,6 +142,10 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.units = int(plan.units);
   p.receivers = int((problem.H + plan.units - 1) / plan.units);
   p.split = plan.split;
+  p.slices = plan.slices;
+  p.groups = int((plan.rows + tile.rows - 1) / tile.rows);
+  p.slots = plan.slots;
+  p.slab = int(plan.slab);
   p.state_k = int(plan.state_chunks) * tile.chunk();
   p.chunks = int(plan.chunks);
   p.e_row = int(plan.shared.e_row);
@@ -162,7 +173,7 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
   if (plan.regime == Regime::step) {
     StepKernel kernel = step_kernel(problem.storage, problem.pass);
     const bool finish = problem.pass == Pass::adjoint && problem.last.data;
-    const Launch launch(plan.blocks * plan.teams, 0, stream);
+    const Launch launch(plan.blocks * plan.teams, kThreads, 0, stream);
     for (int64_t s = 0; s < problem.T + finish; ++s) {
       void* arguments[] = {&p, &s};
       check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments),
@@ -170,15 +181,24 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
     }
     return;
   }
-  PersistentKernel kernel = persistent_kernel(plan.tile, problem.pass);
-  const bool cluster = plan.regime == Regime::cluster;
-  allow(reinterpret_cast<const void*>(kernel), device, cluster ? plan.blocks : 1);
-  Launch launch(plan.blocks * plan.teams, plan.shared.end, stream);
-  if (cluster) launch.clusters_of(plan.blocks);
-  if (plan.regime == Regime::grid) launch.all_at_once();
-  void* arguments[] = {&p};
-  check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments),
-        "the launch failed");
+  const bool slices = plan.regime == Regime::slices;
+  PersistentKernel kernel = slices ? slices_kernel(kTiles[plan.tile].arithmetic, problem.pass)
+                                   : persistent_kernel(plan.tile, problem.pass);
+  const int64_t cluster = plan.regime == Regime::cluster ? plan.blocks : plan.slices;
+  allow(reinterpret_cast<const void*>(kernel), device, cluster);
+  // Teams whose blocks wait for each other come in as many as run at once; others as SMs get free.
+  const bool waits = slices || plan.regime == Regime::grid;
+  const int64_t waves = waits ? plan.waves : 1, of_a_wave = (plan.teams + waves - 1) / waves;
+  for (int64_t first = 0; first < plan.teams; first += of_a_wave) {
+    p.first_team = int(first);
+    Launch launch(plan.blocks * std::min(of_a_wave, plan.teams - first),
+                  slices ? kSliceThreads : kThreads, plan.shared.end, stream);
+    if (cluster > 1) launch.clusters_of(cluster);
+    if (waits) launch.all_at_once();
+    void* arguments[] = {&p};
+    check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments),
+          "the launch failed");
+  }
 }
 
 }  // namespace

@@ -21,16 +21,48 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Arrivals of bytes in shared memory, counted by an mbarrier of one arrival a phase: that of the
-// thread which says how many bytes are expected. Bytes may come before it does.
-__device__ __forceinline__ void init_arrivals(uint64_t* arrived) {
+// An mbarrier in shared memory: a phase of it ends with so many arrivals.
+__device__ __forceinline__ void init_arrivals(uint64_t* arrived, int count = 1) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-          shared_address(arrived))
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          shared_address(arrived)),
+      "r"(count)
       : "memory");
 #endif
 }
+
+// Among threads of a block: what they did before they arrived is seen by those who waited.
+__device__ __forceinline__ void arrive(uint64_t* arrived) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(arrived))
+               : "memory");
+#endif
+}
+// Arrives, but only when this thread's copies are there.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* arrived) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(arrived))
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.b32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(shared_address(arrived)), "r"(phase)
+        : "memory");
+  } while (!done);
+#endif
+}
+
+// Arrivals of bytes, counted by an mbarrier of one arrival a phase: that of the thread which says
+// how many bytes are expected. Bytes may come before it does.
 __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -88,18 +120,28 @@ __device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrive
 
 // ---- the grid ----
 
+// One more has arrived. Who waits for it sees all that this thread did before, or knows of.
+__device__ __forceinline__ void count_arrival(unsigned* arrived) {
+#if __CUDA_ARCH__ >= 700
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_count(const unsigned* arrived, unsigned full) {
+#if __CUDA_ARCH__ >= 700
+  unsigned now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+  } while (int(now - full) < 0);
+#endif
+}
+
 // All blocks of a team, which run at once: `arrived` counts them, over all steps together. Their
 // threads see each other's writes to global memory afterwards, through L2.
 __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    unsigned now;
-#if __CUDA_ARCH__ >= 700
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-    } while (int(now - full) < 0);
-#endif
+    count_arrival(arrived);
+    wait_for_count(arrived, full);
   }
   __syncthreads();
 }
@@ -130,6 +172,15 @@ __device__ __forceinline__ void copy_through_l2(void* to, const void* from) {
                : "memory");
 #else
   *static_cast<uint4*>(to) = __ldcg(static_cast<const uint4*>(from));
+#endif
+}
+
+// The same where `exists`, or zeros; `from` is then any address that is aligned.
+__device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool exists) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
 #endif
 }
 

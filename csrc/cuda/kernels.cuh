@@ -3,6 +3,7 @@
 #pragma once
 
 #include "persistent.cuh"
+#include "slices.cuh"
 #include "step.cuh"
 
 namespace fusedrnn::cuda {
@@ -11,6 +12,12 @@ template <class Product>
 TileKernels tile_kernels() {
   return {{&persistent<Product, Pass::activation>, &persistent<Product, Pass::tangent>,
            &persistent<Product, Pass::adjoint>}};
+}
+
+template <class Product>
+TileKernels slices_kernels() {
+  return {{&sliced<Product, Pass::activation>, &sliced<Product, Pass::tangent>,
+           &sliced<Product, Pass::adjoint>}};
 }
 
 template <class S>

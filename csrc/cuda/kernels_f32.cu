@@ -9,4 +9,5 @@ const TileKernels kFmaF32[] = {
     tile_kernels<Fma<float, 1, 8>>(),
 };
 const StepKernels kStepF32 = step_kernels<float>();
+const TileKernels kSlicesF32 = slices_kernels<SliceFma>();
 }  // namespace fusedrnn::cuda

@@ -7,6 +7,11 @@
 
 namespace fusedrnn::cuda {
 
+// The team of this block.
+__device__ __forceinline__ unsigned team(const Params& p) {
+  return unsigned(p.first_team) + blockIdx.x / unsigned(p.blocks);
+}
+
 // A step of the walk: where its rows lie, and how many there are.
 struct Step {
   int64_t t;
@@ -219,6 +224,50 @@ struct Layer {
     store(q.out[0], now, row, unit, out[0]);
     if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
     return handed;
+  }
+
+  // The same, with what the row carries in memory, where it does.
+  __device__ __forceinline__ Numbers compute(const Inputs& in, const C (&sums)[N], int unit,
+                                             int row, const Step& before, const Step& now,
+                                             const Step& after, const C* bias, const C* alpha,
+                                             C* carried) const {
+    const bool begins = row >= before.alive, ends = row >= after.alive;
+    C carry[N] = {};
+    if (carried && (leaky || begins))
+#pragma unroll
+      for (int n = 0; n < N; ++n) carry[n] = carried[n];
+    const Numbers handed = compute(in, sums, unit, row, now, begins, ends, bias, alpha, carry);
+    if (leaky)
+#pragma unroll
+      for (int n = 0; n < N; ++n) carried[n] = carry[n];
+    return handed;
+  }
+
+  // Backward, the product after the last step leads to ∂L/∂h0.
+  __device__ __forceinline__ void finish(const C (&sums)[N], int unit, int row,
+                                         const C* carried) const {
+    const bool keep = !q.keep || keeps(step(last_step(row)), row);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (unit + n < units)
+        *at(q.last, row, j0 + unit + n) = narrow<S>(!keep   ? C(0)
+                                                    : leaky ? sums[n] + carried[n]
+                                                            : sums[n]);
+  }
+
+  // Before the walk, by so many threads: bias and alpha of units, and what rows carry.
+  __device__ void prepare(C* vectors, C* carry, int threads) const {
+#pragma unroll 1
+    for (int unit = threadIdx.x; unit < p.units; unit += threads) {
+      vectors[unit] = unit < units ? bias(j0 + unit) : C(0);
+      vectors[p.units + unit] = unit < units ? alpha(j0 + unit) : C(0);
+    }
+    if (!p.carry_offset) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * p.units; i += threads) {
+      const int row = i / p.units, unit = i % p.units;
+      carry[i] = unit < units ? first_carry(row, j0 + unit, step(first_step(row))) : C(0);
+    }
   }
 };
 

@@ -11,12 +11,15 @@ namespace fusedrnn::cuda {
 struct Params {
   Problem problem;
   const int64_t* offsets;  // packed: rows before each step, on the device
-  unsigned* counters;      // grid: one for each team
+  unsigned* counters;      // grid: one for each team; slices: for each group of its rows
   void* carry;             // step, with a leak: what rows carry, [B, H]
   Regime regime;
+  int first_team;           // of this launch
   int blocks, rows, units;  // of a team, of a team, of a block
   int receivers;            // blocks of a team that have units
   int split;                // warps that share the K of their units
+  int slices, groups;       // slices: of K, of which one has `chunks`; and of a team's rows
+  int slots, slab;          // buffers for states, and the chunks that one has of a slice
   int state_k;              // where inputs follow the states in K
   int chunks;               // of K
   int e_row, e_rows;        // shared memory: e is [buffers][e_rows][e_row], and where things begin
@@ -38,6 +41,7 @@ struct StepKernels {
 
 // kernels_*.cu; in the order of kTiles
 extern const TileKernels kFmaF32[4], kFmaF64[2], kMmaBf16[2], kMmaF16[2], kMmaTf32[2];
+extern const TileKernels kSlicesF32, kSlicesBf16, kSlicesF16, kSlicesTf32;
 extern const StepKernels kStepF32, kStepF64, kStepBf16, kStepF16;
 
 }  // namespace fusedrnn::cuda

@@ -18,8 +18,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
   static constexpr int N = Product::kPack;
   using Base = Layer<S, pass, N>;
   using C = typename Base::C;
-  using Base::at, Base::b0, Base::j0, Base::keeps, Base::kForward, Base::leaky, Base::p, Base::q,
-      Base::rows, Base::step, Base::units;
+  using Base::b0, Base::j0, Base::kForward, Base::p, Base::q, Base::rows, Base::step, Base::units;
   using typename Base::Inputs, typename Base::Numbers;
   static constexpr int kItems = Product::kItems;  // N neighbours each
   // What steps bring is loaded while the step before is computed, if registers are left for it.
@@ -27,7 +26,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
 
  public:
   __device__ Walk(const Params& params, unsigned char* shared)
-      : Base(params, int64_t(blockIdx.x / params.blocks) * params.rows,
+      : Base(params, int64_t(team(params)) * params.rows,
              int64_t(blockIdx.x % params.blocks) * params.units),
         shared_(shared),
         product_(shared, params.split),
@@ -98,25 +97,11 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
           if (!product_.owns(i) || row >= alive || unit >= units) continue;
           C* const carried = carry_ ? carry_ + row * p.units + unit : nullptr;
           if (finishing) {
-            const bool keep = !q.keep || keeps(step(Base::last_step(row)), row);
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-              if (unit + n < units)
-                *at(q.last, row, j0 + unit + n) = narrow<S>(!keep   ? C(0)
-                                                            : leaky ? sum[i][n] + carried[n]
-                                                                    : sum[i][n]);
+            Base::finish(sum[i], unit, row, carried);
             continue;
           }
-          const bool begins = row >= before.alive, ends = row >= after.alive;
-          C carry[N] = {};
-          if (carried && (leaky || begins))
-#pragma unroll
-            for (int n = 0; n < N; ++n) carry[n] = carried[n];
-          const Numbers handed = Base::compute(in[i], sum[i], unit, row, now, begins, ends,
-                                               vectors_ + unit, vectors_ + p.units + unit, carry);
-          if (leaky)
-#pragma unroll
-            for (int n = 0; n < N; ++n) carried[n] = carry[n];
+          const Numbers handed = Base::compute(in[i], sum[i], unit, row, before, now, after,
+                                               vectors_ + unit, vectors_ + p.units + unit, carried);
           if (!through_l2 && goes_on) send(s, to + row * p.e_row + j0 + unit, handed);
         }
       }
@@ -158,19 +143,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     if (p.regime == Regime::cluster && threadIdx.x == 0)
       for (int b = 0; b < 2; ++b) init_arrivals(arrivals(p, shared) + b);
     for (int i = threadIdx.x; i < 2 * p.e_rows * p.e_row; i += kThreads) e[i] = narrow<S>(0);
-#pragma unroll 1
-    for (int unit = threadIdx.x; unit < p.units; unit += kThreads) {
-      vectors[unit] = unit < layer.units ? layer.bias(j0 + unit) : C(0);
-      vectors[p.units + unit] = unit < layer.units ? layer.alpha(j0 + unit) : C(0);
-    }
-    if (p.carry_offset)
-#pragma unroll 1
-      for (int i = threadIdx.x; i < layer.rows * p.units; i += kThreads) {
-        const int row = i / p.units, unit = i % p.units;
-        carry[i] = unit < layer.units
-                       ? layer.first_carry(row, j0 + unit, layer.step(layer.first_step(row)))
-                       : C(0);
-      }
+    layer.prepare(vectors, carry, kThreads);
     __syncthreads();
     if (p.regime == Regime::grid) return;
     // Packed and descending, rows begin late: until then both buffers have their first state.
@@ -284,7 +257,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
   // take a later phase for the one that it waits for.
   __device__ __forceinline__ void meet(int64_t s) const {
     if (p.regime == Regime::grid) {
-      grid_barrier(p.counters + blockIdx.x / p.blocks, unsigned(s + 1) * unsigned(p.blocks));
+      grid_barrier(p.counters + team(p), unsigned(s + 1) * unsigned(p.blocks));
       return;
     }
     copies_done();

@@ -36,18 +36,20 @@ Speeds speeds(int architecture) {
 constexpr double kLoad = 33;  // shared memory, to the first number
 constexpr double kFma = 4;    // until its result can be added to
 constexpr double kShuffle = 25;
-constexpr double kBarrier = 35;      // __syncthreads
-constexpr double kEpilogue = 70;     // tanh, and a store into shared memory
-constexpr double kItem = 40;         // instructions for every number that a thread owns
-constexpr double kSend = 4;          // and for sending it to one peer
-constexpr double kPartial = 90;      // warps adding what they found for the same units
-constexpr double kClusterHop = 240;  // from a store at a peer until the peer knows of it
-constexpr double kGridHop = 2100;    // from stores, through L2 and a barrier there, to everyone
-constexpr double kL2Latency = 700;   // until the first states of a group are in shared memory
-constexpr double kL2Bytes = 24;      // a cycle and SM
-constexpr double kSetUp = 700;       // and what the loads of a chunk of weights take, once
-constexpr double kLaunch = 2.2;      // µs, a kernel after another in a stream
-constexpr double kGemmLaunch = 6;    // µs, what a GEMM before the chain costs at least
+constexpr double kBarrier = 35;       // __syncthreads
+constexpr double kEpilogue = 70;      // tanh, and a store into shared memory
+constexpr double kItem = 40;          // instructions for every number that a thread owns
+constexpr double kSend = 4;           // and for sending it to one peer
+constexpr double kPartial = 90;       // warps adding what they found for the same units
+constexpr double kClusterHop = 240;   // from a store at a peer until the peer knows of it
+constexpr double kClusterBytes = 14;  // a cycle and SM, from SM to SM
+constexpr double kGridHop = 2100;     // from stores, through L2 and a barrier there, to everyone
+constexpr double kFlagHop = 1600;     // and to a warp that does nothing but wait for a flag there
+constexpr double kL2Latency = 700;    // until the first states of a group are in shared memory
+constexpr double kL2Bytes = 24;       // a cycle and SM
+constexpr double kSetUp = 700;        // and what the loads of a chunk of weights take, once
+constexpr double kLaunch = 2.2;       // µs, a kernel after another in a stream
+constexpr double kGemmLaunch = 6;     // µs, what a GEMM before the chain costs at least
 
 bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
   const bool has_mma = device.architecture >= 80 || tile.arithmetic == Arithmetic::mma_f16;
@@ -79,6 +81,23 @@ Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   shared.partial = shared.vectors + round_up(2 * plan.units * wide, 16);
   shared.arrivals = shared.partial + (plan.split > 1 ? 8192 * tile.units : 0);
   shared.end = shared.arrivals + (plan.regime == Regime::cluster ? 16 : 0);
+  return shared;
+}
+
+// A slice's.
+Shared shared_memory_of_slices(const Tile& tile, const PlanInput& in, const Plan& plan) {
+  const int64_t size = tile.number_size(), slab = plan.slab * tile.chunk();
+  const int64_t groups = ceil_div(plan.rows, tile.rows);
+  Shared shared;
+  shared.e_row = size == 2 ? slab + 8 : round_up(slab, 32) + 8;  // banks, as above
+  shared.e_rows = tile.rows;
+  shared.vectors = std::max<int64_t>(0, plan.chunks - tile.held()) * tile.chunk_bytes();
+  shared.arrivals = shared.vectors + 2 * plan.units * 4;
+  shared.carry = shared.arrivals + 8 * (2 * kMostSlots + 2 * kMostGroups);
+  const bool carries = in.leaky || in.pass == Pass::adjoint;
+  shared.partial = shared.carry + (carries ? groups * tile.rows * plan.units * 4 : 0);
+  shared.e = shared.partial + groups * tile.rows * plan.units * plan.slices * 4;
+  shared.end = shared.e + plan.slots * shared.e_rows * shared.e_row * size;
   return shared;
 }
 
@@ -119,10 +138,39 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
     case Regime::block: cycles += kBarrier; break;
     case Regime::cluster: cycles += kClusterHop; break;
     case Regime::grid: cycles += kGridHop + kL2Latency + gather; break;
-    case Regime::step: break;
+    case Regime::step:
+    case Regime::slices: break;  // have their own
   }
   const double once = kLaunch + chunks * kSetUp / device.clock / 1000;
   return cycles / device.clock / 1000 + once / double(in.T);
+}
+
+// The same where K is cut into slices and groups of rows take turns.
+double slices_time(const Tile& tile, const PlanInput& in, const Plan& plan, const Device& device) {
+  const double groups = double(ceil_div(plan.rows, tile.rows)), chunks = double(plan.chunks);
+  const double K = chunks * tile.chunk(), cluster_units = double(plan.slices * plan.units);
+  const double spilled = std::max(0.0, chunks - tile.held());
+  const double busy = std::min(8.0, std::ceil(cluster_units / 32) * (tile.mma() ? 1 : 2));
+  const double per_scheduler = std::ceil(busy / 4);
+  // Of a group of rows: what the arithmetic units need; shared memory; and the two ways of states.
+  double products, feed;
+  if (tile.mma()) {
+    products = per_scheduler * chunks * 2 * tile.units * speeds(device.architecture).mma;
+    feed = busy * (chunks * 4 + spilled * 2 * tile.units * 4);
+  } else {  // 32 sums of a thread over half of K, where 12 loads go with 128 multiplications
+    products = per_scheduler * 32 * K / 2 * 1.1;
+    feed = busy * 12 * K / 8;
+  }
+  const double sums = tile.rows * cluster_units * 4 * (plan.slices - 1) / plan.slices;
+  const double sends = sums / kClusterBytes;
+  const double gather = tile.rows * K * tile.number_size() / kL2Bytes;
+  // While a warp sends and finishes, another of its scheduler multiplies.
+  const double others = 2 * kItem + 8 * kSend;
+  const double turn = std::max({products + others, feed, sends, gather});
+  const double trip =
+      products + others + sends + kClusterHop + kEpilogue + kFlagHop + kL2Latency + gather;
+  const double once = kLaunch + chunks * kSetUp / device.clock / 1000;
+  return std::max(groups * turn, trip) / device.clock / 1000 + once / double(in.T);
 }
 
 bool half(const PlanInput& in) { return in.storage == Storage::bf16 || in.storage == Storage::f16; }
@@ -168,6 +216,47 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   return plan;
 }
 
+// K cut into so many slices, or nothing. The inputs are multiplied before: K is what there is most
+// of.
+std::optional<Plan> slices_plan(const PlanInput& in, const Device& device, int t, int log2_slices) {
+  const Tile& tile = kTiles[t];
+  Plan plan;
+  plan.regime = Regime::slices;
+  plan.tile = t;
+  plan.slices = 1 << log2_slices;
+  plan.units = own_units(tile);
+  const int64_t cluster_units = plan.slices * plan.units;
+  if (!tile.slices() || cluster_units > tile.block_units(1)) return std::nullopt;
+  if (tile.mma() && device.architecture != 90) return std::nullopt;  // registers: slices.cuh
+  const int64_t clusters = ceil_div(in.H, cluster_units);            // of a team
+  const int64_t at_once = device.clusters[log2_slices] / clusters;
+  if (at_once == 0) return std::nullopt;
+  plan.blocks = clusters * plan.slices;
+  plan.state_chunks = plan.chunks = ceil_div(ceil_div(in.H, tile.chunk()), plan.slices);
+  plan.slab = tile.mma() ? plan.chunks : std::min<int64_t>(kSliceSlab, plan.chunks);
+  const auto fits = [&](int64_t rows, int slots) {
+    plan.rows = rows;
+    plan.slots = slots;
+    plan.shared = shared_memory_of_slices(tile, in, plan);
+    return plan.shared.end <= device.shared_memory;
+  };
+  // As many rows as let all teams run at once; or as there is room for, in several waves. Then as
+  // many buffers.
+  int64_t groups = std::min(ceil_div(ceil_div(in.B, at_once), tile.rows), int64_t(kMostGroups));
+  while (groups > 0 && !fits(groups * tile.rows, 2)) --groups;
+  if (groups == 0) return std::nullopt;
+  plan.waves = ceil_div(ceil_div(in.B, at_once), groups * tile.rows);
+  const int64_t rows = std::min(in.B, round_up(ceil_div(in.B, plan.waves * at_once), tile.rows));
+  for (int slots = kMostSlots; !fits(rows, slots); --slots) continue;
+  plan.teams = ceil_div(in.B, plan.rows);
+  plan.waves = ceil_div(plan.teams, at_once);
+  plan.counters = plan.teams * ceil_div(plan.rows, tile.rows);
+  plan.microseconds = double(plan.waves) * slices_time(tile, in, plan, device);
+  plan.fuse_input = in.I == 0;
+  if (in.I > 0) plan.input_microseconds = gemm_time(in, device);
+  return plan;
+}
+
 }  // namespace
 
 Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
@@ -197,6 +286,11 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
   for (int t = 0; t < kTileCount; ++t) {
     const Tile& tile = kTiles[t];
     if (!suits(tile, in, device)) continue;
+    for (int log2 = 1; log2 < 4; ++log2)
+      if (const std::optional<Plan> plan = slices_plan(in, device, t, log2))
+        consider(*plan, agrees(wish.regime, Regime::slices) && agrees(wish.tile, t) &&
+                            agrees(wish.split, 1) && agrees_on_input(false));
+    if (tile.only_slices()) continue;
     for (int split = 1; split <= (tile.mma() ? 8 : 1); split *= 2)
       for (const bool fuse : {true, false}) {
         if (!fuse && in.I == 0) continue;
@@ -214,19 +308,17 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
           plan.blocks = blocks;
           // Spread evenly; in pairs, since a thread owns neighbours.
           plan.units = std::min(most_units, round_up(ceil_div(in.H, blocks), 2));
-          plan.counters = 0;
           const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
                               agrees(wish.split, split) && agrees_on_input(fuse);
           // As many rows as let all teams run at once; or half of them, in two waves, and so on.
-          // A grid has to run at once.
-          for (int64_t waves = 1; waves == 1 || regime != Regime::grid; waves *= 2) {
+          for (int64_t waves = 1;; waves *= 2) {
             plan.rows = std::min(in.B, round_up(ceil_div(in.B, waves * at_once), tile.rows));
             plan.teams = ceil_div(in.B, plan.rows);
+            plan.waves = ceil_div(plan.teams, at_once);
             plan.shared = shared_memory(tile, in, plan);
             if (plan.shared.end <= device.shared_memory && blocks * plan.teams <= kMostBlocks) {
-              if (regime == Regime::grid) plan.counters = plan.teams;
-              plan.microseconds =
-                  double(ceil_div(plan.teams, at_once)) * step_time(tile, in, plan, device);
+              plan.counters = regime == Regime::grid ? plan.teams : 0;
+              plan.microseconds = double(plan.waves) * step_time(tile, in, plan, device);
               consider(plan, wished);
             }
             if (plan.rows <= tile.rows) break;
@@ -268,10 +360,11 @@ std::string in_words(const PlanInput& in, const Plan& plan, const Device& device
                       : plan.regime == Regime::cluster ? "cluster"
                                                        : "team");
     if (plan.regime != Regime::block) words << " of " << plan.blocks << " blocks";
+    if (plan.regime == Regime::slices) words << " in clusters of " << plan.slices;
     words << ", each with ";
     count(plan.rows, "batch row");
-    words << "; a block keeps the weights of ";
-    count(plan.units, "hidden unit");
+    words << "; a block keeps " << (plan.slices > 1 ? "a slice of " : "") << "the weights of ";
+    count(plan.slices * plan.units, "hidden unit");
     const bool spills = (plan.chunks + plan.split - 1) / plan.split > tile.held();
     words << (spills ? " in registers and shared memory" : " in registers") << " and uses "
           << plan.shared.end / 1024.0 << " KB of shared memory";

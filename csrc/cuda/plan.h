@@ -15,8 +15,11 @@ namespace fusedrnn::cuda {
 //   block    in the registers and shared memory of one SM; the batch is split over SMs
 //   cluster  in those of 2 to 16 SMs, which write states into each other's shared memory
 //   grid     in those of many SMs, which exchange states through L2
-enum class Regime { step, block, cluster, grid };
-constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid"};
+//   slices   likewise, and cut along K too: the SMs of a cluster each have a slice, and add up what
+//            they found in their shared memory; groups of rows take turns, so that the
+//            multiplication of one hides the exchange of the others
+enum class Regime { step, block, cluster, grid, slices };
+constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid", "slices"};
 
 struct Device {
   std::string name;
@@ -46,6 +49,9 @@ struct Tile {
   int units;  // fma: of a thread, which are 32 times as many of a block; mma: 16 of a warp
   int rows;   // of the batch at once
 
+  // slices.cuh: one of float32 for that alone, and the larger ones of tensor cores
+  constexpr bool only_slices() const { return rows == 32; }
+  constexpr bool slices() const { return only_slices() || (mma() && units == 2); }
   constexpr bool mma() const { return arithmetic >= Arithmetic::mma_bf16; }
   constexpr int number_size() const {
     return arithmetic == Arithmetic::fma_f64                                         ? 8
@@ -58,6 +64,7 @@ struct Tile {
   // As many as fill 128 registers; fewer where the sums of many rows, or float64, need more of
   // the other 127.
   constexpr int held() const {
+    if (only_slices()) return 0;
     if (mma()) return 16 / units;
     return units == 1 ? 28 : number_size() == 8 ? 14 : 32 / units;
   }
@@ -70,17 +77,28 @@ constexpr Tile kTiles[] = {
     {Arithmetic::fma_f32, 1, 8},  {Arithmetic::fma_f64, 2, 1},  {Arithmetic::fma_f64, 2, 4},
     {Arithmetic::mma_bf16, 1, 8}, {Arithmetic::mma_bf16, 2, 8}, {Arithmetic::mma_f16, 1, 8},
     {Arithmetic::mma_f16, 2, 8},  {Arithmetic::mma_tf32, 1, 8}, {Arithmetic::mma_tf32, 2, 8},
+    {Arithmetic::fma_f32, 4, 32},
 };
 constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr int kThreads = 256;   // of a block, in every kernel
+constexpr int kThreads = 256;   // of a block, that multiply
 constexpr int kStepUnits = 64;  // of a block in the step regime,
 constexpr int kStepRows = 32;   // and its batch rows
+
+// In the slices regime: threads of a block, with four warps (registers can only be given away by
+// as many) of which one fetches states and one tells of new ones; and the units of a tile that are
+// a block's own, once all slices are added: two for each thread that multiplies, or for half of
+// them.
+constexpr int kSliceThreads = kThreads + 128;
+constexpr int own_units(const Tile& tile) { return tile.mma() ? 32 : 16; }
+constexpr int kMostGroups = 32;  // of rows, of a team
+constexpr int kMostSlots = 4;    // for states that are being fetched,
+constexpr int kSliceSlab = 2;    // each for so many chunks where tensor cores do not take them all
 
 // Where a block's shared memory has what, in bytes, after the weights that registers do not hold.
 struct Shared {
   int64_t e, carry, vectors, partial, arrivals, end;
-  int64_t e_row, e_rows;  // e is [2][e_rows][e_row]
+  int64_t e_row, e_rows;  // e is [2][e_rows][e_row]; of slices [slots][tile.rows][e_row]
 };
 
 struct Plan {
@@ -92,7 +110,11 @@ struct Plan {
   int64_t units = 0;       // hidden units that a block owns
   int64_t blocks = 0;      // of a team, which shares a W_hh
   int64_t teams = 0;
-  int64_t chunks = 0;        // of K
+  int64_t waves = 1;         // of teams that run at once
+  int slices = 1;            // of K, each with a block of its own
+  int slots = 0;             // slices: buffers for states,
+  int64_t slab = 0;          // and the chunks that one has of a slice
+  int64_t chunks = 0;        // of K, or of a slice
   int64_t state_chunks = 0;  // of these, of the states
   Shared shared{};           // memory of a block
   int64_t counters = 0;      // words of zeros that the workspace must have,

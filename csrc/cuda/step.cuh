@@ -188,8 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         layer.leaky ? static_cast<C*>(p.carry) + ((layer.b0 + r) * q.H + j) : nullptr;
     const C sum[] = {product.item(i)};
     if (finishing) {
-      const bool keep = !q.keep || layer.keeps(layer.step(layer.last_step(r)), r);
-      *layer.at(q.last, r, j) = narrow<S>(!keep ? C(0) : carried ? sum[0] + *carried : sum[0]);
+      layer.finish(sum, unit, r, carried);
       continue;
     }
     const bool begins = r >= before.alive, ends = r >= after.alive;

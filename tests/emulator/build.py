@@ -222,7 +222,9 @@ def sanitizer_flags(sanitizer: str | None) -> tuple[str, ...]:
     return (f"-fsanitize={sanitizer}",) if sanitizer else ()
 
 
-def compile_cu(source: Path, arch: int, flags: Sequence[str], sanitizer: str | None) -> list[Path]:
+def compile_cu(
+    source: Path, arch: int | str, flags: Sequence[str], sanitizer: str | None
+) -> list[Path]:
     """Two objects: the translated kernels of a .cu file, and its host code.
 
     In this order, on which cuda_runtime.cpp relies.
@@ -285,7 +287,7 @@ def runtime_objects(sanitizer: str | None) -> list[Callable[[], list[Path]]]:
 def build_objects(
     sources: Iterable[str | Path],
     *,
-    arch: int,
+    arch: int | str,
     include: Sequence[str | Path],
     nvcc_flags: Sequence[str],
     cxx_flags: Sequence[str],
@@ -344,7 +346,7 @@ def build_library(
     sources: Iterable[str | Path],
     *,
     name: str,
-    arch: int = 90,
+    arch: int | str = 90,
     include: Sequence[str | Path] = (),
     nvcc_flags: Sequence[str] = (),
     cxx_flags: Sequence[str] = (),
@@ -357,7 +359,7 @@ def build_library(
     Args:
         sources: The .cu files.
         name: Of the library, for people.
-        arch: What to compile for: 75, 80, 86, 89, 90, 100 ...
+        arch: What to compile for: 75, 80, 86, 89, 90, "90a", 100 ...
         include: Folders of headers, for the .cu files and `cpp_sources`.
         nvcc_flags: More flags for the .cu files.
         cxx_flags: More flags for `cpp_sources`. -fsanitize=address is for the kernels, too.
@@ -386,7 +388,7 @@ def build_program(
     *,
     name: str,
     sanitizer: str | None = None,
-    arch: int = 90,
+    arch: int | str = 90,
     include: Sequence[str | Path] = (),
     nvcc_flags: Sequence[str] = (),
     cxx_flags: Sequence[str] = (),

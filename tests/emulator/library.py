@@ -116,7 +116,7 @@ class Kernels(Library):
     def __init__(
         self,
         source: str | Path,
-        arch: int = 90,
+        arch: int | str = 90,
         flags: Sequence[str] = (),
         cxx_flags: Sequence[str] = (),
         include: Sequence[str | Path] = (),

@@ -1,0 +1,431 @@
+// The kernel for weights that take a whole chip, and for many rows of the batch. A block keeps the
+// weights of many hidden units for a slice of K alone. The blocks of a cluster have the slices of
+// the same units; each multiplies, sends what it found for a peer's own units into that peer's
+// shared memory, and finishes its own. States go to the other clusters through the output tensor,
+// which lies in L2. So each block fetches a slice of the states instead of all of them. (Diamos et
+// al., Persistent RNNs, ICML 2016, cut W_hh likewise.)
+//
+// A group of rows is a recurrence of its own. Groups take turns, and while one is multiplied the
+// others are on their way. Three kinds of warps share the work of a turn, and meet at mbarriers:
+//   fetcher  waits until all blocks of the team have told of the group's states, and copies them
+//   workers  multiply them, send the sums to their owners, and finish the turn before this one
+//   teller   tells the team that a turn of this block is finished
+#pragma once
+
+#include "exchange.cuh"
+#include "layer.cuh"
+#include "products.cuh"
+
+namespace fusedrnn::cuda {
+
+// A product adds up, for all units of a cluster and the rows of a group, slab by slab of K; then
+// each thread has the sums of some pairs of neighbouring units. Tensor cores: all K is one slab.
+template <class S>
+struct SliceMma : Mma<S, 2> {
+  using Base = Mma<S, 2>;
+  static constexpr Tile kTile = Base::kTile;
+  float sum[Base::kItems][2];
+
+  __device__ explicit SliceMma(void* weights) : Base(weights, 1) {}
+  __device__ __forceinline__ void add(const S* e, int e_row, int /*slab*/, int chunks) {
+    Base::multiply(e, e_row, chunks, nullptr, sum);
+  }
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < Base::kItems; ++i)
+      f(Base::row(i), Base::unit(i), Pack<float, 2>{sum[i][0], sum[i][1]});
+  }
+};
+
+// Plain multiplication, 32 rows times 128 units. A warp has 16 rows and 32 units; of a lane, 4 rows
+// and 8 units, and every other 16 bytes of K: 12 loads for 128 multiplications. The weights all lie
+// in shared memory, [K / 4][unit].
+struct SliceFma {
+  using Stored = float;
+  using Vector = Pack<float, 4>;
+  static constexpr Tile kTile{Arithmetic::fma_f32, 4, 32};
+  static constexpr int kUnits = kTile.block_units(1), kVectors = kTile.chunk() / 4;
+  Vector* const weights;
+  // of the 16 lanes with the same sums' units and rows in turns, and of which K
+  const int column, line, half, unit0, row0;
+  float sum[4][8];
+
+  __device__ explicit SliceFma(void* shared)
+      : weights(static_cast<Vector*>(shared)),
+        column(threadIdx.x % 4),
+        line(threadIdx.x / 4 % 4),
+        half(threadIdx.x / 16 % 2),
+        unit0(threadIdx.x / 32 % 4 * 32),
+        row0(threadIdx.x / 128 * 16) {}
+
+  __device__ bool busy(int units) const { return unit0 < units; }
+
+  // Units 8 c + u of the 32 of a warp, with c = 0 ... 3, lie beside each other: four lanes then
+  // load from different banks.
+  static __device__ int place(int unit) { return unit / 32 * 32 + unit % 8 * 4 + unit / 8 % 4; }
+
+  __device__ void hold(const Weights& from, int chunks) {
+    for (int i = threadIdx.x; i < kUnits * chunks * kVectors; i += kThreads) {
+      const int unit = i % kUnits, v = i / kUnits;
+      Vector loaded;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) loaded.v[k] = from.at<float>(unit, v * 4 + k);
+      weights[v * kUnits + place(unit)] = loaded;
+    }
+  }
+
+  __device__ __forceinline__ void add(const float* e, int e_row, int slab, int chunks) {
+    if (slab == 0)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+#pragma unroll
+        for (int u = 0; u < 8; ++u) sum[r][u] = 0;
+    const int first = slab * kSliceSlab, end = min(first + kSliceSlab, chunks);
+    const Vector* states[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      states[r] = reinterpret_cast<const Vector*>(e + (row0 + line + 4 * r) * e_row) + half;
+    // The other half of the lanes takes units u ^ 1, which lie in the other banks.
+    const Vector* w[2];
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd)
+      w[odd] =
+          weights + (first * kVectors + half) * kUnits + unit0 + column + (odd ? -4 : 4) * half;
+#if __CUDA_ARCH__ < 1000
+    constexpr int kUnroll = 2;
+#else
+    constexpr int kUnroll = 1;  // where the compiler needs more registers, and would spill
+#endif
+    for (int chunk = first; chunk < end; ++chunk) {
+#pragma unroll kUnroll
+      for (int v = 0; v < kVectors; v += 2) {
+        Vector state[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) state[r] = states[r][v];
+#pragma unroll
+        for (int u = 0; u < 8; ++u) {
+          const Vector weight = w[u % 2][v * kUnits + u * 4];
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum[r][u] = ::fmaf(weight.v[k], state[r].v[k], sum[r][u]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) states[r] += kVectors;
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) w[odd] += kVectors * kUnits;
+    }
+  }
+
+  // Of the two lanes with the same rows and units, each adds up two of the rows.
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+    Pack<float, 2> pairs[2][4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int u = 0; u < 8; ++u) {
+        const float mine = half ? sum[r + 2][u ^ 1] : sum[r][u];
+        const float theirs = half ? sum[r][u ^ 1] : sum[r + 2][u];
+        pairs[r][u / 2].v[u % 2] = mine + __shfl_xor_sync(~0u, theirs, 16);
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        f(row0 + line + 4 * (r + 2 * half), unit0 + column * 8 + 2 * i, pairs[r][i]);
+  }
+};
+
+// Workers that hold weights in registers need more of them than others leave. Only 9.0a can move
+// them from warp to warp; plain 9.0 does without, more slowly.
+template <bool wanted>
+__device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (wanted) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+#endif
+}
+template <bool wanted>
+__device__ __forceinline__ void give_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (wanted) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+#endif
+}
+
+template <class Product, Pass pass>
+class Slices : Layer<typename Product::Stored, pass, 2> {
+  using S = typename Product::Stored;
+  using Base = Layer<S, pass, 2>;
+  using Base::b0, Base::j0, Base::kForward, Base::p, Base::q, Base::rows, Base::step, Base::units;
+  using typename Base::Inputs;
+  static constexpr Tile kTile = Product::kTile;
+  static constexpr int kGroup = kTile.rows;
+  static constexpr int kOwn = own_units(kTile);
+  static_assert(kGroup * kOwn / 2 <= kThreads);  // a pair for each worker
+
+ public:
+  __device__ Slices(const Params& params, unsigned char* shared)
+      : Base(params, int64_t(team(params)) * params.rows,
+             int64_t(blockIdx.x % params.blocks) * kOwn),
+        shared_(shared),
+        slice_(int(blockIdx.x) & (params.slices - 1)),  // a power of two
+        k0_(int64_t(slice_) * params.state_k),
+        e_(reinterpret_cast<S*>(shared + params.e_offset)),
+        received_(reinterpret_cast<float*>(shared + params.partial_offset)),
+        fetched_(reinterpret_cast<uint64_t*>(shared + params.arrivals_offset)),
+        freed_(fetched_ + kMostSlots),
+        arrived_(freed_ + kMostSlots),
+        finished_(arrived_ + kMostGroups) {}
+
+  __device__ void run() {
+    begin();
+    if (threadIdx.x < kThreads) {
+      take_registers<kTile.mma()>();
+      work();
+    } else {
+      give_registers<kTile.mma()>();
+      if (threadIdx.x < kThreads + 32)
+        fetch();
+      else if (threadIdx.x < kThreads + 64)
+        tell();
+    }
+    // Nobody may leave while a peer could still write into its shared memory.
+    cluster_barrier();
+  }
+
+ private:
+  __device__ void begin() const {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < p.slots; ++i) {
+        init_arrivals(fetched_ + i, 32);
+        init_arrivals(freed_ + i, kWarps);
+      }
+      for (int g = 0; g < p.groups; ++g) {
+        init_arrivals(arrived_ + g);
+        init_arrivals(finished_ + g, kWarps);
+      }
+    }
+    // Rows that are not fetched are multiplied all the same.
+    for (int i = threadIdx.x; i < p.slots * kGroup * p.e_row; i += kSliceThreads)
+      e_[i] = narrow<S>(0);
+    Base::prepare(vectors(), carry(), kSliceThreads);
+    cluster_barrier();
+  }
+
+  // Calls turn(s, group, rows of it) for all steps and all groups that have rows in them, in the
+  // order in which everybody takes them.
+  template <class Turn>
+  __device__ __forceinline__ void each_turn(const Turn& turn) const {
+    const int64_t end = q.T + (!kForward && q.last.data);
+    for (int64_t s = Base::first_step(0); s < end; ++s) {
+      const int alive = is_finishing(s) ? rows : step(s).alive;
+      for (int g = 0; g * kGroup < alive; ++g) turn(s, g, min(kGroup, alive - g * kGroup));
+    }
+  }
+  // Backward, one more product after the last step leads to ∂L/∂h0.
+  __device__ bool is_finishing(int64_t s) const { return !kForward && s == q.T; }
+
+  __device__ int slabs() const { return (p.chunks + p.slab - 1) / p.slab; }
+
+  // The buffers for states, which slabs of all turns take in turns.
+  struct Ring {
+    int slot = 0;
+    unsigned round = 0;
+
+    __device__ __forceinline__ void advance(int slots) {
+      if (++slot == slots) {
+        slot = 0;
+        ++round;
+      }
+    }
+  };
+  __device__ S* states_in(const Ring& ring) const { return e_ + ring.slot * kGroup * p.e_row; }
+
+  // ---- workers ----
+
+  // A turn that is multiplied, and waits to be finished.
+  struct Pending {
+    int64_t s;
+    int group = -1, count;
+    Inputs in;
+  };
+
+  __device__ __forceinline__ void work() {
+    Product product(shared_);
+    hold_weights(product);
+    const int lane = threadIdx.x % 32;
+    const int cluster_units = int(min(int64_t(p.slices) * kOwn, q.H - (j0 - slice_ * kOwn)));
+    const bool busy = product.busy(cluster_units);
+    Pending pending;
+    unsigned phases = 0;  // of the groups' arrivals, a bit each
+    Ring ring;
+    each_turn([&](int64_t s, int group, int count) {
+      const Inputs in = load_inputs(s, group);
+      for (int i = 0; i <= slabs(); ++i) {
+        // After the first slab, when its sums have come. But nobody fetches what a turn starts from
+        // before we have told of it.
+        if (pending.group >= 0 && (i == 1 || pending.group == group)) finish(pending, phases);
+        if (i == slabs()) break;
+        wait_for_arrivals(fetched_ + ring.slot, ring.round & 1);
+        if (busy) product.add(states_in(ring), p.e_row, i, p.chunks);
+        __syncwarp();
+        if (lane == 0) arrive(freed_ + ring.slot);
+        ring.advance(p.slots);
+      }
+      if (threadIdx.x == 0)
+        expect_bytes(arrived_ + group, p.slices * count * ((units + 1) / 2) * 8);
+      if (busy)
+        product.each([&](int row, int unit, const Pack<float, 2>& sums) {
+          if (row < count && unit < cluster_units)
+            send_to_peer(received(group, slice_, row, unit % kOwn), arrived_ + group, unit / kOwn,
+                         sums);
+        });
+      pending = {s, group, count, in};
+    });
+    if (pending.group >= 0) finish(pending, phases);
+  }
+
+  __device__ void hold_weights(Product& product) const {
+    const int64_t first = j0 - slice_ * kOwn;  // of the cluster's units
+    Weights w = {};
+    w.w_hh_unit = kForward ? q.w_hh_row : 1;
+    w.w_hh_k = kForward ? 1 : q.w_hh_row;
+    w.w_hh = static_cast<const S*>(q.w_hh) + first * w.w_hh_unit + k0_ * w.w_hh_k;
+    w.units = int(min(int64_t(p.slices) * kOwn, q.H - first));
+    w.H = q.H - k0_;
+    w.state_k = p.state_k;
+    product.hold(w, p.chunks);
+  }
+
+  // The pair of this thread.
+  __device__ static int own_row() { return threadIdx.x / (kOwn / 2); }
+  __device__ static int own_unit() { return threadIdx.x % (kOwn / 2) * 2; }
+
+  __device__ __forceinline__ Inputs load_inputs(int64_t s, int group) const {
+    if (own_row() >= kGroup) return {};
+    return Base::inputs(own_unit(), group * kGroup + own_row(), step(s), step(s + 1));
+  }
+
+  __device__ __forceinline__ void finish(Pending& turn, unsigned& phases) const {
+    const int group = turn.group, unit = own_unit(), row = group * kGroup + own_row();
+    wait_for_bytes(arrived_ + group, phases >> group & 1);
+    phases ^= 1u << group;
+    if (own_row() < turn.count && unit < units) {
+      float sum[2] = {};
+      for (int slice = 0; slice < p.slices; ++slice) {
+        const auto part =
+            *reinterpret_cast<const Pack<float, 2>*>(received(group, slice, own_row(), unit));
+#pragma unroll
+        for (int n = 0; n < 2; ++n) sum[n] += part.v[n];
+      }
+      float* const carried = p.carry_offset ? carry() + row * kOwn + unit : nullptr;
+      if (is_finishing(turn.s))
+        Base::finish(sum, unit, row, carried);
+      else
+        Base::compute(turn.in, sum, unit, row, step(turn.s - 1), step(turn.s), step(turn.s + 1),
+                      vectors() + unit, vectors() + kOwn + unit, carried);
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(finished_ + group);
+    turn.group = -1;
+  }
+
+  // ---- the fetcher ----
+
+  __device__ __forceinline__ void fetch() const {
+    const int lane = threadIdx.x % 32;
+    unsigned turns = 0;  // that group number `lane` had
+    Ring ring;
+    each_turn([&](int64_t s, int group, int count) {
+      const unsigned before = __shfl_sync(~0u, turns, group);
+      if (lane == group) ++turns;
+      if (lane == 0 && before > 0) wait_for_count(counter(group), before * unsigned(p.blocks));
+      __syncwarp();
+      // Each lane knows where one row comes from.
+      const int row = group * kGroup + lane;
+      const Step earlier = step(s - 1);
+      const S* from = nullptr;
+      if (lane < count)
+        from = is_finishing(s) ? Base::state_after_all(row)
+                               : Base::state_before(row, earlier, step(s));
+      const bool by_copies =
+          __all_sync(~0u, !from || (p.state_copies && (is_finishing(s) || row < earlier.alive)));
+      for (int i = 0; i < slabs(); ++i) {
+        if (ring.round > 0) wait_for_arrivals(freed_ + ring.slot, ring.round - 1 & 1);
+        fetch_slab(states_in(ring), i * p.slab * kTile.chunk(), from, count, by_copies);
+        if (by_copies)
+          arrive_after_copies(fetched_ + ring.slot);
+        else
+          arrive(fetched_ + ring.slot);
+        ring.advance(p.slots);
+      }
+    });
+  }
+
+  // Of the rows of a group, what K has from `first` on; zeros where that is nothing.
+  __device__ __forceinline__ void fetch_slab(S* e, int first, const S* from, int count,
+                                             bool by_copies) const {
+    const int lane = threadIdx.x % 32;
+    const int size = min(p.slab * kTile.chunk(), p.state_k - first);
+    constexpr int kPerCopy = 16 / int(sizeof(S));
+    const int step = by_copies ? kPerCopy : 1;
+#pragma unroll 1
+    for (int row = 0; row < count; ++row, e += p.e_row) {
+      const auto source = reinterpret_cast<const S*>(
+          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), row));
+#pragma unroll 1
+      for (int j = lane * step; j < size; j += 32 * step) {
+        const int64_t k = k0_ + first + j;
+        const bool exists = source && k < q.H;
+        if (!by_copies)
+          e[j] = exists ? load_through_l2(source + k) : narrow<S>(0);
+        else
+          copy_or_zero(e + j, exists ? source + k : static_cast<const S*>(q.out[0].data), exists);
+      }
+    }
+  }
+
+  // ---- the teller ----
+
+  __device__ __forceinline__ void tell() const {
+    unsigned phases = 0;
+    each_turn([&](int64_t, int group, int) {
+      wait_for_arrivals(finished_ + group, phases >> group & 1);
+      phases ^= 1u << group;
+      if (threadIdx.x % 32 == 0) count_arrival(counter(group));
+    });
+  }
+
+  __device__ unsigned* counter(int group) const { return p.counters + team(p) * p.groups + group; }
+
+  // Sums that peers found for a unit of ours.
+  __device__ float* received(int group, int slice, int row, int unit) const {
+    return received_ + ((group * p.slices + slice) * kGroup + row) * kOwn + unit;
+  }
+  __device__ float* carry() const { return reinterpret_cast<float*>(shared_ + p.carry_offset); }
+  __device__ float* vectors() const {
+    return reinterpret_cast<float*>(shared_ + p.vectors_offset);  // bias, then alpha
+  }
+
+  unsigned char* const shared_;
+  const int slice_;
+  const int64_t k0_;  // where it begins
+  S* const e_;        // [slots][kGroup][e_row]
+  float* const received_;
+  // mbarriers: slots with states, slots without, groups with sums, groups that are finished
+  uint64_t *const fetched_, *const freed_, *const arrived_, *const finished_;
+};
+
+template <class Product, Pass pass>
+__global__ void __launch_bounds__(kSliceThreads, 1) sliced(const __grid_constant__ Params params) {
+#if __CUDA_ARCH__ >= 900  // the planner sends nothing to older ones, nor tensor cores to newer ones
+  if constexpr (__CUDA_ARCH__ < 1000 || !Product::kTile.mma()) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    Slices<Product, pass>(params, shared).run();
+  }
+#endif
+}
+
+}  // namespace fusedrnn::cuda
