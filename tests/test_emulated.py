@@ -10,6 +10,7 @@ from engines import EMULATED, OLD, Engine, emulated
 import fusedrnn
 
 FREE = Engine("emulated", "h100")
+SLICES = Engine("emulated", "tiny", "slices")  # not in EMULATED: it knows no float64
 PACKED = Case(lengths=(5, 3, 3, 1), keep=True, alpha=True, H=33)
 
 
@@ -22,9 +23,10 @@ def all_passes(case: Case) -> list[torch.Tensor]:
     return [h, h_n, *gradients, *again]
 
 
-@pytest.mark.parametrize("engine", EMULATED, ids=str)
+@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
 def test_the_regime_that_was_asked_for_runs(engine):
-    library, arguments = emulated(engine.name), Case().arguments()
+    dtype = torch.float32 if engine is SLICES else torch.float64
+    library, arguments = emulated(engine.name), Case(dtype=dtype).arguments()
     before = library.runs()
     with engine.installed():
         fusedrnn.rnn(**arguments)
@@ -35,8 +37,8 @@ def test_the_regime_that_was_asked_for_runs(engine):
     assert engine.regime in (None, regime)
 
 
-@pytest.mark.parametrize("case", [Case(), PACKED], ids=str)
-@pytest.mark.parametrize("engine", EMULATED, ids=str)
+@pytest.mark.parametrize("case", [Case(), PACKED, PACKED.with_(dtype=torch.float32)], ids=str)
+@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
 def test_nobody_waits_and_nothing_is_allocated(engine, case):
     """Beside tensors: so a stream can be captured in a graph."""
     library = emulated(engine.name)
@@ -50,7 +52,7 @@ def test_nobody_waits_and_nothing_is_allocated(engine, case):
     assert {name: counters[name] for name in quiet} == dict.fromkeys(quiet, 0)
 
 
-@pytest.mark.parametrize("engine", EMULATED, ids=str)
+@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_order_of_threads_does_not_show(engine, dtype):
     case = Case(T=4, B=9, H=70, dtype=dtype)
@@ -98,15 +100,31 @@ def test_bfloat16_on_a_device_that_does_not_know_it():
     torch.testing.assert_close(found, fusedrnn.rnn(**case.arguments(), **case.flags()))
 
 
-def test_teams_that_begin_late_do_not_hang():
+@pytest.mark.parametrize("engine", [Engine("emulated", "h100", "cluster"), SLICES], ids=str)
+@pytest.mark.parametrize("lengths", [(40, 1), (9,) * 3 + (7,) * 16 + (2,) * 60], ids=str)
+def test_teams_that_begin_late_do_not_hang(engine, lengths):
     """Backward, and packed: nobody sends in the steps before a team's first row."""
-    case = Case(lengths=(40, 1), H=7, dtype=torch.float32)
+    case = Case(lengths=lengths, H=7, dtype=torch.float32)
     found = []
     for seed in range(8):
-        with Engine("emulated", "h100", "cluster").installed(seed):
+        with engine.installed(seed):
             found.append(all_passes(case))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
+def test_a_nan_stays_in_its_row(engine, dtype):
+    """Though rows lie beside each other, and what pads K lies where others' numbers lay."""
+    arguments = Case(T=5, B=37, H=45, dtype=dtype).arguments()
+    arguments["x"][1, ::9] = torch.nan
+    with engine.installed():
+        h, _ = fusedrnn.rnn(**arguments)
+    assert h[0].isfinite().all()
+    ill = torch.arange(37) % 9 == 0
+    assert h[1:, ill].isnan().all()
+    assert h[:, ~ill].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [7, 130])
