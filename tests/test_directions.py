@@ -1,0 +1,474 @@
+"""Both directions of a layer at once on CUDA: fusedrnn/streams.py.
+
+Without a GPU, the few functions of torch.cuda that it calls are stood in for, and the order in
+which they are called is the result; with one, whatever is run too early or freed too soon.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad, graph
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
+
+import fusedrnn
+from fusedrnn import _C, streams
+
+T, B, I, H = streams._MIN_STEPS, 3, 4, 5
+
+
+class Log:
+    """What was called on which stream."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.recorded: dict[str, set[int]] = {"here": set(), "side": set()}  # storages
+        self.local = threading.local()
+        self.sides: list[Stream] = []
+
+    @property
+    def current(self) -> Stream:
+        return getattr(self.local, "current", HERE)
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before = self.current
+        self.local.current = stream
+        try:
+            yield
+        finally:
+            self.local.current = before
+
+    def make(self, device: torch.device) -> Stream:
+        self.sides.append(Stream("side", self))
+        return self.sides[-1]
+
+    def record(self, tensor: Tensor, stream: Stream) -> None:
+        self.recorded[stream.name].add(tensor.untyped_storage().data_ptr())
+
+    def watch(self, name: str, function: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            what = name + (" reverse" if kwargs.get("reverse") else "")
+            self.calls.append((what, self.current.name))
+            return function(*args, **kwargs)
+
+        return watched
+
+
+class Stream:
+    def __init__(self, name: str, log: Log | None = None) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        log = self.log or other.log
+        assert log is not None
+        log.calls.append((self.name, "waits for", other.name))
+
+
+HERE = Stream("here")
+FORK, JOIN = ("side", "waits for", "here"), ("here", "waits for", "side")
+AT_ONCE = [FORK, ("rnn reverse", "side"), ("rnn", "here"), JOIN]
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+    """CPU tensors pass for CUDA's, and streams for real ones."""
+    log = Log()
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(_C, "has_cuda", True)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *args: log.record(*args))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: log.current)
+    monkeypatch.setattr(torch.cuda, "stream", log.stream)
+    monkeypatch.setattr(torch.cuda, "Stream", log.make)
+    monkeypatch.setattr(streams, "_streams", streams._Streams())
+    for module in (streams, fusedrnn.modules):
+        monkeypatch.setattr(module, "rnn", log.watch("rnn", module.rnn))
+    return log
+
+
+def pair(device: str = "cpu", **layout: Any) -> tuple[fusedrnn.RNN, nn.RNN]:
+    layout = {"bidirectional": True, "dtype": torch.float64, **layout}
+    theirs = nn.RNN(I, H, **layout)
+    return fusedrnn.replace(copy.deepcopy(theirs)).to(device), theirs
+
+
+def inputs(steps: int = T) -> Tensor:
+    return torch.randn(steps, B, I, dtype=torch.float64)
+
+
+def results(module: nn.Module, x: Tensor, hx: Tensor | None = None) -> list[Tensor]:
+    """Both results, and a gradient for each input and weight."""
+    x = x.detach().requires_grad_()
+    wanted = [x, *module.parameters()]
+    if hx is not None:
+        wanted.append(hx.requires_grad_())
+    output, h_n = module(x) if hx is None else module(x, hx)
+    return [output, h_n, *torch.autograd.grad(output.sin().sum() + h_n.sum(), wanted)]
+
+
+# What is called
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hx", [True, False])
+def test_what_runs_where(log, monkeypatch, bias, hx):
+    for name in ("cat", "stack"):
+        monkeypatch.setattr(torch, name, log.watch(name, getattr(torch, name)))
+    ours, theirs = pair(num_layers=2, bias=bias)
+    x, h0 = inputs(), torch.randn(4, B, H, dtype=torch.float64) if hx else None
+    found = results(ours, x, h0)
+    layer = [*AT_ONCE, ("cat", "here")]
+    assert log.calls == [*layer, *layer, ("stack", "here")]
+    torch.testing.assert_close(found, results(theirs, x, h0))
+
+
+def test_a_packed_sequence(log):
+    ours, theirs = pair()
+    batch_sizes = torch.tensor([B] * 20 + [1] * (T - 20))
+    packed = PackedSequence(inputs().flatten(0, 1)[: int(batch_sizes.sum())], batch_sizes)
+    torch.testing.assert_close(ours(packed)[0].data, theirs(packed)[0].data)
+    assert log.calls[:4] == AT_ONCE
+
+
+def test_the_allocator_hears_of_what_crosses(log):
+    ours, _ = pair()
+    x, hx = inputs(), torch.randn(2, B, H, dtype=torch.float64)
+    made: list[Tensor] = []
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        made.extend(result := rnn(*args, **kwargs))
+        return result
+
+    def storages(*tensors: Tensor) -> set[int]:
+        return {t.untyped_storage().data_ptr() for t in tensors}
+
+    rnn, streams.rnn = streams.rnn, spied  # the fixture puts it back
+    with torch.no_grad():
+        ours(x, hx)
+    assert log.recorded == {"side": set(), "here": storages(*made[:2])}  # the first is the reverse
+    made.clear()
+    ours(x, hx)
+    reverse = [w for name, w in ours.named_parameters() if name.endswith("reverse")]
+    assert log.recorded["side"] == storages(x, hx, *reverse)
+    assert log.recorded["here"] >= storages(*made[:2])
+
+
+def test_the_order_of_backward(log):
+    """Both directions, and only then what brings gradients back from the side, where this stream
+    waits. That is so for leaves, too."""
+    ours, _ = pair()
+    output, _ = ours(inputs().requires_grad_())
+    (forward, _), (reverse, _) = output.grad_fn.next_functions
+    crossings = [node for node, _ in reverse.next_functions if node is not None]
+    assert [node.name() for node in crossings] == ["ViewBackward0"] * 5
+    order: list[str] = []
+    for node in (forward, reverse, *crossings):
+        node.register_hook(lambda *_, node=node: order.append(node.name()))
+    output.sum().backward()
+    assert order == [forward.name(), reverse.name(), *["ViewBackward0"] * 5]
+
+
+@pytest.mark.parametrize("direction", ["_reverse", ""])
+def test_an_error_leaves_the_streams_as_they_were(log, direction):
+    ours, _ = pair()
+    setattr(ours, f"weight_hh_l0{direction}", nn.Parameter(torch.zeros(1, 1, dtype=torch.float64)))
+    with pytest.raises(RuntimeError, match="fusedrnn"):
+        ours(inputs())
+    assert log.current is HERE
+    assert log.calls[0] == FORK
+    assert log.calls[-1] == JOIN
+
+
+def test_a_stream_for_each_thread(log):
+    ours, _ = pair(num_layers=2)
+
+    def run() -> None:
+        for _ in range(2):
+            ours(inputs())
+
+    run()
+    assert len(log.sides) == 1
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(log.sides) == 2
+
+
+# Where it is left alone
+
+
+def in_forward_mode(ours: fusedrnn.RNN, x: Tensor) -> None:
+    with forward_ad.dual_level():
+        ours(forward_ad.make_dual(x, x))
+
+
+def in_a_jvp_of_weights(ours: fusedrnn.RNN, x: Tensor) -> None:
+    weights = dict(ours.named_parameters())
+    torch.func.jvp(lambda w: torch.func.functional_call(ours, w, x)[0], (weights,), (weights,))
+
+
+def in_saved_tensors_hooks(ours: fusedrnn.RNN, x: Tensor) -> None:
+    with graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        ours(x)
+
+
+def in_a_checkpoint(ours: fusedrnn.RNN, x: Tensor) -> None:
+    """Forward, and again before backward."""
+    checkpoint(lambda x: ours(x)[0], x, use_reentrant=False).sum().backward()
+
+
+def of_a_subclass(ours: fusedrnn.RNN, x: Tensor) -> None:
+    class Mine(Tensor):
+        pass
+
+    ours(x.as_subclass(Mine))
+
+
+ALONE: dict[str, Callable[[fusedrnn.RNN, Tensor], Any]] = {
+    "few steps": lambda ours, x: ours(x[1:]),
+    "vmap": lambda ours, x: torch.vmap(lambda x: ours(x)[0], 2, 2)(x.unsqueeze(2)),
+    "grad": lambda ours, x: torch.func.grad(lambda x: ours(x)[0].sum())(x),
+    "jvp of weights": in_a_jvp_of_weights,
+    "forward mode": in_forward_mode,
+    "saved tensors hooks": in_saved_tensors_hooks,
+    "checkpoint": in_a_checkpoint,
+    "jit.trace": lambda ours, x: torch.jit.trace(ours, x, check_trace=False),
+    "make_fx": lambda ours, x: make_fx(lambda x: ours(x)[0], tracing_mode="real")(x),
+    "compile": lambda ours, x: torch.compile(ours, backend="eager", fullgraph=True)(x),
+    "export": lambda ours, x: torch.export.export(ours, (x,)),
+    "a subclass": of_a_subclass,
+}
+
+
+@pytest.mark.parametrize("run", ALONE.values(), ids=ALONE)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_left_alone(log, run):
+    ours, _ = pair()
+    run(ours, inputs())
+    assert not log.sides
+    assert FORK not in log.calls
+
+
+def test_compilers_see_no_choice(log):
+    """Even with CUDA tensors, of whatever length."""
+
+    def chosen(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
+        return x, streams.pays(x, [[w], [w]], [None, None], None)
+
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert compiled(inputs(), torch.zeros(1))[1] is False
+
+
+def test_left_alone_with_fake_tensors(log):
+    """Which say that they are CUDA's, where there is none."""
+    with FakeTensorMode():
+        x = torch.empty(T, B, I, device="cuda")
+        assert not streams.pays(x, [[x], [x]], [None, None], None)
+    assert not streams.pays(x, [[x], [x]], [None, None], None)
+    x = inputs()
+    assert streams.pays(x, [[x], [x]], [None, None], None)
+
+
+def test_left_alone_without_the_engine(log, monkeypatch):
+    """A loop over time is all launches."""
+    monkeypatch.setattr(_C, "has_cuda", False)
+    ours, _ = pair()
+    ours(inputs())
+    assert not log.sides
+
+
+def test_left_alone_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(streams, "both_directions", None)
+    ours, theirs = pair()
+    x = inputs()
+    torch.testing.assert_close(results(ours, x), results(theirs, x))
+
+
+# What comes of it
+
+on_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and _C.has_cuda), reason="needs a CUDA GPU and its engine"
+)
+
+
+def churn() -> None:
+    """Takes what memory was freed too soon and spoils it, on this stream and on another."""
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    for stream in (torch.cuda.current_stream(), other):
+        with torch.cuda.stream(stream):
+            for size in (H, B * H, T * B * I, T * B * H, 2 * T * B * H):
+                torch.full((size,), float("nan"), dtype=torch.float64, device="cuda")
+    torch.cuda.current_stream().wait_stream(other)
+
+
+def assert_like_a_cpu(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close([t.cpu() for t in found], expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_many_times(packed):
+    ours, theirs = pair("cuda", num_layers=3)
+    batch_sizes = torch.tensor([B] * 20 + [1] * (T - 20))
+
+    def run(module: nn.Module, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        given = PackedSequence(x[: int(batch_sizes.sum())], batch_sizes) if packed else x
+        output, h_n = module(given)
+        output = output.data if packed else output
+        if x.is_cuda:
+            churn()
+        (output.sin().sum() + h_n.sum()).backward()
+        del output, given
+        if x.is_cuda:
+            churn()
+        found = [x.grad, h_n, *(w.grad.clone() for w in module.parameters())]
+        module.zero_grad(set_to_none=True)
+        return found
+
+    x = inputs().flatten(0, 1) if packed else inputs()
+    expected = run(theirs, x)
+    first = None
+    for _ in range(50):
+        found = run(ours, x.cuda())
+        first = first or found
+        torch.testing.assert_close(found, first, rtol=0, atol=0)  # the same bits
+        assert_like_a_cpu(found, expected)
+
+
+@on_gpu
+def test_double_backward():
+    ours, theirs = pair("cuda", num_layers=2)
+
+    def run(module: nn.Module, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        output, h_n = module(x)
+        wanted = [x, *module.parameters()]
+        first = torch.autograd.grad(output.sin().sum() + h_n.sum(), wanted, create_graph=True)
+        del output, h_n
+        penalty = sum(g.square().sum() for g in first)
+        del first
+        return list(torch.autograd.grad(penalty, wanted))
+
+    x = inputs()
+    expected = run(theirs, x)
+    for _ in range(10):
+        assert_like_a_cpu(run(ours, x.cuda()), expected)
+        churn()
+
+
+@on_gpu
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    ours, theirs = pair("cuda", num_layers=2)
+    x = inputs()
+
+    def through(x: Tensor) -> Any:
+        return checkpoint(ours, x, use_reentrant=reentrant)
+
+    x_there = x.cuda().requires_grad_()
+    output, h_n = through(x_there)
+    (output.sin().sum() + h_n.sum()).backward()
+    found = [output, h_n, x_there.grad, *(w.grad for w in ours.parameters())]
+    assert_like_a_cpu(found, results(theirs, x))
+
+
+@on_gpu
+def test_threads_and_streams():
+    """Each thread on a stream of its own, and on the one they share."""
+    ours, theirs = pair("cuda")
+    x = inputs()
+    expected = results(theirs, x)
+    failures = []
+
+    def run(stream: torch.cuda.Stream) -> None:
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(20):
+                    assert_like_a_cpu(results(ours, x.cuda()), expected)
+        except Exception as error:  # reported by the main thread
+            failures.append(error)
+
+    shared = torch.cuda.current_stream()
+    threads = [
+        threading.Thread(target=run, args=(stream,))
+        for stream in (shared, shared, torch.cuda.Stream(), torch.cuda.Stream())
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@on_gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_captured(training):
+    """A stream that forked in a capture must have joined at its end."""
+    ours, _ = pair("cuda", num_layers=2)
+    x = inputs().cuda().requires_grad_(training)
+
+    def run() -> list[Tensor]:
+        output, h_n = ours(x)
+        if not training:
+            return [output, h_n]
+        wanted = [x, *ours.parameters()]
+        return [output, *torch.autograd.grad(output.sin().sum() + h_n.sum(), wanted)]
+
+    with torch.set_grad_enabled(training):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            captured = run()
+        for _ in range(5):
+            with torch.no_grad():
+                x.copy_(torch.randn_like(x))
+            churn()
+            recorded.replay()
+            torch.testing.assert_close(captured, run())
+
+
+@on_gpu
+def test_graphed_callables():
+    """Forward in one graph, backward in another."""
+    ours, theirs = pair("cuda", num_layers=2)
+    sample = inputs().cuda().requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(ours, (sample,))
+    for _ in range(3):
+        x = inputs()
+        assert_like_a_cpu(results(graphed, x.cuda()), results(theirs, x))
+
+
+@on_gpu
+def test_they_are_at_once():
+    """The profiler's word: the two chains overlap, forward and backward."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ours, _ = pair("cuda")
+    x = torch.randn(4096, B, I, dtype=torch.float64, device="cuda")
+    results(ours, x)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        results(ours, x)
+        torch.cuda.synchronize()
+    kernels = [e.time_range for e in found.events() if e.device_type.name == "CUDA"]
+    chains = sorted(kernels, key=lambda kernel: kernel.elapsed_us())[-4:]
+    chains.sort(key=lambda kernel: kernel.start)
+    for first, second in (chains[:2], chains[2:]):  # forward, backward
+        assert second.start < first.end
