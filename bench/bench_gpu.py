@@ -37,7 +37,7 @@ MARK = "@@"  # before each line that a child means for its parent
 SILENCE = 30.0  # seconds without a word after which a child is taken to hang
 GRACE = 8.0  # seconds after the deadline that the last case may take
 FATAL = 3  # times that a peer may take a child down; then it is left out of everything
-GROUPS = ("probes", "shapes", "regimes", "compile", "sweep")
+GROUPS = ("probes", "shapes", "regimes", "directions", "compile", "sweep")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

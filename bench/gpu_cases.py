@@ -54,7 +54,13 @@ class Case:
         if self.group == "regimes":
             return []
         kinds = COMPILED if self.group == "compile" else EVERYWHERE
+        if self.directions == 2:
+            kinds = [kind for kind in kinds if kind is not FlashRNN]
         return [kind for kind in kinds if kind is not TF32RNN or self.precision == "f32"]
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.group == "directions" else 1
 
     def __str__(self) -> str:
         return f"{self.group} ({self.shape}) {self.precision}"
@@ -89,6 +95,7 @@ def all_cases() -> list[Case]:
             for p in ("bf16", "f32", "tf32")
             for shape in SHAPES
         ),
+        *(Case("directions", shape, p) for p in ("bf16", "f32") for shape in SHAPES[:4]),
         *sweep(16, 64),
         *(Case("compile", shape, "bf16") for shape in compiled),
         *sweep(1, 256),
@@ -103,6 +110,7 @@ def tiny_cases() -> list[Case]:
     return [
         *(Case("shapes", Shape(6, 2, 3, 8), precision) for precision in PRECISIONS),
         Case("regimes", Shape(5, 2, 3, 8), "bf16"),
+        Case("directions", Shape(6, 2, 3, 8), "f32"),
         Case("compile", Shape(2, 2, 3, 8), "bf16"),
         Case("sweep", Shape(5, 1, 8, 8), "f32"),
     ]
@@ -204,7 +212,10 @@ class Run:
             grad_input=True,
             threads=1,
             device=self.device,
+            directions=self.case.directions,
         )
+        if self.case.directions == 2:  # the reverse one begins with the last step
+            self.check_steps = self.case.shape.T
         exact.grad[self.check_steps :] = 0
         problem = exact.to(self.precision.dtype)
         peers = [peer for kind in self.case.kinds if (peer := self.prepared(kind, problem))]
@@ -273,12 +284,13 @@ class Run:
 
     def time_chains(self, problem: Problem) -> dict[str, list[float]]:
         """Seconds of the recurrences alone, as they are inside the layer: no input product, no
-        products after them."""
+        products after them; of one direction."""
         if self.found[FusedRNN.name].failed:
             return {}
         from fusedrnn import _ops
 
-        w_ih, w_hh, b_ih, b_hh = problem.weights
+        w_ih, w_hh, b_ih, b_hh = problem.weights[:4]
+        grad = problem.grad[..., : self.case.shape.H].contiguous()
         u = torch.nn.functional.linear(problem.x, w_ih, b_ih + b_hh)
         walk = (None, None, None, "tanh", False)  # alpha, keep, batch_sizes
 
@@ -289,7 +301,7 @@ class Run:
             h, *_ = forward()
 
             def backward() -> Any:
-                return _ops.adjoint(problem.grad, None, None, h, w_hh, *walk, False, False)
+                return _ops.adjoint(grad, None, None, h, w_hh, *walk, False, False)
 
             return self.turns({FORWARD: forward, ALONE: backward})
 

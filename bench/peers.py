@@ -37,7 +37,10 @@ class Shape(NamedTuple):
 
 @dataclass
 class Problem:
-    """One layer's inputs, weights and the gradient that comes back, in float64 unless cast."""
+    """One layer's inputs, weights and the gradient that comes back, in float64 unless cast.
+
+    Where there are two directions, so are there weights of two, and twice the features in `grad`.
+    """
 
     shape: Shape
     x: Tensor  # [T, B, I]
@@ -57,6 +60,7 @@ class Problem:
         grad_input: bool,
         threads: int,
         device: torch.device = CPU,
+        directions: int = 1,
     ) -> Problem:
         """Weights as nn.RNN initialises them; every number is one that `dtype` holds exactly."""
         T, B, I, H = shape
@@ -76,8 +80,10 @@ class Problem:
         return cls(
             shape,
             x=normal(T, B, I),
-            weights=[uniform(H, I), uniform(H, H), uniform(H), uniform(H)],
-            grad=normal(T, B, H),
+            weights=[
+                uniform(*size) for _ in range(directions) for size in ((H, I), (H, H), (H,), (H,))
+            ],
+            grad=normal(T, B, directions * H),
             h0=exact(normal(B, H).tanh()) if cell else None,
             grad_input=grad_input,
             threads=threads,
@@ -192,10 +198,13 @@ class TorchPeer(Peer):
 class ModulePeer(TorchPeer):
     """A peer that is a module with nn.RNN's parameters in nn.RNN's order."""
 
+    bidirectional: bool
+
     def make_module(self, I: int, H: int) -> nn.Module:
         raise NotImplementedError
 
     def make_weights(self, problem: Problem) -> list[Tensor]:
+        self.bidirectional = len(problem.weights) == 8
         with problem.x.device:
             module = self.make_module(problem.shape.I, problem.shape.H).to(problem.x.dtype)
         with torch.no_grad():
@@ -212,7 +221,7 @@ class TorchRNN(ModulePeer):
     name = "nn.RNN"
 
     def make_module(self, I: int, H: int) -> nn.Module:
-        return nn.RNN(I, H)
+        return nn.RNN(I, H, bidirectional=self.bidirectional)
 
 
 class FusedRNN(ModulePeer):
@@ -225,7 +234,7 @@ class FusedRNN(ModulePeer):
     def make_module(self, I: int, H: int) -> nn.Module:
         import fusedrnn
 
-        return fusedrnn.RNN(I, H)
+        return fusedrnn.RNN(I, H, bidirectional=self.bidirectional)
 
 
 def fusedrnn_missing() -> str | None:
@@ -243,7 +252,11 @@ class UnbindLoop(TorchPeer):
     name = "loop"
 
     def output(self) -> Tensor:
-        return self.run(self.x, self.h0, *self.weights)
+        output = self.run(self.x, self.h0, *self.weights[:4])
+        if len(self.weights) == 4:
+            return output
+        reverse = self.run(self.x.flip(0), self.h0, *self.weights[4:]).flip(0)
+        return torch.cat([output, reverse], -1)
 
     @staticmethod
     def run(

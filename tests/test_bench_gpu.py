@@ -64,7 +64,7 @@ def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None
     (regimes,) = (result for result in data["results"] if result["group"] == "regimes")
     assert regimes["regimes"] == {}  # a planner chooses among them, where CUDA is
     layers = [result for result in data["results"] if result is not regimes]
-    assert [result["precision"] for result in layers] == [*gpu_cases.PRECISIONS, "f32"]
+    assert [result["precision"] for result in layers] == [*gpu_cases.PRECISIONS, "f32", "f32"]
     assert data["lost"] == []
     assert data["not_run"] == ["compile (2,2,3,8) bf16"]
     for result in layers:
