@@ -70,6 +70,12 @@ struct Launch {
     attribute.val.clusterDim.x = unsigned(blocks);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
+  // The kernel before may still run when this one begins.
+  void waits_for_itself() {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   void all_at_once() {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
@@ -173,8 +179,9 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
   if (plan.regime == Regime::step) {
     StepKernel kernel = step_kernel(problem.storage, problem.pass);
     const bool finish = problem.pass == Pass::adjoint && problem.last.data;
-    const Launch launch(plan.blocks * plan.teams, kThreads, 0, stream);
     for (int64_t s = 0; s < problem.T + finish; ++s) {
+      Launch launch(plan.blocks * plan.teams, kThreads, 0, stream);
+      if (s > 0 && device.architecture >= 90) launch.waits_for_itself();
       void* arguments[] = {&p, &s};
       check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments),
             "the launch failed");

@@ -211,4 +211,32 @@ __device__ __forceinline__ void copies_done() {
 #endif
 }
 
+// Copies in groups: the end of one, and a wait for all but the last few.
+__device__ __forceinline__ void end_of_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int left>
+__device__ __forceinline__ void wait_for_copies_but() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+#endif
+}
+
+// ---- kernels of a stream, one after another ----
+
+// The next kernel may begin, if it was launched to wait for itself; and what the one before wrote
+// is there.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_the_one_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace fusedrnn::cuda

@@ -48,7 +48,8 @@ constexpr double kFlagHop = 1600;     // and to a warp that does nothing but wai
 constexpr double kL2Latency = 700;    // until the first states of a group are in shared memory
 constexpr double kL2Bytes = 24;       // a cycle and SM
 constexpr double kSetUp = 700;        // and what the loads of a chunk of weights take, once
-constexpr double kLaunch = 2.2;       // µs, a kernel after another in a stream
+constexpr double kLaunch = 2.2;       // µs, a kernel after another in a stream;
+constexpr double kNextLaunch = 1.2;   // where it may begin before the other ends
 constexpr double kGemmLaunch = 6;     // µs, what a GEMM before the chain costs at least
 
 bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
@@ -211,7 +212,8 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   const double products = kStepUnits * kStepRows * K / rate;
   const double bytes = (kStepUnits + kStepRows) * K * number_size(in) / kL2Bytes;
   plan.microseconds =
-      kLaunch + (waves * std::max(products, bytes) + kL2Latency) / device.clock / 1000;
+      (device.architecture >= 90 ? kNextLaunch + (kLaunch - kNextLaunch) / double(in.T) : kLaunch) +
+      (waves * std::max(products, bytes) + kL2Latency) / device.clock / 1000;
   if (!fuse) plan.input_microseconds = gemm_time(in, device);
   return plan;
 }

@@ -15,6 +15,13 @@ namespace fusedrnn::cuda {
 
 constexpr int kWarps = kThreads / 32;
 
+// Of loops that load and multiply: from 10.0 on the compiler takes more registers, and would spill.
+#if __CUDA_ARCH__ < 1000
+constexpr int kUnroll = 2;
+#else
+constexpr int kUnroll = 1;
+#endif
+
 // Which weights a block holds: rows of its units, and the columns of W_hh, then of W_ih.
 struct Weights {
   const void* w_hh;
@@ -252,6 +259,15 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
 __device__ __forceinline__ uint4 load_matrices(const void* row) {
   uint4 m;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+               : "r"(shared_address(row))
+               : "memory");
+  return m;
+}
+
+__device__ __forceinline__ uint4 load_transposed(const void* row) {
+  uint4 m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
                : "r"(shared_address(row))
                : "memory");

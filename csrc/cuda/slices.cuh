@@ -92,11 +92,6 @@ struct SliceFma {
     for (int odd = 0; odd < 2; ++odd)
       w[odd] =
           weights + (first * kVectors + half) * kUnits + unit0 + column + (odd ? -4 : 4) * half;
-#if __CUDA_ARCH__ < 1000
-    constexpr int kUnroll = 2;
-#else
-    constexpr int kUnroll = 1;  // where the compiler needs more registers, and would spill
-#endif
     for (int chunk = first; chunk < end; ++chunk) {
 #pragma unroll kUnroll
       for (int v = 0; v < kVectors; v += 2) {

@@ -1,5 +1,6 @@
-// The fused kernel of one step, for any size: W_hh and W_ih come through L2 in slabs of K, both
-// products are summed in registers, and the epilogue follows.
+// The fused kernel of one step, for any size: W_hh and W_ih come through L2 in slabs of K, of which
+// some are on their way while one is multiplied; both products are summed in registers, and the
+// epilogue follows.
 #pragma once
 
 #include "layer.cuh"
@@ -7,42 +8,63 @@
 
 namespace fusedrnn::cuda {
 
-constexpr int kSlab = 32;  // of K
+constexpr int kSlabs = 3;  // in shared memory
+
+// 128 bytes of K. Weights lie as they do in memory, forward [unit][k] and backward [k][unit].
+template <class S, bool forward>
+struct alignas(16) Slab {
+  static constexpr int kK = 128 / int(sizeof(S));
+  static constexpr int kVector = 16 / int(sizeof(S));
+  static constexpr int kPad = kVector;  // rows begin in different banks
+  static constexpr int kLines = forward ? kStepUnits : kK;
+  static constexpr int kLine = forward ? kK : kStepUnits;
+  S w[kLines][kLine + kPad];
+  S e[kStepRows][kK + kPad];
+};
 
 // 64 units times 32 rows by plain multiplication. Four groups of threads share the K of a slab, so
 // that a thread can have 8 units times 4 rows: 12 loads for 128 multiplications.
-template <class S>
+template <class S, bool forward>
 struct SlabFma {
   using C = Computed<S>;
-  static constexpr int kVector = 16 / sizeof(S);
-  static constexpr int kPad = kVector;  // rows begin in different banks
+  using Slab = cuda::Slab<S, forward>;
+  static constexpr int kVector = Slab::kVector;
   static constexpr int kGroups = 4;
-  static constexpr int kTotal = kStepUnits * kStepRows;  // numbers in shared memory
   C sum[4][8] = {};
   C* const total;  // [rows][units] in shared memory
 
-  __device__ explicit SlabFma(C* shared) : total(shared) {}
+  __device__ explicit SlabFma(void* shared) : total(static_cast<C*>(shared)) {}
   __device__ static int group() { return threadIdx.x / 64; }
   __device__ static int column() { return threadIdx.x % 8; }
   __device__ static int line() { return threadIdx.x / 8 % 8; }
+  // The units of a thread are those that it loads at once; or, forward, so far apart that
+  // neighbours load from different banks.
+  __device__ static int unit_of_sum(int u) {
+    return forward ? column() + 8 * u : (u / kVector * 8 + column()) * kVector + u % kVector;
+  }
 
-  __device__ void add(const S (*w)[kSlab + kPad], const S (*e)[kSlab + kPad]) {
+  __device__ void add(const Slab& slab) {
     using Vector = Pack<S, kVector>;
-#pragma unroll
-    for (int i = 0; i < kSlab / kGroups; i += kVector) {
-      const int k = group() * (kSlab / kGroups) + i;
+#pragma unroll kUnroll
+    for (int i = 0; i < Slab::kK / kGroups; i += kVector) {
+      const int k = group() * (Slab::kK / kGroups) + i;
       Vector states[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r)
-        states[r] = *reinterpret_cast<const Vector*>(&e[line() + 8 * r][k]);
+        states[r] = *reinterpret_cast<const Vector*>(&slab.e[line() + 8 * r][k]);
 #pragma unroll
-      for (int u = 0; u < 8; ++u) {
-        const Vector weights = *reinterpret_cast<const Vector*>(&w[column() + 8 * u][k]);
+      for (int j = 0; j < 8; ++j) {
+        // forward, of one unit, some k; backward, of one k, some units
+        const int v0 = forward ? 0 : j % kVector, u0 = forward ? j : j / kVector * kVector;
+        const Vector weights = *reinterpret_cast<const Vector*>(
+            forward ? &slab.w[unit_of_sum(u0)][k] : &slab.w[k + v0][unit_of_sum(u0)]);
 #pragma unroll
         for (int r = 0; r < 4; ++r)
 #pragma unroll
-          for (int v = 0; v < kVector; ++v)
-            sum[r][u] = ::fma(weights.v[v], states[r].v[v], sum[r][u]);
+          for (int v = 0; v < kVector; ++v) {
+            C& place = sum[r][forward ? u0 : u0 + v];
+            place = ::fma(weights.v[v], states[r].v[forward ? v : v0], place);
+          }
       }
     }
   }
@@ -54,7 +76,7 @@ struct SlabFma {
         for (int r = 0; r < 4; ++r)
 #pragma unroll
           for (int u = 0; u < 8; ++u) {
-            C& place = total[(line() + 8 * r) * kStepUnits + column() + 8 * u];
+            C& place = total[(line() + 8 * r) * kStepUnits + unit_of_sum(u)];
             place = g == 0 ? sum[r][u] : place + sum[r][u];
           }
       __syncthreads();
@@ -66,21 +88,24 @@ struct SlabFma {
 };
 
 // The same by tensor cores: of a warp, 16 units times 16 rows.
-template <class S>
+template <class S, bool forward>
 struct SlabMma {
-  static constexpr int kPad = 8;
-  static constexpr int kTotal = 1;  // none
-  float sum[2][4] = {};             // of 8 rows each
+  using Slab = cuda::Slab<S, forward>;
+  float sum[2][4] = {};  // of 8 rows each
 
-  __device__ explicit SlabMma(float* /*shared*/) {}
+  __device__ explicit SlabMma(void* /*shared*/) {}
   __device__ void finish() {}
-  __device__ void add(const S (*w)[kSlab + kPad], const S (*e)[kSlab + kPad]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const S* a = &w[warp % 4 * 16 + lane % 16][lane / 16 * 8];
-    const S* b = &e[warp / 4 * 16 + lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8];
+  __device__ void add(const Slab& slab) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, unit = warp % 4 * 16;
+    const S* b = &slab.e[warp / 4 * 16 + lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8];
 #pragma unroll
-    for (int k = 0; k < kSlab; k += 16) {
-      const uint4 weights = load_matrices(a + k), states = load_matrices(b + k);
+    for (int k = 0; k < Slab::kK; k += 16) {
+      uint4 weights;
+      if constexpr (forward)
+        weights = load_matrices(&slab.w[unit + lane % 16][k + lane / 16 * 8]);
+      else
+        weights = load_transposed(&slab.w[k + lane / 16 * 8 + lane % 8][unit + lane / 8 % 2 * 8]);
+      const uint4 states = load_matrices(b + k);
       mma(sum[0], weights, states.x, states.y, S{});
       mma(sum[1], weights, states.z, states.w, S{});
     }
@@ -94,29 +119,42 @@ struct SlabMma {
   }
 };
 
-template <class S>
+template <class S, bool forward>
 struct SlabProduct {
-  using type = SlabFma<S>;
+  using type = SlabFma<S, forward>;
 };
-template <>
-struct SlabProduct<__half> {
-  using type = SlabMma<__half>;
+template <bool forward>
+struct SlabProduct<__half, forward> {
+  using type = SlabMma<__half, forward>;
 };
-template <>
-struct SlabProduct<__nv_bfloat16> {
-  using type = SlabMma<__nv_bfloat16>;
+template <bool forward>
+struct SlabProduct<__nv_bfloat16, forward> {
+  using type = SlabMma<__nv_bfloat16, forward>;
 };
 
-// Step s of the walk; after the last, s = T, the product that leads to ∂L/∂h0.
+// 16 bytes of which `count` numbers exist, the others are zeros; at once where memory is so
+// aligned.
+template <class S>
+__device__ __forceinline__ void copy_some(S* to, const S* from, int64_t count) {
+  constexpr int kVector = 16 / int(sizeof(S));
+  if (count >= kVector && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    copy_through_l2(to, from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) to[i] = i < count ? load_through_l2(from + i) : narrow<S>(0);
+  }
+}
+
+// Step s of the walk; after the last, s = T, the product that leads to ∂L/∂h0. Two blocks of an SM
+// at once, so that the next step's may begin; but float64 takes the registers of two.
 template <class S, Pass pass>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     fused_step(const __grid_constant__ Params p, const int64_t s) {
-  using Product = typename SlabProduct<S>::type;
   using L = Layer<S, pass, 1>;
   using C = typename L::C;
-  __shared__ S w_slab[kStepUnits][kSlab + Product::kPad];
-  __shared__ S e_slab[kStepRows][kSlab + Product::kPad];
-  __shared__ C total[Product::kTotal];
+  using Slab = cuda::Slab<S, L::kForward>;
+  constexpr int kVector = Slab::kVector;
+  __shared__ Slab slabs[kSlabs];
   const L layer(p, int64_t(blockIdx.x / p.blocks) * kStepRows,
                 int64_t(blockIdx.x % p.blocks) * kStepUnits);
   const Problem& q = p.problem;
@@ -125,58 +163,64 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int alive = finishing ? layer.rows : now.alive;
   if (alive == 0) return;
 
-  // What this thread loads of each slab, so that a warp reads neighbours: of states and inputs, one
-  // k of 4 rows, and of weights one k of 8 units; backward, where W_hh is read along the units, one
-  // unit of 8 k.
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const S *state[4], *x[4];
+  const int64_t state_slabs = (q.H + Slab::kK - 1) / Slab::kK;
+  const int64_t count = state_slabs + (q.I + Slab::kK - 1) / Slab::kK;
+  // Both matrices, one after the other.
+  const auto fetch_weights = [&](Slab& to, int64_t slab) {
+    const bool recurrent = slab < state_slabs;
+    const S* const matrix = static_cast<const S*>(recurrent ? q.w_hh : q.w_ih);
+    const int64_t stride = recurrent ? q.w_hh_row : q.w_ih_row, size = recurrent ? q.H : q.I;
+    const int64_t k0 = (recurrent ? slab : slab - state_slabs) * Slab::kK;
+    constexpr int kVectors = Slab::kLine / kVector;  // of a line
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = warp + 8 * i;
-    state[i] = row >= alive ? nullptr
-               : finishing  ? layer.state_after_all(row)
-                            : layer.state_before(row, before, now);
-    x[i] = q.I && row < alive ? layer.at(q.x, now, row, 0) : nullptr;
-  }
-  S w_next[8], e_next[4];
-  const auto w_unit = [&](int i) { return L::kForward ? warp + 8 * i : int(threadIdx.x) % 64; };
-  const auto w_k = [&](int i) { return L::kForward ? lane : int(threadIdx.x) / 64 + 4 * i; };
-
-  const auto fetch = [&](int64_t k0, int64_t size, const S* const(&of)[4], const void* matrix,
-                         int64_t unit_stride, int64_t k_stride) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) e_next[i] = of[i] && k0 + lane < size ? of[i][k0 + lane] : S{};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int64_t k = k0 + w_k(i);
-      w_next[i] =
-          w_unit(i) < layer.units && k < size
-              ? static_cast<const S*>(matrix)[(layer.j0 + w_unit(i)) * unit_stride + k * k_stride]
-              : S{};
+    for (int i = 0; i < Slab::kLines * kVectors / kThreads; ++i) {
+      const int place = int(threadIdx.x) + i * kThreads;
+      const int line = place / kVectors, j = place % kVectors * kVector;
+      const int unit = L::kForward ? line : j, k = L::kForward ? j : line;
+      const int64_t exist = L::kForward ? (unit < layer.units ? size - k0 - k : 0)
+                                        : (k0 + k < size ? layer.units - unit : 0);
+      const int64_t at =
+          L::kForward ? (layer.j0 + unit) * stride + k0 + k : (k0 + k) * stride + layer.j0 + unit;
+      copy_some(&to.w[line][j], matrix + at, exist);
     }
   };
-  const int64_t state_slabs = (q.H + kSlab - 1) / kSlab;
-  const int64_t slabs = state_slabs + (q.I + kSlab - 1) / kSlab;
-  const auto fetch_slab = [&](int64_t slab) {
-    if (slab < state_slabs)
-      fetch(slab * kSlab, q.H, state, q.w_hh, L::kForward ? q.w_hh_row : 1,
-            L::kForward ? 1 : q.w_hh_row);
-    else if (L::kForward)
-      fetch((slab - state_slabs) * kSlab, q.I, x, q.w_ih, q.w_ih_row, 1);
+
+  // While the step before runs: weights do not depend on it.
+  let_next_begin();
+  for (int i = 0; i < kSlabs - 1; ++i)
+    if (i < count) fetch_weights(slabs[i], i);
+  wait_for_the_one_before();
+
+  // A thread fetches of one row, 16 bytes of each slab.
+  const int row = threadIdx.x / 8, part = threadIdx.x % 8 * kVector;
+  const S* const state = row >= alive ? nullptr
+                         : finishing  ? layer.state_after_all(row)
+                                      : layer.state_before(row, before, now);
+  const S* const x = q.I && row < alive ? layer.at(q.x, now, row, 0) : nullptr;
+  const auto fetch_states = [&](Slab& to, int64_t slab) {
+    const bool recurrent = slab < state_slabs;
+    const S* const from = recurrent ? state : x;
+    const int64_t k = (recurrent ? slab : slab - state_slabs) * Slab::kK + part;
+    copy_some(&to.e[row][part], from + k, from ? (recurrent ? q.H : q.I) - k : 0);
   };
 
-  Product product(total);
-  fetch_slab(0);
-  for (int64_t slab = 0; slab < slabs; ++slab) {
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) e_slab[warp + 8 * i][lane] = e_next[i];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) w_slab[w_unit(i)][w_k(i)] = w_next[i];
-    __syncthreads();
-    if (slab + 1 < slabs) fetch_slab(slab + 1);
-    product.add(w_slab, e_slab);
+  typename SlabProduct<S, L::kForward>::type product(slabs);
+  for (int i = 0; i < kSlabs - 1; ++i) {
+    if (i < count) fetch_states(slabs[i], i);
+    end_of_copies();
   }
+  for (int64_t slab = 0; slab < count; ++slab) {
+    wait_for_copies_but<kSlabs - 2>();
+    __syncthreads();
+    const int64_t next = slab + kSlabs - 1;
+    if (next < count) {
+      fetch_weights(slabs[next % kSlabs], next);
+      fetch_states(slabs[next % kSlabs], next);
+    }
+    end_of_copies();
+    product.add(slabs[slab % kSlabs]);
+  }
+  __syncthreads();  // the product adds up where the slabs were
   product.finish();
 
 #pragma unroll
