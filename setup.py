@@ -4,8 +4,8 @@ Environment variables:
     FUSEDRNN_CUDA         0: no CUDA engine; 1: an error where it cannot be built. Left out: where
                           torch has CUDA and a toolkit of the same major version is found.
     CUDA_HOME             The toolkit; left out: where nvcc is found, or /usr/local/cuda.
-    TORCH_CUDA_ARCH_LIST  Architectures of GPUs, "8.0;9.0a"; left out: all from 7.5 on. The builder
-                          itself needs no GPU. 9.0a is faster than 9.0, for large layers.
+    TORCH_CUDA_ARCH_LIST  Architectures of GPUs, "8.0;9.0"; left out: all from 7.5 on. The builder
+                          itself needs no GPU.
     DEBUG=1               No optimisation, debug symbols.
     WERROR=1              Warnings are errors.
     SANITIZE              Passed to -fsanitize=, e.g. ``address,undefined``
@@ -64,7 +64,7 @@ except ImportError:
 ROOT = Path(__file__).parent
 DEBUG = os.getenv("DEBUG") == "1"
 SANITIZE = os.getenv("SANITIZE")
-ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def nvcc_says(*question: str) -> str:
@@ -95,8 +95,7 @@ def why_no_cuda() -> str | None:
 
 def default_architectures() -> str:
     known = nvcc_says("--list-gpu-arch").split()
-    found = [a for a in ARCHITECTURES if f"compute_{re.sub('[.a]', '', a)}" in known]
-    return ";".join(found) + "+PTX"
+    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
 
 
 REASON = why_no_cuda()
@@ -104,7 +103,10 @@ if REASON is not None and os.getenv("FUSEDRNN_CUDA") == "1":
     sys.exit(f"FUSEDRNN_CUDA=1, but the CUDA engine cannot be built: {REASON}")
 if REASON is None:
     # torch's own default is the GPU it sees, and an error where it sees none
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()
+    # 9.0a is the same GPUs, and lets warps hand each other registers (csrc/cuda/slices.cuh)
+    architectures = re.sub(r"\b9\.0(?![a+])", "9.0a", architectures)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     CUDA = f"CUDA {torch.version.cuda}, architectures {architectures.replace(';', ' ')}"
 else:
     CUDA = f"not built: {REASON}"

@@ -109,6 +109,31 @@ def test_a_choice_that_is_none_is_an_error() -> None:
     assert "FUSEDRNN_CUDA must be 0 or 1, got 'yes'" in run.stderr
 
 
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("wanted", "built"),
+    [
+        ("", "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"),
+        ("9.0", "9.0a"),
+        ("8.0;9.0 12.0", "8.0;9.0a 12.0"),
+        ("8.0;9.0a", "8.0;9.0a"),
+        ("9.0+PTX", "9.0+PTX"),  # PTX of 9.0a is for no other
+    ],
+)
+def test_architectures(wanted: str, built: str) -> None:
+    code = (
+        "import os, runpy, sys, torch.utils.cpp_extension as cpp; torch.version.cuda = '13.0';"
+        "cpp.CUDAExtension = cpp.CppExtension;"  # which wants torch's libraries for CUDA
+        "sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py');"
+        "print(os.environ['TORCH_CUDA_ARCH_LIST'])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": wanted},
+    )  # fmt: skip
+    assert run.stdout.splitlines()[-1] == built
+
+
 def test_a_toolkit_of_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "include").mkdir()
