@@ -122,7 +122,8 @@ def test_a_choice_that_is_none_is_an_error() -> None:
 )
 def test_architectures(wanted: str, built: str) -> None:
     code = (
-        "import os, runpy, sys, torch.utils.cpp_extension as cpp; torch.version.cuda = '13.0';"
+        "import os, runpy, sys, torch, torch.utils.cpp_extension as cpp;"
+        "torch.version.cuda = '13.0';"
         "cpp.CUDAExtension = cpp.CppExtension;"  # which wants torch's libraries for CUDA
         "sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py');"
         "print(os.environ['TORCH_CUDA_ARCH_LIST'])"
