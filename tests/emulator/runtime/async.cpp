@@ -180,9 +180,9 @@ void copy_async_arrive(Thread& self, const Site& site, char* barrier, bool count
 // --- st.async and bulk copies ---
 void store_async(Thread& self, const Site& site, char* to, const void* value, u32 bytes,
                  char* barrier) {
+  note_write(to, bytes);
   const Quiet quiet;
   read_barrier(self, site, barrier);
-  note_write(to, bytes);
   Operation operation = {to, nullptr, bytes, barrier, nullptr, 0, {}};
   std::memcpy(operation.value, value, bytes);
   start(self, operation);
@@ -193,20 +193,20 @@ void check_bulk(Thread& self, const Site& site, const char* to, const char* from
 }
 void bulk_copy_to_shared(Thread& self, const Site& site, char* to, const char* from, u32 bytes,
                          char* barrier) {
+  note_read(from, bytes);
+  note_write(to, bytes);
   const Quiet quiet;
   check_bulk(self, site, to, from, bytes);
   read_barrier(self, site, barrier);
-  note_read(from, bytes);
-  note_write(to, bytes);
   start(self, {to, from, bytes, barrier, nullptr, 0, {}});
 }
 void bulk_copy_to_global(Thread& self, const Site& site, char* to, const char* from, u32 bytes) {
+  note_read(from, bytes);
+  note_write(to, bytes);
   const Quiet quiet;
   check_bulk(self, site, to, from, bytes);
   Copies& copies = copies_of(self);
   if (!copies.bulk_group) copies.bulk_group = 1;
-  note_read(from, bytes);
-  note_write(to, bytes);
   start(self, {to, from, bytes, nullptr, &state(self), copies.bulk_group, {}});
 }
 void bulk_commit(Thread& self) {

@@ -132,6 +132,7 @@ void mma_f64(Thread& self, const Site& site, f64 d[2], f64 a, f64 b, const f64 c
 
 void load_matrices(Thread& self, const Site& site, u32 count, bool transposed, u32 result[],
                    const char* row) {
+  if (self.lane < 8 * count) note_read(row, 16);
   const Quiet quiet;
   struct Argument {
     u32 count;
@@ -163,6 +164,7 @@ void load_matrices(Thread& self, const Site& site, u32 count, bool transposed, u
 
 void store_matrices(Thread& self, const Site& site, u32 count, bool transposed, const u32 value[],
                     char* row) {
+  if (self.lane < 8 * count) note_write(row, 16);
   const Quiet quiet;
   struct Argument {
     u32 count;

@@ -22,8 +22,8 @@ void __tsan_switch_to_fiber(void*, unsigned);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void*);
 void __tsan_release(void*);
-void __tsan_read_range(void*, unsigned long);
-void __tsan_write_range(void*, unsigned long);
+void __tsan_read_range_pc(void*, unsigned long, void*);
+void __tsan_write_range_pc(void*, unsigned long, void*);
 void AnnotateIgnoreReadsBegin(const char*, int);
 void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);
@@ -36,9 +36,14 @@ namespace emulator {
 #ifdef EMULATOR_TSAN
 inline void tsan_acquire(const void* p) { __tsan_acquire(const_cast<void*>(p)); }
 inline void tsan_release(const void* p) { __tsan_release(const_cast<void*>(p)); }
-// Accesses that the runtime makes for a kernel (ldmatrix) count as the kernel's.
-inline void note_read(const void* p, size_t n) { __tsan_read_range(const_cast<void*>(p), n); }
-inline void note_write(void* p, size_t n) { __tsan_write_range(p, n); }
+// Accesses that the runtime makes for a kernel (ldmatrix) count as the kernel's, at the line which
+// called the runtime. Not while there is a `Quiet`.
+[[gnu::always_inline]] inline void note_read(const void* p, size_t n) {
+  __tsan_read_range_pc(const_cast<void*>(p), n, __builtin_return_address(0));
+}
+[[gnu::always_inline]] inline void note_write(void* p, size_t n) {
+  __tsan_write_range_pc(p, n, __builtin_return_address(0));
+}
 // Memory traffic of the runtime itself, seen through libc's interceptors, does not.
 struct Quiet {
   Quiet() {
