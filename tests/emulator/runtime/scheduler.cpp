@@ -160,7 +160,12 @@ struct Machine {
   std::string failure;
   u64 fault_at = 0;  // the instruction that accessed an illegal address
   u64 random_state = 1;
-  char end_of_launch = 0;  // an address for ThreadSanitizer
+#ifdef EMULATOR_TSAN
+  char start = 0;  // addresses that it orders threads by
+  std::vector<void*> fibers;
+  size_t fibers_used = 0;  // in this launch
+#endif
+  char end_of_launch = 0;
   // Kept from launch to launch: most of a small launch would else be allocation.
   std::vector<ThreadState> threads;
   std::vector<BlockState> blocks;
@@ -200,6 +205,9 @@ ThreadState* next_ready() { return machine.ready.empty() ? nullptr : machine.rea
 #endif
   for (;;) {
     ThreadState& self = *machine.current;
+#ifdef EMULATOR_TSAN
+    tsan_acquire(&machine.start);
+#endif
     machine.body(self);
     thread_exits(self);
     ThreadState* next = next_ready();
@@ -330,9 +338,11 @@ void thread_exits(ThreadState& self) {
 
 // --- The life of a grid ---
 void allocate_shared(BlockState& block, u32 bytes) {
+  const Quiet quiet;
   constexpr size_t alignment = 1024;  // what swizzled bulk copies ask for
-  // With AddressSanitizer each block's memory has its exact size and red zones around it.
-#ifdef EMULATOR_ASAN
+  // With AddressSanitizer each block's memory has its exact size and red zones around it. To
+  // ThreadSanitizer it must be memory that no other block of this launch has had.
+#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
   std::free(block.shared);
   block.shared = nullptr;
   block.shared_capacity = 0;
@@ -433,6 +443,21 @@ void start_randomness() {
   preemption = settings.order == Order::random && settings.yield_probability > 0;
 }
 
+#ifdef EMULATOR_TSAN
+// Fibers for the first `count` threads, which come after all that the launching thread did. They
+// are kept, since each takes a millisecond to make. The clusters of one launch have different ones,
+// as long as there are enough: what one fiber does is in order.
+void give_fibers(u32 count) {
+  constexpr size_t most = 6000;
+  if (machine.fibers_used + count > most) machine.fibers_used = 0;
+  while (machine.fibers.size() < machine.fibers_used + count)
+    machine.fibers.push_back(__tsan_create_fiber(0));
+  for (u32 i = 0; i < count; ++i)
+    machine.threads[i].context.fiber = machine.fibers[machine.fibers_used++];
+  tsan_release(&machine.start);
+}
+#endif
+
 // Runs the first `count` threads until all have exited, or one has failed, or none can go on.
 void run_threads(u32 count) {
   machine.ready.reset(count);
@@ -447,8 +472,7 @@ void run_threads(u32 count) {
   machine.main.bottom = nullptr;
 #endif
 #ifdef EMULATOR_TSAN
-  // A fiber comes after all that its creator did before: one thread must not create another.
-  for (u32 i = 0; i < count; ++i) machine.threads[i].context.fiber = __tsan_create_fiber(0);
+  give_fibers(count);
 #endif
   ThreadState* first = next_ready();
   prepare(*first);
@@ -465,18 +489,15 @@ void run_threads(u32 count) {
   } else {
     run_all_async_operations();
   }
-  tsan_acquire(&machine.end_of_launch);
   for (u32 i = 0; i < count; ++i) {
     ThreadState& thread = machine.threads[i];
     if (thread.stack) machine.stacks.give(thread.stack);  // a launch that failed leaves some
     thread.stack = nullptr;
     if (!thread.exited) finish_copies(thread);
-#ifdef EMULATOR_TSAN
-    // Of a launch that failed, some are left in the middle of a `Quiet`, where none may end.
-    if (!machine.failed) __tsan_destroy_fiber(thread.context.fiber);
-    thread.context.fiber = nullptr;
-#endif
   }
+#ifdef EMULATOR_TSAN
+  if (machine.failed) machine.fibers.clear();  // some were left in the middle of a `Quiet`
+#endif
 #ifdef EMULATOR_ASAN
   for (BlockState& block : machine.blocks)
     if (block.shared_bytes) __asan_unpoison_memory_region(block.shared, block.shared_bytes);
@@ -585,6 +606,7 @@ Failure run(const Launch& launch) {
   const FaultHandler faults;
 #ifdef EMULATOR_TSAN
   machine.main.fiber = __tsan_get_current_fiber();
+  machine.fibers_used = 0;
 #endif
 
   const u32 blocks_per_cluster = launch.cluster.count();
@@ -611,6 +633,8 @@ Failure run(const Launch& launch) {
                     &machine.threads[size_t(i) * threads_per_cluster], shared_bytes);
     run_threads(resident * threads_per_cluster);
   }
+  // Only here: that one cluster ran after the other must not hide a race between them.
+  tsan_acquire(&machine.end_of_launch);
   for (char* stack : machine.dead_stacks) machine.stacks.give(stack);
   machine.dead_stacks.clear();
   if (size_t(resident) * threads_per_cluster > 4096) machine.stacks.trim();

@@ -17,7 +17,6 @@
 // the kernels and nothing else. What order there is between fibers it is told by these calls.
 extern "C" {
 void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void*);
