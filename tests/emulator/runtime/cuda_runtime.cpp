@@ -353,6 +353,7 @@ EXPORT void cudaemu_schedule(const char* order, unsigned long long seed, double 
   settings.launches = 0;
   settings.yield_probability = probability;
 }
+EXPORT void cudaemu_values_order(int on) { settings.values_order = on != 0; }
 EXPORT void cudaemu_fail_next_launch(int error) { next_launch_fails_with = error; }
 EXPORT const char* cudaemu_last_failure() { return last_failure.c_str(); }
 EXPORT void cudaemu_clear_failure() {

@@ -13,6 +13,10 @@ struct Settings {
   u64 seed = 1;
   u64 launches = 0;              // since the seed was set: each launch has an order of its own
   double yield_probability = 0;  // random order: the chance to be interrupted at an atomic or fence
+  // For ThreadSanitizer: what a lane did before it gave a value away (by a shuffle, a product)
+  // comes before what the lanes do that got it. So it is on a GPU for the reads that the value was
+  // made from, but not for writes.
+  bool values_order = false;
 };
 extern Settings settings;
 

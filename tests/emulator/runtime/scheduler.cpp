@@ -788,6 +788,7 @@ void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const 
   BlockState& block = block_of(self);
   Warp& warp = block.warps[self.warp];
   mask &= warp.existing;  // lanes beyond the end of the block
+  if (settings.values_order) tsan_release(&warp.order);
   if (!(mask >> self.lane & 1))
     fail(self, site, "the calling lane is not in the mask of a warp operation");
   if (mask & ~warp.live) fail(self, site, "a warp operation names a lane that has exited");
@@ -810,6 +811,7 @@ void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const 
   self.result = result;
   if (operation->arrived != mask) {
     suspend(self, "warp operation", site);
+    if (settings.values_order) tsan_acquire(&warp.order);
     return;
   }
   machine.idle_polls = 0;
@@ -837,6 +839,7 @@ void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const 
   } else {
     for (u32 l = 32; l-- > 0;) make_ready(l, &ReadyQueue::push_front);
   }
+  if (settings.values_order) tsan_acquire(&warp.order);
 }
 
 void warp_barrier(Thread& self, const Site& site, u32 mask) {
