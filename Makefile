@@ -20,8 +20,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)  # where torch's build looks for ninja
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
-  bench/probes.cu tests/emulated_engine.cpp 'tests/emulator/**/*.h' 'tests/emulator/**/*.cpp' \
-  'tests/emulator/**/*.cu')
+  bench/probes.cu 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
 .DEFAULT_GOAL := test
 .PHONY: demo test bench lint format build clean distclean check-tools

@@ -185,20 +185,28 @@ class Emulated(emulator.Library):
             self.c.fusedrnn_watch(0)
 
 
-@functools.cache
-def emulated(device: str) -> Emulated:
-    """The CUDA engine on a pretend device; whichever process comes first builds it."""
+# Of every emulated build: then nvcc compiles a file once for all that are for one architecture.
+NVCC_FLAGS = ("-Werror=all-warnings", *cpp_extension.COMMON_NVCC_FLAGS)
+
+
+def need_nvcc() -> None:
     if toolkit() is None:
         if os.environ.get("FUSEDRNN_NVCC") == "required":
             pytest.fail("the emulated CUDA engine was not tested: no nvcc")
         pytest.skip("emulated CUDA needs nvcc")
+
+
+@functools.cache
+def emulated(device: str) -> Emulated:
+    """The CUDA engine on a pretend device; whichever process comes first builds it."""
+    need_nvcc()
     libraries = Path(torch.__file__).parent / "lib"
     csrc = ROOT / "csrc" / "cuda"
     path = emulator.build_library(
         sorted(csrc.glob("*.cu")),
         name=f"fusedrnn-{device}",
         arch=ARCHITECTURES[device],
-        nvcc_flags=["-Werror=all-warnings", *cpp_extension.COMMON_NVCC_FLAGS],
+        nvcc_flags=NVCC_FLAGS,
         cxx_flags=[
             "-std=c++20",
             "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",

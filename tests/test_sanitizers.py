@@ -1,18 +1,29 @@
-"""The engine under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The CPU engine under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA engine's own
+kernels, on the emulator, under AddressSanitizer and ThreadSanitizer."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import emulator
 import pytest
+from engines import NVCC_FLAGS, PASSES, REGIMES, ROOT, TILES, need_nvcc
 
-ROOT = Path(__file__).parents[1]
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
 WHAT = "reference or strides or bits or low_precision or first_derivatives"
 TESTS = ("recurrence", "gradients", "threads", "numerics")
+
+
+# ---- the CPU engine ----
 
 
 def runtime(name: str) -> str:
@@ -57,3 +68,261 @@ def test_no_byte_is_read_or_written_astray(sanitized):
         text=True,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+
+
+# ---- the CUDA engine ----
+#
+# sanitized_engine.cpp runs it: planner, launchers, and the kernels as nvcc compiled them.
+
+
+@functools.cache
+def program(sanitizer: str) -> Path:
+    """With all kernels."""
+    return build(sanitizer, "engine", sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+
+
+def build(sanitizer: str, name: str, sources: Sequence[Path], include: Sequence[Path] = ()) -> Path:
+    need_nvcc()
+    if shutil.which("setarch") is None:
+        pytest.skip("no setarch")
+    version = subprocess.check_output([emulator.build.CXX, "-dumpversion"], text=True)
+    if sanitizer == "thread" and int(version.partition(".")[0]) > 12:
+        pytest.skip("ThreadSanitizer since gcc 13 has fewer threads than a block")
+    return emulator.build_program(
+        sources,
+        ROOT / "tests" / "sanitized_engine.cpp",
+        name=f"{name}-{sanitizer}",
+        sanitizer=sanitizer,
+        include=include,
+        nvcc_flags=NVCC_FLAGS,
+        cxx_flags=["-O1"],
+        cpp_sources=[ROOT / "csrc" / "cuda" / "plan.cpp"],
+    )
+
+
+def run(path: Path, *problems: str, seed: int = 1, device: str = "tiny") -> Any:
+    """What the program returned and printed; before a sanitizer's report, the problem."""
+    return emulator.run_program(path, device, str(seed), *problems, timeout=1200)
+
+
+def assert_right(path: Path, *problems: str, **options: Any) -> None:
+    result = run(path, *problems, **options)
+    text = result.stdout[-2000:] + result.stderr[:5000]
+    assert result.returncode == 0, text
+    assert result.stdout.count("right\n") == len(problems) > 0, text
+
+
+def problems(regime: str, ways: Sequence[tuple[int, int]], shapes: Sequence[str]) -> Iterator[str]:
+    """Each shape for each tile and split, in each pass.
+
+    Shapes without an H get an odd one, which one block can just hold, or just not.
+    """
+    for tile, split in ways:
+        held = TILES[tile].held * TILES[tile].chunk * split  # of K in registers
+        units = min(TILES[tile].block_units // split, held)
+        H = {"step": 67, "block": units - 1}.get(regime, units + 1)
+        for shape in shapes:
+            for which in PASSES:
+                yield f"{regime} {which} tile={tile} split={split} H={H} {shape}"
+
+
+def tile_of(arithmetic: str) -> int:
+    return next(i for i, tile in enumerate(TILES) if tile.arithmetic == arithmetic)
+
+
+EVERY_WAY = [(i, split) for i, tile in enumerate(TILES) for split in tile.splits]
+EVERY_NUMBER = [(tile_of(f"fma_{n}"), 1) for n in ("f32", "f64")] + [
+    (tile_of(f"mma_{n}"), 1) for n in ("bf16", "f16")
+]
+EVERY_SHAPE = [
+    "T=2 B=2 I=1 H=1 h0",
+    "T=3 B=1 I=1",
+    "T=4 B=9 I=5 h0 bias keep alpha",
+    "T=2 B=10 I=16 h0 bias unfused",
+    "sizes=4,3,3,1 I=3 h0 bias keep alpha apart",
+    "sizes=5,5,2,1 I=16 h0 keep descending",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", REGIMES)
+def test_cuda_touches_no_byte_astray(regime):
+    ways = EVERY_NUMBER if regime == "step" else EVERY_WAY
+    assert_right(program("address"), *problems(regime, ways, EVERY_SHAPE))
+
+
+# Buffers, and the problems in which they are one number too short.
+SHORT = "tile=0 split=1 T=3 B=3 I=3 H=7 h0 bias keep alpha"
+SHORTENED = {
+    **dict.fromkeys(["x", "w_ih", "b_ih", "b_hh", "alpha", "keep"], f"activation {SHORT}"),
+    **dict.fromkeys(["w_hh", "first", "last", "out0", "out1"], f"adjoint {SHORT}"),
+    **dict.fromkeys(["in0", "in1", "gate"], f"tangent {SHORT}"),
+    "offsets": "activation tile=0 split=1 sizes=3,2,1 I=3 H=7",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("regime", "name"),
+    [
+        *((regime, name) for regime in REGIMES for name in SHORTENED),
+        *(("grid", "counters"), ("step", "carry")),
+    ],
+)
+def test_one_byte_astray_is_found(regime, name):
+    problem = f"{regime} {SHORTENED.get(name, SHORTENED['alpha'])}"
+    result = run(program("address"), f"{problem} short={name}")
+    assert "heap-buffer-overflow" in result.stderr, result.stdout + result.stderr
+    assert re.search(r"#\d .*csrc/cuda/\w+\.cuh:\d+", result.stderr), result.stderr
+
+
+# All that threads do to wait for each other: plain products, tensor cores whose warps share units
+# and those that do not; teams of several blocks, groups of rows, and rows that end or begin late.
+WAITING_WAYS = [
+    (tile_of("fma_f32"), 1),
+    (tile_of("fma_f64"), 1),
+    (tile_of("mma_bf16"), 1),
+    (tile_of("mma_bf16"), 8),
+    (tile_of("mma_f16"), 2),
+    (tile_of("mma_tf32"), 4),
+]
+WAITING_SHAPES = [
+    "T=4 B=9 I=5 h0 bias keep alpha",
+    "sizes=11,9,3,1 I=3 h0 bias keep alpha apart",
+    "sizes=11,9,3,1 I=16 h0 keep descending",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_cuda_has_no_race(regime, seed):
+    ways = EVERY_NUMBER if regime == "step" else WAITING_WAYS
+    assert_right(program("thread"), *problems(regime, ways, WAITING_SHAPES), seed=seed)
+
+
+@pytest.mark.slow
+def test_blocks_without_units_have_no_race():
+    """Of a cluster of 16 blocks 13 have units."""
+    shape = f"cluster tile={tile_of('mma_bf16')} split=8 H=130 T=3 B=3 I=3 h0"
+    assert_right(program("thread"), *(f"{shape} {which}" for which in PASSES), device="h100")
+
+
+# What can be forgotten in csrc/cuda: a file, its text, what stands there instead (FORGET is whether
+# to), and a problem in which that is a race.
+BLOCK = "block tile=0 split=1 T=3 B=2 I=3 H=33 h0"
+TENSOR, SPLIT = (
+    f"block tile={tile_of('mma_bf16')} split={split} T=3 B=2 I=3 H=33 h0" for split in (1, 2)
+)
+CLUSTER = "cluster tile=0 split=1 T=3 B=2 I=3 H=67 h0"
+GRID = "grid tile=0 split=1 T=3 B=2 I=3 H=67 h0"
+STEP = "step tile=0 split=1 T=3 B=2 I=3 H=67 h0"
+FORGOTTEN = {
+    "block-begin": (
+        "persistent.cuh",
+        "else\n      __syncthreads();",
+        "else if (!FORGET)\n      __syncthreads();",
+        BLOCK,
+    ),
+    "block-step": (
+        "persistent.cuh",
+        "__syncthreads();\n    if (p.regime == Regime::cluster)\n",
+        "if (!FORGET) __syncthreads();\n    if (p.regime == Regime::cluster)\n",
+        TENSOR,
+    ),
+    "warps-of-a-unit": (
+        "products.cuh",
+        'asm volatile("bar.sync',
+        'if (!FORGET) asm volatile("bar.sync',
+        SPLIT,
+    ),
+    "cluster-begin": (
+        "persistent.cuh",
+        "cluster_barrier();\n    else",
+        "FORGET ? __syncthreads() : cluster_barrier();\n    else",
+        CLUSTER,
+    ),
+    "cluster-step": (
+        "persistent.cuh",
+        "if (p.regime == Regime::cluster)\n      wait_for_bytes",
+        "if (p.regime == Regime::cluster && !FORGET)\n      wait_for_bytes",
+        CLUSTER,
+    ),
+    "grid-arrive": (
+        "exchange.cuh",
+        "unsigned full) {\n  __syncthreads();",
+        "unsigned full) {\n  if (!FORGET) __syncthreads();",
+        GRID,
+    ),
+    "grid-release": (
+        "exchange.cuh",
+        'asm volatile("red.release.gpu',
+        'if (FORGET) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(arrived));\n'
+        'else asm volatile("red.release.gpu',
+        GRID,
+    ),
+    "grid-gathered": (
+        "persistent.cuh",
+        "copies_done();\n          __syncthreads();",
+        "copies_done();\n          if (!FORGET) __syncthreads();",
+        GRID,
+    ),
+    "slab-read": (
+        "step.cuh",
+        "++slab) {\n    __syncthreads();",
+        "++slab) {\n    if (!FORGET) __syncthreads();",
+        STEP,
+    ),
+    "slab-written": (
+        "step.cuh",
+        "__syncthreads();\n    if (slab + 1 < slabs)",
+        "if (!FORGET) __syncthreads();\n    if (slab + 1 < slabs)",
+        STEP,
+    ),
+    "groups-of-a-sum": (
+        "step.cuh",
+        "}\n      __syncthreads();",
+        "}\n      if (!FORGET) __syncthreads();",
+        STEP,
+    ),
+    # States that another block writes in the same launch.
+    "launch": ("step.cuh", "layer.step(s - 1)", "layer.step(FORGET ? s : s - 1)", STEP),
+}
+
+
+@functools.cache
+def forgetful() -> Path:
+    """With kernels of a copy of csrc in which each of FORGOTTEN can be chosen at run time."""
+    folder = ROOT / "build" / "forgetful"
+    copied = {path: path.read_text() for path in (ROOT / "csrc").glob("**/*.*h")}
+    for number, (file, text, instead, _) in enumerate(FORGOTTEN.values(), 1):
+        path = ROOT / "csrc" / "cuda" / file
+        assert copied[path].count(text) == 1, f"{file} no longer has {text!r}, or more than once"
+        instead = instead.replace("FORGET", f"(forgotten == {number})")
+        copied[path] = copied[path].replace(text, instead)
+    with emulator.build.locked(folder / "lock"):  # another worker may be compiling it
+        for path, text in copied.items():
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if not copy.exists() or copy.read_text() != text:
+                copy.write_text(text)
+    return build(
+        "thread",
+        "forgetful",
+        [ROOT / "csrc" / "cuda" / "engine.cu", ROOT / "tests" / "forgotten_barriers.cu"],
+        include=[folder / "csrc" / "cuda"],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("barrier", "which"),
+    # The adjoint begins with zeros, which were there one barrier before.
+    sorted({*itertools.product(FORGOTTEN, PASSES)} - {("block-begin", "adjoint")}),
+)
+def test_a_forgotten_barrier_is_found(barrier, which):
+    number, problem = list(FORGOTTEN).index(barrier) + 1, f"{FORGOTTEN[barrier][-1]} {which}"
+    assert_right(forgetful(), f"{problem} forget=0")
+    result = run(forgetful(), f"{problem} forget={number}")
+    assert "ThreadSanitizer: data race" in result.stderr, result.stdout + result.stderr
+    assert re.search(r"csrc/cuda/\w+\.cuh:\d+", result.stderr), result.stderr
