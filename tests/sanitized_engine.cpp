@@ -120,7 +120,7 @@ struct Case {
       const size_t sign = std::min(word.find('='), word.size());
       words[word.substr(0, sign)] = word.substr(std::min(sign + 1, word.size()));
     }
-    for (int r = 0; r < 4; ++r)
+    for (size_t r = 0; r < std::size(kRegimeNames); ++r)
       if (has(kRegimeNames[r])) wish.regime = Regime(r);
     for (int p = 0; p < kPasses; ++p)
       if (has(kPassNames[p])) pass = Pass(p);

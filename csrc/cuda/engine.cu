@@ -109,7 +109,12 @@ Device ask(int index) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, index), "device properties");
   device.name = properties.name;
-  device.architecture = properties.major * 10 + properties.minor;
+  // Or an older one that the kernels were compiled for, where the driver made these of their PTX.
+  cudaFuncAttributes compiled;
+  check(cudaFuncGetAttributes(
+            &compiled, reinterpret_cast<const void*>(persistent_kernel(0, Pass::activation))),
+        "the kernels");
+  device.architecture = std::min(properties.major * 10 + properties.minor, compiled.ptxVersion);
   device.sms = properties.multiProcessorCount;
   device.shared_memory = int64_t(properties.sharedMemPerBlockOptin);
   device.clock = attribute(cudaDevAttrClockRate, index) / 1e6;
@@ -152,6 +157,7 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.groups = int((plan.rows + tile.rows - 1) / tile.rows);
   p.slots = plan.slots;
   p.slab = int(plan.slab);
+  if (plan.slab > 0) p.slabs = int((plan.chunks + plan.slab - 1) / plan.slab);
   p.state_k = int(plan.state_chunks) * tile.chunk();
   p.chunks = int(plan.chunks);
   p.e_row = int(plan.shared.e_row);

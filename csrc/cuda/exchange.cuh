@@ -126,13 +126,12 @@ __device__ __forceinline__ void count_arrival(unsigned* arrived) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
 #endif
 }
-__device__ __forceinline__ void wait_for_count(const unsigned* arrived, unsigned full) {
+__device__ __forceinline__ unsigned read_count(const unsigned* arrived) {
+  unsigned now = 0;
 #if __CUDA_ARCH__ >= 700
-  unsigned now;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-  } while (int(now - full) < 0);
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
 #endif
+  return now;
 }
 
 // All blocks of a team, which run at once: `arrived` counts them, over all steps together. Their
@@ -141,7 +140,7 @@ __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full) {
   __syncthreads();
   if (threadIdx.x == 0) {
     count_arrival(arrived);
-    wait_for_count(arrived, full);
+    while (int(read_count(arrived) - full) < 0) continue;
   }
   __syncthreads();
 }

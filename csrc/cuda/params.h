@@ -19,7 +19,7 @@ struct Params {
   int receivers;            // blocks of a team that have units
   int split;                // warps that share the K of their units
   int slices, groups;       // slices: of K, of which one has `chunks`; and of a team's rows
-  int slots, slab;          // buffers for states, and the chunks that one has of a slice
+  int slots, slab, slabs;   // buffers for states; chunks that one has of a slice; and how many do
   int state_k;              // where inputs follow the states in K
   int chunks;               // of K
   int e_row, e_rows;        // shared memory: e is [buffers][e_rows][e_row], and where things begin

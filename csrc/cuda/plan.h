@@ -86,9 +86,8 @@ constexpr int kStepUnits = 64;  // of a block in the step regime,
 constexpr int kStepRows = 32;   // and its batch rows
 
 // In the slices regime: threads of a block, with four warps (registers can only be given away by
-// as many) of which one fetches states and one tells of new ones; and the units of a tile that are
-// a block's own, once all slices are added: two for each thread that multiplies, or for half of
-// them.
+// as many) that fetch states and tell of new ones; and the units of a tile that are a block's own,
+// once all slices are added: two for each thread that multiplies, or for half of them.
 constexpr int kSliceThreads = kThreads + 128;
 constexpr int own_units(const Tile& tile) { return tile.mma() ? 32 : 16; }
 constexpr int kMostGroups = 32;  // of rows, of a team

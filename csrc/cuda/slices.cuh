@@ -9,7 +9,7 @@
 // others are on their way. Three kinds of warps share the work of a turn, and meet at mbarriers:
 //   fetcher  waits until all blocks of the team have told of the group's states, and copies them
 //   workers  multiply them, send the sums to their owners, and finish the turn before this one
-//   teller   tells the team that a turn of this block is finished
+//   tellers  tell the team that a turn of this block is finished
 #pragma once
 
 #include "exchange.cuh"
@@ -47,14 +47,15 @@ struct SliceFma {
   static constexpr Tile kTile{Arithmetic::fma_f32, 4, 32};
   static constexpr int kUnits = kTile.block_units(1), kVectors = kTile.chunk() / 4;
   Vector* const weights;
-  // of the 16 lanes with the same sums' units and rows in turns, and of which K
+  // Lanes n and n ^ 1 load the same weights, n and n ^ 2 the same states: 16-byte loads are served
+  // in two halves of a warp only where all lanes have such a partner.
   const int column, line, half, unit0, row0;
   float sum[4][8];
 
   __device__ explicit SliceFma(void* shared)
       : weights(static_cast<Vector*>(shared)),
-        column(threadIdx.x % 4),
-        line(threadIdx.x / 4 % 4),
+        column(threadIdx.x / 2 % 2 + threadIdx.x / 8 % 2 * 2),
+        line(threadIdx.x % 2 + threadIdx.x / 4 % 2 * 2),
         half(threadIdx.x / 16 % 2),
         unit0(threadIdx.x / 32 % 4 * 32),
         row0(threadIdx.x / 128 * 16) {}
@@ -73,6 +74,7 @@ struct SliceFma {
       for (int k = 0; k < 4; ++k) loaded.v[k] = from.at<float>(unit, v * 4 + k);
       weights[v * kUnits + place(unit)] = loaded;
     }
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");  // others hold what this one reads
   }
 
   __device__ __forceinline__ void add(const float* e, int e_row, int slab, int chunks) {
@@ -149,6 +151,8 @@ __device__ __forceinline__ void give_registers() {
 #endif
 }
 
+constexpr int kTellers = (kSliceThreads - kThreads) / 32 - 1;
+
 template <class Product, Pass pass>
 class Slices : Layer<typename Product::Stored, pass, 2> {
   using S = typename Product::Stored;
@@ -158,7 +162,10 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
   static constexpr Tile kTile = Product::kTile;
   static constexpr int kGroup = kTile.rows;
   static constexpr int kOwn = own_units(kTile);
-  static_assert(kGroup * kOwn / 2 <= kThreads);  // a pair for each worker
+  // Each with a pair of units. Where these are half of the workers, groups go to either half in
+  // turns: to finish takes a while, and not much of anything.
+  static constexpr int kFinishers = kGroup * kOwn / 2, kHalves = kThreads / kFinishers;
+  static_assert(kHalves * kFinishers == kThreads);
 
  public:
   __device__ Slices(const Params& params, unsigned char* shared)
@@ -167,6 +174,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
         shared_(shared),
         slice_(int(blockIdx.x) & (params.slices - 1)),  // a power of two
         k0_(int64_t(slice_) * params.state_k),
+        counters_(params.counters + team(params) * params.groups),
         e_(reinterpret_cast<S*>(shared + params.e_offset)),
         received_(reinterpret_cast<float*>(shared + params.partial_offset)),
         fetched_(reinterpret_cast<uint64_t*>(shared + params.arrivals_offset)),
@@ -181,10 +189,11 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
       work();
     } else {
       give_registers<kTile.mma()>();
-      if (threadIdx.x < kThreads + 32)
+      const int helper = int(threadIdx.x) / 32 - kWarps;
+      if (helper < kTellers)
+        tell(helper);
+      else
         fetch();
-      else if (threadIdx.x < kThreads + 64)
-        tell();
     }
     // Nobody may leave while a peer could still write into its shared memory.
     cluster_barrier();
@@ -199,7 +208,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
       }
       for (int g = 0; g < p.groups; ++g) {
         init_arrivals(arrived_ + g);
-        init_arrivals(finished_ + g, kWarps);
+        init_arrivals(finished_ + g, kFinishers / 32);
       }
     }
     // Rows that are not fetched are multiplied all the same.
@@ -221,8 +230,6 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
   }
   // Backward, one more product after the last step leads to ∂L/∂h0.
   __device__ bool is_finishing(int64_t s) const { return !kForward && s == q.T; }
-
-  __device__ int slabs() const { return (p.chunks + p.slab - 1) / p.slab; }
 
   // The buffers for states, which slabs of all turns take in turns.
   struct Ring {
@@ -258,11 +265,11 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
     Ring ring;
     each_turn([&](int64_t s, int group, int count) {
       const Inputs in = load_inputs(s, group);
-      for (int i = 0; i <= slabs(); ++i) {
+      for (int i = 0; i <= p.slabs; ++i) {
         // After the first slab, when its sums have come. But nobody fetches what a turn starts from
         // before we have told of it.
         if (pending.group >= 0 && (i == 1 || pending.group == group)) finish(pending, phases);
-        if (i == slabs()) break;
+        if (i == p.slabs) break;
         wait_for_arrivals(fetched_ + ring.slot, ring.round & 1);
         if (busy) product.add(states_in(ring), p.e_row, i, p.chunks);
         __syncwarp();
@@ -277,7 +284,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
             send_to_peer(received(group, slice_, row, unit % kOwn), arrived_ + group, unit / kOwn,
                          sums);
         });
-      pending = {s, group, count, in};
+      if (finishes(group)) pending = {s, group, count, in};
     });
     if (pending.group >= 0) finish(pending, phases);
   }
@@ -294,12 +301,15 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
     product.hold(w, p.chunks);
   }
 
+  __device__ static bool finishes(int group) {
+    return kHalves == 1 || int(threadIdx.x) / kFinishers == group % kHalves;
+  }
   // The pair of this thread.
-  __device__ static int own_row() { return threadIdx.x / (kOwn / 2); }
+  __device__ static int own_row() { return threadIdx.x % kFinishers / (kOwn / 2); }
   __device__ static int own_unit() { return threadIdx.x % (kOwn / 2) * 2; }
 
   __device__ __forceinline__ Inputs load_inputs(int64_t s, int group) const {
-    if (own_row() >= kGroup) return {};
+    if (!finishes(group)) return {};
     return Base::inputs(own_unit(), group * kGroup + own_row(), step(s), step(s + 1));
   }
 
@@ -331,23 +341,26 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   __device__ __forceinline__ void fetch() const {
     const int lane = threadIdx.x % 32;
-    unsigned turns = 0;  // that group number `lane` had
+    // Of group number `lane`: its turns, and what its counter was when last seen.
+    unsigned turns = 0, told = 0;
     Ring ring;
     each_turn([&](int64_t s, int group, int count) {
-      const unsigned before = __shfl_sync(~0u, turns, group);
-      if (lane == group) ++turns;
-      if (lane == 0 && before > 0) wait_for_count(counter(group), before * unsigned(p.blocks));
-      __syncwarp();
       // Each lane knows where one row comes from.
       const int row = group * kGroup + lane;
-      const Step earlier = step(s - 1);
+      const Step before = step(s - 1);
       const S* from = nullptr;
       if (lane < count)
-        from = is_finishing(s) ? Base::state_after_all(row)
-                               : Base::state_before(row, earlier, step(s));
+        from =
+            is_finishing(s) ? Base::state_after_all(row) : Base::state_before(row, before, step(s));
       const bool by_copies =
-          __all_sync(~0u, !from || (p.state_copies && (is_finishing(s) || row < earlier.alive)));
-      for (int i = 0; i < slabs(); ++i) {
+          __all_sync(~0u, !from || (p.state_copies && (is_finishing(s) || row < before.alive)));
+      const unsigned full = __shfl_sync(~0u, turns, group) * unsigned(p.blocks);
+      if (lane == group) ++turns;
+      // One look at all counters may do for several turns.
+      while (int(__shfl_sync(~0u, told, group) - full) < 0)
+        if (lane < p.groups) told = read_count(counters_ + lane);
+      __syncwarp();
+      for (int i = 0; i < p.slabs; ++i) {
         if (ring.round > 0) wait_for_arrivals(freed_ + ring.slot, ring.round - 1 & 1);
         fetch_slab(states_in(ring), i * p.slab * kTile.chunk(), from, count, by_copies);
         if (by_copies)
@@ -382,18 +395,18 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
     }
   }
 
-  // ---- the teller ----
+  // ---- tellers ----
 
-  __device__ __forceinline__ void tell() const {
+  // To tell is to wait until memory has what was written: each of them has some of the groups.
+  __device__ __forceinline__ void tell(int teller) const {
     unsigned phases = 0;
     each_turn([&](int64_t, int group, int) {
+      if (group % kTellers != teller) return;
       wait_for_arrivals(finished_ + group, phases >> group & 1);
       phases ^= 1u << group;
-      if (threadIdx.x % 32 == 0) count_arrival(counter(group));
+      if (threadIdx.x % 32 == 0) count_arrival(counters_ + group);
     });
   }
-
-  __device__ unsigned* counter(int group) const { return p.counters + team(p) * p.groups + group; }
 
   // Sums that peers found for a unit of ours.
   __device__ float* received(int group, int slice, int row, int unit) const {
@@ -406,8 +419,9 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   unsigned char* const shared_;
   const int slice_;
-  const int64_t k0_;  // where it begins
-  S* const e_;        // [slots][kGroup][e_row]
+  const int64_t k0_;          // where it begins
+  unsigned* const counters_;  // of groups: blocks that have told, over all steps together
+  S* const e_;                // [slots][kGroup][e_row]
   float* const received_;
   // mbarriers: slots with states, slots without, groups with sums, groups that are finished
   uint64_t *const fetched_, *const freed_, *const arrived_, *const finished_;
