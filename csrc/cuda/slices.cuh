@@ -141,13 +141,13 @@ struct SliceFma {
 template <bool wanted>
 __device__ __forceinline__ void take_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (wanted) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  if constexpr (wanted) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
 #endif
 }
 template <bool wanted>
 __device__ __forceinline__ void give_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (wanted) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  if constexpr (wanted) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
 #endif
 }
 
@@ -377,20 +377,33 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
                                              bool by_copies) const {
     const int lane = threadIdx.x % 32;
     const int size = min(p.slab * kTile.chunk(), p.state_k - first);
-    constexpr int kPerCopy = 16 / int(sizeof(S));
-    const int step = by_copies ? kPerCopy : 1;
-#pragma unroll 1
-    for (int row = 0; row < count; ++row, e += p.e_row) {
-      const auto source = reinterpret_cast<const S*>(
+    const int64_t k0 = k0_ + first;
+    const auto source_of = [&](int row) {
+      return reinterpret_cast<const S*>(
           __shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), row));
+    };
+    if (by_copies) {
+      // Of a slab, 16 or 32 lanes can copy a row; several rows are on their way at once.
+      constexpr int kPerCopy = 16 / int(sizeof(S)), kLanes = kTile.mma() ? 32 : 16;
+#pragma unroll 4
+      for (int i = 0; i < kGroup; i += 32 / kLanes) {
+        const int row = i + lane / kLanes;
+        const S* const source = source_of(row);
+        if (row < count)
+          for (int j = lane % kLanes * kPerCopy; j < size; j += kLanes * kPerCopy) {
+            const bool exists = source && k0 + j < q.H;
+            copy_or_zero(e + row * p.e_row + j,
+                         exists ? source + k0 + j : static_cast<const S*>(q.out[0].data), exists);
+          }
+      }
+    } else {
 #pragma unroll 1
-      for (int j = lane * step; j < size; j += 32 * step) {
-        const int64_t k = k0_ + first + j;
-        const bool exists = source && k < q.H;
-        if (!by_copies)
-          e[j] = exists ? load_through_l2(source + k) : narrow<S>(0);
-        else
-          copy_or_zero(e + j, exists ? source + k : static_cast<const S*>(q.out[0].data), exists);
+      for (int row = 0; row < count; ++row) {
+        const S* const source = source_of(row);
+#pragma unroll 1
+        for (int j = lane; j < size; j += 32)
+          e[row * p.e_row + j] =
+              source && k0 + j < q.H ? load_through_l2(source + k0 + j) : narrow<S>(0);
       }
     }
   }
