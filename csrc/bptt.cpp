@@ -7,6 +7,10 @@
 
 #include <array>
 
+#ifdef FUSEDRNN_CUDA
+#include "cuda/to_device.h"
+#endif
+
 namespace fusedrnn {
 namespace {
 
@@ -26,12 +30,15 @@ Tensor kept(const Tensor& series, const OptionalTensor& keep) {
   return keep ? at::where(keep->unsqueeze(-1), series, at::zeros_like(series)) : series;
 }
 
-// batch_sizes, a CPU tensor, beside the series that it tells about. Nobody waits for the copy.
+// batch_sizes, a CPU tensor, beside the series that it tells about.
 Tensor beside(const Tensor& batch_sizes, const Tensor& series) {
   const c10::Device device = series.device();
-  // only what is really in memory can be pinned, not what a compiler traces
-  const bool pin = device.is_cuda() && !batch_sizes.key_set().has(c10::DispatchKey::Python);
-  return (pin ? batch_sizes.pin_memory() : batch_sizes).to(device, /*non_blocking=*/true);
+#ifdef FUSEDRNN_CUDA
+  // what is really in memory, not what a compiler traces
+  if (device.is_cuda() && !batch_sizes.key_set().has(c10::DispatchKey::Python))
+    return cuda::to_device(batch_sizes, device);
+#endif
+  return batch_sizes.to(device);
 }
 
 // For packed row (t, b): where rows (t-1, b) and (t+1, b) are, or -1; and b.

@@ -82,7 +82,8 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
 
 def short(name: str) -> str:
     """`persistent<Fma<float, 2, 1>, adjoint>` of what c++filt says."""
-    name = re.sub(r"\((?!fusedrnn::Pass).*\)$", "", name.removeprefix("void "))
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    name = re.sub(r"\((?!fusedrnn::Pass).*\)$", "", name)
     for i, said in enumerate(("activation", "tangent", "adjoint")):  # enum class Pass
         name = name.replace(f"(fusedrnn::Pass){i}", said)
     return name.replace("fusedrnn::cuda::", "").replace("fusedrnn::", "")

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from engines import REGIMES, Engine
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
+from fusedrnn import _C
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -58,6 +60,34 @@ def test_captured_inference(layout, packed):
             captured = run()
         for _ in range(3):
             x.copy_(torch.randn_like(x))
+            graph.replay()
+            torch.testing.assert_close(captured, run())
+
+
+# Each is launched in a way of its own: cooperatively, in clusters, before the last one ends.
+@pytest.mark.parametrize("regime", [None, *REGIMES])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.skipif(not _C.has_cuda, reason="built without CUDA")
+def test_each_regime_is_captured(regime, packed):
+    batch_sizes = torch.tensor([B] * 6 + [2] * 4 + [1] * 2) if packed else None
+    rows = (int(batch_sizes.sum()),) if packed else (T, B)
+    x, w_ih, w_hh = numbers(*rows, I), numbers(H, I) / I**0.5, numbers(H, H) / H**0.5
+    wanted = [t.requires_grad_() for t in (x, w_ih, w_hh)]
+
+    def run() -> Any:
+        h, h_n = fusedrnn.rnn(*wanted, batch_sizes=batch_sizes)
+        return h, *torch.autograd.grad(h.sin().sum() + h_n.sum(), wanted)
+
+    with Engine("cuda", "gpu", regime).installed():
+        warm_up(run)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for _ in range(3):
+            with torch.no_grad():
+                x.copy_(torch.randn_like(x))
+            # host memory that a copy in the graph might read again
+            torch.full((64,), -1, dtype=torch.int64, device="cpu").pin_memory()
             graph.replay()
             torch.testing.assert_close(captured, run())
 

@@ -55,7 +55,7 @@ void allow(const void* kernel, const Device& device, int64_t cluster) {
 // A launch, perhaps of clusters, and perhaps of blocks that all run at once.
 struct Launch {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[2] = {};
 
   Launch(int64_t blocks, int threads, int64_t shared, cudaStream_t stream) {
     config.gridDim = dim3(unsigned(blocks));
@@ -83,6 +83,20 @@ struct Launch {
   }
 };
 
+// Makes a device the current one for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int index) {
+    check(cudaGetDevice(&before_), "the current device");
+    check(cudaSetDevice(index), "a device");
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_;
+};
+
 // Of one block, 2, 4, 8 and 16, how many clusters the device holds at once. Not a division: SMs
 // come in groups of uneven size, and a cluster lies in one of them.
 void count_clusters(Device& device) {
@@ -105,6 +119,7 @@ void count_clusters(Device& device) {
 }
 
 Device ask(int index) {
+  const OnDevice guard(index);  // whose kernels and occupancy are asked for
   Device device;
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, index), "device properties");
@@ -121,12 +136,17 @@ Device ask(int index) {
   // two transfers a cycle
   device.memory_bandwidth = 2.0 * attribute(cudaDevAttrMemoryClockRate, index) *
                             attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8 / 1e6;
-  int current;  // occupancy is asked of that device
-  check(cudaGetDevice(&current), "the current device");
-  check(cudaSetDevice(index), "a device");
   count_clusters(device);
-  check(cudaSetDevice(current), "a device");
   return device;
+}
+
+// As many numbers as the 4 KB of a kernel's arguments have room for.
+struct Numbers {
+  static constexpr int kMost = 480;
+  int64_t v[kMost];
+};
+__global__ void write_numbers(int64_t* to, const __grid_constant__ Numbers numbers, int count) {
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) to[i] = numbers.v[i];
 }
 
 std::mutex mutex;  // of these two:
@@ -221,6 +241,20 @@ const Device& device_properties(int index) {
   auto& device = known[index];
   if (!device) device = std::make_unique<const Device>(ask(index));
   return *device;
+}
+
+void copy_to_device(const int64_t* from, int64_t count, int64_t* to, cudaStream_t stream) {
+  for (int64_t first = 0; first < count; first += Numbers::kMost) {
+    Numbers numbers;
+    int size = int(std::min<int64_t>(Numbers::kMost, count - first));
+    std::copy_n(from + first, size, numbers.v);
+    int64_t* place = to + first;
+    Launch launch(1, 128, 0, stream);
+    void* arguments[] = {&place, &numbers, &size};
+    check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(&write_numbers),
+                              arguments),
+          "a copy to the device failed");
+  }
 }
 
 void wish(const Wish& wanted) {

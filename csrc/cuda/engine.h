@@ -27,6 +27,10 @@ struct Workspace {
 void run(const Problem& problem, const PlanInput& in, const Plan& plan, const Device& device,
          const Workspace& workspace, cudaStream_t stream);
 
+// Copies numbers from the host without waiting, as arguments of kernels: a graph that is captured
+// keeps them, where it would read host memory anew at every replay.
+void copy_to_device(const int64_t* from, int64_t count, int64_t* to, cudaStream_t stream);
+
 // What tests and the curious wish of all plans from now on; {} gives the choice back to the
 // planner.
 void wish(const Wish& wanted);

@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "to_device.h"
+
 namespace fusedrnn::cuda {
 namespace {
 
@@ -21,6 +23,15 @@ struct Engine {
 };
 
 }  // namespace
+
+Tensor to_device(const Tensor& numbers, c10::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  const Tensor from = numbers.contiguous();
+  const Tensor to = at::empty(from.sizes(), from.options().device(device));
+  copy_to_device(from.const_data_ptr<int64_t>(), from.numel(), to.mutable_data_ptr<int64_t>(),
+                 c10::cuda::getCurrentCUDAStream(guard.current_device().index()));
+  return to;
+}
 
 TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) { Ops<Engine>::add_to(m); }
 

@@ -8,6 +8,9 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 
+#include <numeric>
+#include <vector>
+
 #include "../ops.h"
 #include "engine.h"
 
@@ -35,15 +38,13 @@ inline PlanInput plan_input(const Call& call) {
   return in;
 }
 
-// Rows before each step and after the last, [T + 1]. From pinned memory, since the copy would wait
-// for the stream otherwise.
-inline Tensor row_offsets(const Problem& p, const Tensor& like) {
-  const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(like.is_cuda());
-  const Tensor offsets = at::empty({p.T + 1}, options);
-  int64_t* data = offsets.mutable_data_ptr<int64_t>();
-  data[0] = 0;
-  for (int64_t t = 0; t < p.T; ++t) data[t + 1] = data[t] + p.batch_sizes[t];
-  return offsets.to(like.device(), /*non_blocking=*/true);
+// Rows before each step and after the last, [T + 1].
+inline Tensor row_offsets(const Problem& p, const Tensor& like, cudaStream_t stream) {
+  std::vector<int64_t> rows(size_t(p.T + 1));
+  std::partial_sum(p.batch_sizes, p.batch_sizes + p.T, rows.begin() + 1);
+  const Tensor offsets = at::empty({p.T + 1}, like.options().dtype(at::kLong));
+  copy_to_device(rows.data(), p.T + 1, offsets.mutable_data_ptr<int64_t>(), stream);
+  return offsets;
 }
 
 // Tensors made here may go when their launches are queued: the allocator gives their memory to
@@ -61,7 +62,7 @@ inline Plan run(Call& call, int device, cudaStream_t stream) {
   workspace.carry = carry.mutable_data_ptr();
   Tensor offsets;
   if (problem.batch_sizes) {
-    offsets = row_offsets(problem, call.like);
+    offsets = row_offsets(problem, call.like, stream);
     workspace.offsets = offsets.const_data_ptr<int64_t>();
   }
   run(problem, in, plan, properties, workspace, stream);

@@ -353,7 +353,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
         from =
             is_finishing(s) ? Base::state_after_all(row) : Base::state_before(row, before, step(s));
       const bool by_copies =
-          __all_sync(~0u, !from || (p.state_copies && (is_finishing(s) || row < before.alive)));
+          p.state_copies && __all_sync(~0u, !from || is_finishing(s) || row < before.alive);
       const unsigned full = __shfl_sync(~0u, turns, group) * unsigned(p.blocks);
       if (lane == group) ++turns;
       // One look at all counters may do for several turns.

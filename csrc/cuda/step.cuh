@@ -231,15 +231,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     C* const carried =
         layer.leaky ? static_cast<C*>(p.carry) + ((layer.b0 + r) * q.H + j) : nullptr;
     const C sum[] = {product.item(i)};
+    const bool begins = !finishing && r >= before.alive, ends = r >= after.alive;
+    // What a launch before stored, as the states are: through L2.
+    const C carried_on = carried && !begins ? load_through_l2(carried) : C(0);
     if (finishing) {
-      layer.finish(sum, unit, r, carried);
+      layer.finish(sum, unit, r, &carried_on);
       continue;
     }
-    const bool begins = r >= before.alive, ends = r >= after.alive;
     const C bias = layer.bias(j), alpha = layer.alpha(j);
-    C carry[] = {begins && (carried || !L::kForward) ? layer.first_carry(r, j, now)
-                 : carried                           ? *carried
-                                                     : C(0)};
+    C carry[] = {begins && (carried || !L::kForward) ? layer.first_carry(r, j, now) : carried_on};
     layer.compute(layer.inputs(unit, r, now, after), sum, unit, r, now, begins, ends, &bias, &alpha,
                   carry);
     if (carried) *carried = carry[0];
