@@ -35,8 +35,10 @@ SITE = ROOT / "build" / "gpu-check" / "site"  # where fusedrnn is installed
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 # What a phase gets at most, seconds, as a part of the whole. The benchmark gets all that is left.
-SHARES = {"machine": 0.06, "build": 0.3, "tests": 0.17, **dict.fromkeys(TOOLS, 0.09)}
+SHARES = {"machine": 0.06, "build": 0.3, "tests": 0.15, "streams": 0.08}
+SHARES.update(dict.fromkeys(TOOLS, 0.08))
 BENCHMARK_LEAST = 60
+STREAMS = ("bptt", "directions", "cuda_graphs")
 
 MACHINE = """
 import json, platform, torch
@@ -172,6 +174,9 @@ class Check:
         pytest += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
         files = [ROOT / "tests" / f"test_{name}.py" for name in self.options.tests.split(",")]
         self.run("tests", [*pytest, "-m", "not slow", "-k", which, *files])
+        # what only a device has: several streams, graphs that are captured
+        files = [ROOT / "tests" / f"test_{name}.py" for name in STREAMS]
+        self.run("streams", [*pytest, "-m", "not slow", *files])
 
         cases = [sys.executable, ROOT / "tests" / "sanitizer_cases.py"]
         for tool in TOOLS:

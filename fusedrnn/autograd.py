@@ -28,8 +28,9 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from . import _ops, vmap  # noqa: F401  (which registers how the ops batch)
+from . import _ops, bptt, vmap  # noqa: F401  (which registers how the ops batch)
 from ._C import forward_mode
+from .streams import transformed
 
 Gradients = tuple[Tensor | None, ...]
 Walk = tuple[Tensor | None, Tensor | None, bool]  # keep, batch_sizes, reverse
@@ -68,11 +69,6 @@ def _save(ctx: Any, saved: Gradients) -> None:
     ctx.save_for_backward(*saved)
     if forward_mode() or transformed():
         ctx.save_for_forward(*saved)
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func is at work, at whatever level."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _Modes(threading.local):
@@ -168,7 +164,7 @@ class Activation(_Op):
             d = _SLOPES[ctx.nonlinearity][0](phi) * g_phi
         if g is None and g_n is None and d is None:
             return (None,) * 11
-        gradients = _ops.bptt(
+        gradients = bptt.bptt(
             g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi, ctx.nonlinearity,
             ctx.reverse, ctx.needs_input_grad[:7],
         )  # fmt: skip

@@ -16,35 +16,18 @@ the same bits.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import streams
 from ._ops import _C
-from .autograd import transformed
 from .functional import rnn
 
 # Two streams cost some 30 us of a CPU's time for a layer, and as much in backward: reckoned, not
 # measured. A step takes a GPU 0.13 us at best, and mostly 0.3 to 0.6 us.
 _MIN_STEPS = 128
-
-
-class _Streams(threading.local):
-    """A stream for each device: the thread's own, or a CUDA graph that one thread captures would
-    have what another does in the meantime."""
-
-    def __init__(self) -> None:
-        self.of: dict[torch.device, torch.cuda.Stream] = {}
-
-    def on(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self.of:
-            self.of[device] = torch.cuda.Stream(device)
-        return self.of[device]
-
-
-_streams = _Streams()
 
 
 def pays(
@@ -60,17 +43,10 @@ def pays(
     the node that asks first, and a node on the other stream would not wait for it.
     """
     return (
-        not torch.compiler.is_compiling()
+        not streams.watched(x, *h0s, *weights[0], *weights[1])
         and _C.has_cuda
-        and torch._C._get_tracing_state() is None  # torch.jit.trace
         and (x if batch_sizes is None else batch_sizes).size(0) >= _MIN_STEPS
-        and not (transformed() or _C.forward_mode())
-        and torch._C._len_torch_dispatch_stack() == 0  # fake tensors, make_fx
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and all(
-            t is None or type(t) in (Tensor, nn.Parameter)
-            for t in (x, *h0s, *weights[0], *weights[1])
-        )
     )
 
 
@@ -95,7 +71,7 @@ def both_directions(
     so that backward, which takes the youngest first, does not wait at one with a direction to go.
     """
     run = functools.partial(rnn, nonlinearity=nonlinearity, batch_sizes=batch_sizes)
-    here, side = torch.cuda.current_stream(x.device), _streams.on(x.device)
+    here, side = torch.cuda.current_stream(x.device), streams.beside(x.device)
     inputs = [x, h0s[1], *weights[1]]
     if torch.is_grad_enabled():
         inputs = [None if t is None else t.view_as(t) for t in inputs]

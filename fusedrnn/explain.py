@@ -113,6 +113,8 @@ def _plan_cuda(call: _Call, adjoint: bool, device: int | dict[str, Any]) -> dict
         H=call.H,
         leaky=call.leaky,
         packed=call.packed,
+        # as fusedrnn/bptt.py has it, for all gradients
+        products=2 * call.I + call.H if adjoint and call.I else 0,
         device=device,
     )
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import _ops, onnx, reference
-from .autograd import Activation, transformed
+from .autograd import Activation
 from .expanded_weights import ExpandedWeight
+from .streams import transformed
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "meta", "cuda") if _ops._C.has_cuda else ("cpu", "meta")

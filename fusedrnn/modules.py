@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import streams
+from . import directions
 from .functional import rnn, rnn_cell, rows_of
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
@@ -214,27 +214,27 @@ class RNN(nn.RNNBase):
             )  # type: ignore[misc]  # of two or four weights
             return output, h.unsqueeze(0)
 
-        directions = 2 if self.bidirectional else 1
-        if len(weights) != self.num_layers * directions:  # someone has changed them
+        num_directions = 2 if self.bidirectional else 1
+        if len(weights) != self.num_layers * num_directions:  # someone has changed them
             raise RuntimeError(
-                f"Expected weights of {self.num_layers} layers in {directions} direction(s), "
+                f"Expected weights of {self.num_layers} layers in {num_directions} direction(s), "
                 f"got {len(weights)}"
             )
         h0s = [None] * len(weights) if hx is None else hx.unbind(0)
-        on_gpu = directions == 2 and x.is_cuda
+        on_gpu = num_directions == 2 and x.is_cuda
         h_n: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout and self.training:
                 x = torch.dropout(x, self.dropout, True)
             outputs: list[Tensor] = []
-            i = layer * directions
-            if on_gpu and streams.pays(x, weights[i : i + 2], h0s[i : i + 2], batch_sizes):
-                outputs, h_of_both = streams.both_directions(
+            i = layer * num_directions
+            if on_gpu and directions.pays(x, weights[i : i + 2], h0s[i : i + 2], batch_sizes):
+                outputs, h_of_both = directions.both_directions(
                     x, weights[i : i + 2], h0s[i : i + 2], nonlinearity, batch_sizes
                 )
                 h_n += h_of_both
             else:
-                for direction in range(directions):
+                for direction in range(num_directions):
                     output, h = rnn(
                         x,
                         *weights[i + direction],
@@ -245,7 +245,7 @@ class RNN(nn.RNNBase):
                     )  # type: ignore[misc]
                     outputs.append(output)
                     h_n.append(h)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            x = outputs[0] if num_directions == 1 else torch.cat(outputs, -1)
         return x, torch.stack(h_n)
 
     def _check(

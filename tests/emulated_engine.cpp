@@ -21,13 +21,23 @@ struct Run {
 std::vector<Run> watched;
 bool watching = false;
 
+// Emulated streams are in order, and products are the CPU's.
+struct Beside {
+  void fork() {}
+  template <class Work>
+  void run(const Work& work) {
+    work();
+  }
+  void join() {}
+};
+
 struct Engine {
   static at::ScalarType dtype(const Tensor& like) {
     return dtype_on(device_properties(0), like.scalar_type());
   }
 
   static void run(Call& call) {
-    const Plan plan = cuda::run(call, 0, nullptr);
+    const Plan plan = cuda::run(call, 0, nullptr, Beside());
     ++runs[int(plan.regime)];
     if (watching) watched.push_back({call.problem.pass, plan});
   }
@@ -56,15 +66,16 @@ void fusedrnn_install() {
 
 void fusedrnn_uninstall() { fusedrnn::cuda::installed.reset(); }
 
-// A regime by its place in kRegimeNames, a tile by its place in kTiles, a split, and whether the
-// input product is part of the step; -1 for what the planner chooses.
-void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input) {
+// A regime by its place in kRegimeNames, a tile by its place in kTiles, a split, whether the input
+// product is part of the step, and where the chain is cut; -1 for what the planner chooses.
+void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input, int cut) {
   const auto wanted = [](int value) { return value < 0 ? std::nullopt : std::optional(value); };
   fusedrnn::cuda::Wish wish;
   if (regime >= 0) wish.regime = fusedrnn::cuda::Regime(regime);
   wish.tile = wanted(tile);
   wish.split = wanted(split);
   if (fuse_input >= 0) wish.fuse_input = fuse_input != 0;
+  if (cut >= 0) wish.cut = cut;
   fusedrnn::cuda::wish(wish);
 }
 
@@ -78,12 +89,12 @@ void fusedrnn_watch(int watching) {
 }
 
 // Pass, regime and so on of a run that was watched; false after the last one.
-int fusedrnn_watched(int64_t index, int64_t values[10]) {
+int fusedrnn_watched(int64_t index, int64_t values[11]) {
   using namespace fusedrnn::cuda;
   if (index >= int64_t(watched.size())) return 0;
   const auto& [pass, plan] = watched[size_t(index)];
   const int64_t found[] = {
-      int64_t(pass), int64_t(plan.regime), plan.tile,   plan.split, plan.fuse_input,
+      int64_t(pass), int64_t(plan.regime), plan.tile,   plan.split, plan.fuse_input, plan.cut,
       plan.rows,     plan.units,           plan.blocks, plan.teams, plan.chunks};
   std::copy(std::begin(found), std::end(found), values);
   return 1;

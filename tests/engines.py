@@ -70,6 +70,7 @@ class Run:
     tile: int
     split: int
     fuse_input: bool
+    cut: int
     rows: int
     units: int
     blocks: int
@@ -84,10 +85,11 @@ class Engine:
     regime: str | None = None  # None: as the planner chooses; so for
     tile: int | None = None  # its place in kTiles of csrc/cuda/plan.h,
     split: int | None = None  # and the warps that share the K of their units;
-    fuse_input: bool | None = None  # emulated: whether the input product is part of the step
+    fuse_input: bool | None = None  # emulated: whether the input product is part of the step,
+    cut: int | None = None  # and after how many steps the chain is cut
 
     def __str__(self) -> str:
-        parts = (self.kind, self.name, self.regime, self.tile, self.split, self.fuse_input)
+        parts = [getattr(self, field.name) for field in fields(self)]
         return ":".join(str(part) for part in parts if part not in (None, ""))
 
     @contextmanager
@@ -102,7 +104,7 @@ class Engine:
         elif self.kind == "emulated":
             library = emulated(self.name)
             library.schedule("random", seed, 0.05)
-            library.install(self.regime, self.tile, self.split, self.fuse_input)
+            library.install(self.regime, self.tile, self.split, self.fuse_input, self.cut)
             try:
                 yield
             finally:
@@ -157,9 +159,10 @@ class Emulated(emulator.Library):
         tile: int | None = None,
         split: int | None = None,
         fuse_input: bool | None = None,
+        cut: int | None = None,
     ) -> None:
         place = None if regime is None else REGIMES.index(regime)
-        wishes = (place, tile, split, fuse_input)
+        wishes = (place, tile, split, fuse_input, cut)
         self.c.fusedrnn_use_regime(*(-1 if wish is None else int(wish) for wish in wishes))
         self.c.fusedrnn_install()
 

@@ -1,19 +1,28 @@
-"""Both directions of a layer at once on CUDA: fusedrnn/streams.py.
+"""Both directions of a layer at once on CUDA: fusedrnn/directions.py.
 
-Without a GPU, the few functions of torch.cuda that it calls are stood in for, and the order in
-which they are called is the result; with one, whatever is run too early or freed too soon.
+Without a GPU, the order of calls is the result (stream_log.py); with one, whatever is run too early
+or freed too soon.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from stream_log import (
+    FORK,
+    HERE,
+    JOIN,
+    Log,
+    assert_like_a_cpu,
+    churn,
+    on_gpu,
+    stream_log,  # noqa: F401
+)
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, graph
@@ -22,78 +31,20 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import _C, streams
+from fusedrnn import _C, directions
 
-T, B, I, H = streams._MIN_STEPS, 3, 4, 5
-
-
-class Log:
-    """What was called on which stream."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, ...]] = []
-        self.recorded: dict[str, set[int]] = {"here": set(), "side": set()}  # storages
-        self.local = threading.local()
-        self.sides: list[Stream] = []
-
-    @property
-    def current(self) -> Stream:
-        return getattr(self.local, "current", HERE)
-
-    @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before = self.current
-        self.local.current = stream
-        try:
-            yield
-        finally:
-            self.local.current = before
-
-    def make(self, device: torch.device) -> Stream:
-        self.sides.append(Stream("side", self))
-        return self.sides[-1]
-
-    def record(self, tensor: Tensor, stream: Stream) -> None:
-        self.recorded[stream.name].add(tensor.untyped_storage().data_ptr())
-
-    def watch(self, name: str, function: Callable) -> Callable:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            what = name + (" reverse" if kwargs.get("reverse") else "")
-            self.calls.append((what, self.current.name))
-            return function(*args, **kwargs)
-
-        return watched
+T, B, I, H = directions._MIN_STEPS, 3, 4, 5
 
 
-class Stream:
-    def __init__(self, name: str, log: Log | None = None) -> None:
-        self.name, self.log = name, log
-
-    def wait_stream(self, other: Stream) -> None:
-        log = self.log or other.log
-        assert log is not None
-        log.calls.append((self.name, "waits for", other.name))
-
-
-HERE = Stream("here")
-FORK, JOIN = ("side", "waits for", "here"), ("here", "waits for", "side")
 AT_ONCE = [FORK, ("rnn reverse", "side"), ("rnn", "here"), JOIN]
+SIZES = (H, B * H, T * B * I, T * B * H, 2 * T * B * H)  # of what memory is taken for
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Log:
-    """CPU tensors pass for CUDA's, and streams for real ones."""
-    log = Log()
-    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True), raising=False)
-    monkeypatch.setattr(_C, "has_cuda", True)
-    monkeypatch.setattr(Tensor, "record_stream", lambda *args: log.record(*args))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: log.current)
-    monkeypatch.setattr(torch.cuda, "stream", log.stream)
-    monkeypatch.setattr(torch.cuda, "Stream", log.make)
-    monkeypatch.setattr(streams, "_streams", streams._Streams())
-    for module in (streams, fusedrnn.modules):
-        monkeypatch.setattr(module, "rnn", log.watch("rnn", module.rnn))
-    return log
+def log(stream_log: Log, monkeypatch: pytest.MonkeyPatch) -> Log:  # noqa: F811
+    for module in (directions, fusedrnn.modules):
+        monkeypatch.setattr(module, "rnn", stream_log.watch("rnn", module.rnn))
+    return stream_log
 
 
 def pair(device: str = "cpu", **layout: Any) -> tuple[fusedrnn.RNN, nn.RNN]:
@@ -152,7 +103,7 @@ def test_the_allocator_hears_of_what_crosses(log):
     def storages(*tensors: Tensor) -> set[int]:
         return {t.untyped_storage().data_ptr() for t in tensors}
 
-    rnn, streams.rnn = streams.rnn, spied  # the fixture puts it back
+    rnn, directions.rnn = directions.rnn, spied  # the fixture puts it back
     with torch.no_grad():
         ours(x, hx)
     assert log.recorded == {"side": set(), "here": storages(*made[:2])}  # the first is the reverse
@@ -263,7 +214,7 @@ def test_compilers_see_no_choice(log):
     """Even with CUDA tensors, of whatever length."""
 
     def chosen(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
-        return x, streams.pays(x, [[w], [w]], [None, None], None)
+        return x, directions.pays(x, [[w], [w]], [None, None], None)
 
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
     assert compiled(inputs(), torch.zeros(1))[1] is False
@@ -273,10 +224,10 @@ def test_left_alone_with_fake_tensors(log):
     """Which say that they are CUDA's, where there is none."""
     with FakeTensorMode():
         x = torch.empty(T, B, I, device="cuda")
-        assert not streams.pays(x, [[x], [x]], [None, None], None)
-    assert not streams.pays(x, [[x], [x]], [None, None], None)
+        assert not directions.pays(x, [[x], [x]], [None, None], None)
+    assert not directions.pays(x, [[x], [x]], [None, None], None)
     x = inputs()
-    assert streams.pays(x, [[x], [x]], [None, None], None)
+    assert directions.pays(x, [[x], [x]], [None, None], None)
 
 
 def test_left_alone_without_the_engine(log, monkeypatch):
@@ -288,32 +239,13 @@ def test_left_alone_without_the_engine(log, monkeypatch):
 
 
 def test_left_alone_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(streams, "both_directions", None)
+    monkeypatch.setattr(directions, "both_directions", None)
     ours, theirs = pair()
     x = inputs()
     torch.testing.assert_close(results(ours, x), results(theirs, x))
 
 
 # What comes of it
-
-on_gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _C.has_cuda), reason="needs a CUDA GPU and its engine"
-)
-
-
-def churn() -> None:
-    """Takes what memory was freed too soon and spoils it, on this stream and on another."""
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    for stream in (torch.cuda.current_stream(), other):
-        with torch.cuda.stream(stream):
-            for size in (H, B * H, T * B * I, T * B * H, 2 * T * B * H):
-                torch.full((size,), float("nan"), dtype=torch.float64, device="cuda")
-    torch.cuda.current_stream().wait_stream(other)
-
-
-def assert_like_a_cpu(found: list[Tensor], expected: list[Tensor]) -> None:
-    torch.testing.assert_close([t.cpu() for t in found], expected)
 
 
 @on_gpu
@@ -328,11 +260,11 @@ def test_many_times(packed):
         output, h_n = module(given)
         output = output.data if packed else output
         if x.is_cuda:
-            churn()
+            churn(*SIZES)
         (output.sin().sum() + h_n.sum()).backward()
         del output, given
         if x.is_cuda:
-            churn()
+            churn(*SIZES)
         found = [x.grad, h_n, *(w.grad.clone() for w in module.parameters())]
         module.zero_grad(set_to_none=True)
         return found
@@ -365,7 +297,7 @@ def test_double_backward():
     expected = run(theirs, x)
     for _ in range(10):
         assert_like_a_cpu(run(ours, x.cuda()), expected)
-        churn()
+        churn(*SIZES)
 
 
 @on_gpu
@@ -439,7 +371,7 @@ def test_captured(training):
         for _ in range(5):
             with torch.no_grad():
                 x.copy_(torch.randn_like(x))
-            churn()
+            churn(*SIZES)
             recorded.replay()
             torch.testing.assert_close(captured, run())
 

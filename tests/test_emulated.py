@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case
@@ -62,6 +64,42 @@ def test_the_order_of_threads_does_not_show(engine, dtype):
             found.append(all_passes(case))
     for again in found[1:]:
         torch.testing.assert_close(again, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+def test_a_chain_that_is_cut(engine, reverse):
+    """Inputs of the steps before the cut are multiplied before, the others' meanwhile."""
+    for case in (
+        Case(T=6, B=9, H=37, dtype=torch.float32, reverse=reverse, keep=True, alpha=True),
+        Case(T=6, B=40, H=19, dtype=torch.float32, reverse=reverse, h0=False, bias=False),
+        Case(T=6, B=5, H=13, dtype=torch.bfloat16, reverse=reverse, h0=False),
+    ):
+        arguments = case.arguments()
+        # time last in memory, so that no step of x lies beside the next
+        arguments["x"] = arguments["x"].movedim(0, -1).contiguous().movedim(-1, 0)
+        found = []
+        for cut in (0, 1, 3, 5):
+            cutting = replace(engine, fuse_input=False, cut=cut)
+            with cutting.installed(cut), emulated(engine.name).watched() as runs:
+                found.append(fusedrnn.rnn(**arguments, **case.flags()))
+            assert [run.cut for run in runs] == [cut]
+        for again in found[1:]:
+            torch.testing.assert_close(again, found[0])
+
+
+def test_a_chain_that_must_not_be_cut():
+    """Packed; what carries more than is stored; where the step multiplies its inputs."""
+    cutting = Engine("emulated", "tiny", "block", fuse_input=False, cut=2)
+    for case, engine in (
+        (Case(lengths=(4, 3, 1)), cutting),
+        (Case(alpha=True, dtype=torch.bfloat16), cutting),
+        (Case(T=1), cutting),
+        (Case(), replace(cutting, fuse_input=True)),
+    ):
+        with engine.installed(), emulated("tiny").watched() as runs:
+            fusedrnn.rnn(**case.arguments(), **case.flags())
+        assert [run.cut for run in runs] == [0]
 
 
 def test_a_failed_launch_names_the_plan():

@@ -132,6 +132,12 @@ def test_cuda_in_words() -> None:
         assert plan["regime"] in ("step", "block", "cluster", "grid", "slices")
         assert plan["microseconds"] > 0
         assert "H100" in plan["words"]
+    call = _Call(torch.zeros(4096, 16, 512), T=4096, B=16, I=512, H=128)
+    assert (
+        "steps before, and one those of the others on idle SMs"
+        in (_plan_cuda(call, False, H100)["words"])
+    )
+    assert "steps left is multiplied on idle SMs" in _plan_cuda(call, True, H100)["words"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -178,6 +178,7 @@ def details(device: dict[str, Any], dtype: str) -> str:
             ("" if p["regime"] == "step" else how).ljust(16),
             f"{p['microseconds']:.3g} µs",
             "" if p["fuse_input"] else f" + {p['input_microseconds']:.3g} for inputs",
+            f", cut at {p['cut']}" if p["cut"] else "",
         ]
         lines.append("".join(words).rstrip())
     reach = [(regime, largest(device, dtype, regime)) for regime in REGIMES[1:]]
@@ -396,6 +397,55 @@ def test_more_rows_of_a_plan_never_need_less_of_the_device():
                 before = now
 
 
+# ---- where a chain is cut ----
+
+# T, B, I, H; of forward and of backward, in float32 and bfloat16, the part of the steps before the
+# cut, in percent.
+CUTS = [
+    ((1024, 1, 64, 64), "0 0 0 0"),  # products take no time
+    ((1024, 16, 512, 128), "21 64 0 0"),
+    ((1024, 64, 128, 128), "25 53 0 0"),
+    ((1024, 16, 128, 256), "0 62 0 0"),
+    ((128, 16, 128, 256), "0 0 0 0"),  # too few steps to gain much
+    ((1024, 16, 512, 512), "0 0 0 85"),
+    ((512, 64, 1024, 1024), "0 0 0 0"),  # no SM is idle
+    ((256, 128, 2048, 2048), "0 0 0 0"),
+]
+
+
+@pytest.mark.parametrize(("shape", "expected"), CUTS, ids=lambda x: str(x).replace(" ", ""))
+def test_where_the_chain_is_cut(shape, expected):
+    T, B, I, H = shape
+    found = []
+    for dtype in (F32, BF16):
+        forward = plan(H100, dtype, B, I, H, T=T)
+        backward = plan(H100, dtype, B, 0, H, T=T, adjoint=True, products=2 * I + H)
+        found += [round(100 * p["cut"] / T) for p in (forward, backward)]
+    assert found == [int(share) for share in expected.split()]
+
+
+def test_a_cut_balances_both_sides():
+    """The rest of the chain takes as long as the products of what came before, on idle SMs."""
+    T, B, I, H = 4096, 16, 512, 128
+    found = plan(H100, F32, B, 0, H, T=T, adjoint=True, products=2 * I + H)
+    idle = 1 - found["blocks"] * found["teams"] / H100["sms"]
+    cycles = B * H * (2 * I + H) / (128 * 0.75) / H100["sms"]  # as gemm_time has it
+    products = cycles / H100["clock"] / 1000 / idle
+    beside, after = found["cut"] * products, (T - found["cut"]) * found["microseconds"]
+    assert beside == pytest.approx(after, rel=0.05)
+
+
+def test_what_a_cut_may_not_break():
+    """Rows of a packed batch end at any step; a leak carries more than bfloat16 can store."""
+    for dtype, rest in ((F32, {"packed": True}), (BF16, {"leaky": True}), (F16, {"leaky": True})):
+        for adjoint in (False, True):
+            I, products = (0, 5000) if adjoint else (5000, 0)
+            of = {"T": 4096, "adjoint": adjoint, "products": products}
+            assert plan(H100, dtype, 8, I, 512, **of)["cut"] > 0
+            assert plan(H100, dtype, 8, I, 512, **of, **rest)["cut"] == 0
+    assert plan(H100, F32, 8, 5000, 512, T=4096, leaky=True)["cut"] > 0
+
+
 # ---- limits ----
 
 
@@ -410,6 +460,10 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
         assert 1 <= number < 2**31
     assert I > 0 or (found["fuse_input"] and found["input_microseconds"] == 0)
     assert (found["input_microseconds"] > 0) == (not found["fuse_input"])
+    if found["cut"]:
+        assert 0 < found["cut"] < rest["T"]
+        assert not rest.get("packed")
+        assert rest["products"] > 0 if rest["adjoint"] else not found["fuse_input"]
     assert found["words"].endswith(f"on {device['name']}")
     if found["regime"] == "step":
         assert (units, rows) == (64, 32)  # kStepUnits, kStepRows
@@ -494,6 +548,7 @@ def sizes(most: int) -> st.SearchStrategy[int]:
     leaky=st.booleans(),
     packed=st.booleans(),
     adjoint=st.booleans(),
+    products=st.just(0) | sizes(10**5),
     wishes=st.fixed_dictionaries(WISHES),
 )
 def test_no_plan_exceeds_a_limit(device, dtype, B, I, H, wishes, **rest):
@@ -525,6 +580,7 @@ def test_no_plan_exceeds_a_limit_on_any_device():
             draw.randint(1, draw.choice((30, 300, 4000))),
             T=draw.randint(1, draw.choice((4, 2000))),
             adjoint=adjoint,
+            products=draw.choice((0, 10, 3000)),
             leaky=draw.random() < 0.3,
             packed=draw.random() < 0.3,
             regime=draw.choice((None, None, *REGIMES)),

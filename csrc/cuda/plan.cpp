@@ -51,6 +51,7 @@ constexpr double kSetUp = 700;        // and what the loads of a chunk of weight
 constexpr double kLaunch = 2.2;       // µs, a kernel after another in a stream;
 constexpr double kNextLaunch = 1.2;   // where it may begin before the other ends
 constexpr double kGemmLaunch = 6;     // µs, what a GEMM before the chain costs at least
+constexpr double kCut = 12;           // µs, for a second stream and a second launch of each kernel
 
 bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
   const bool has_mma = device.architecture >= 80 || tile.arithmetic == Arithmetic::mma_f16;
@@ -179,17 +180,17 @@ double number_size(const PlanInput& in) {
   return half(in) ? 2 : in.storage == Storage::f64 ? 8 : 4;
 }
 
-// µs a step for u = x W_ihᵀ, made for all steps at once.
-double gemm_time(const PlanInput& in, const Device& device) {
+// µs a step for so many multiplications of each row and unit, made for all steps at once: I of them
+// for u = x W_ihᵀ.
+double gemm_time(const PlanInput& in, int64_t products, const Device& device) {
   const Speeds speed = speeds(device.architecture);
   const double rate = half(in)                     ? speed.gemm
                       : in.tf32                    ? speed.gemm / 2
                       : in.storage == Storage::f64 ? speed.fma_f64 * 0.8
                                                    : 128 * 0.75;
-  const double products = double(in.B) * double(in.I) * double(in.H);
-  const double bytes = double(in.B) * double(in.I + 2 * in.H) * number_size(in);  // u twice
-  return std::max(products / rate / device.sms / device.clock / 1000,
-                  bytes / device.memory_bandwidth / 1000) +
+  const double cycles = double(in.B) * double(products) * double(in.H) / rate / device.sms;
+  const double bytes = double(in.B) * double(products + 2 * in.H) * number_size(in);  // u twice
+  return std::max(cycles / device.clock, bytes / device.memory_bandwidth) / 1000 +
          kGemmLaunch / double(in.T);
 }
 
@@ -214,7 +215,6 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   plan.microseconds =
       (device.architecture >= 90 ? kNextLaunch + (kLaunch - kNextLaunch) / double(in.T) : kLaunch) +
       (waves * std::max(products, bytes) + kL2Latency) / device.clock / 1000;
-  if (!fuse) plan.input_microseconds = gemm_time(in, device);
   return plan;
 }
 
@@ -255,16 +255,16 @@ std::optional<Plan> slices_plan(const PlanInput& in, const Device& device, int t
   plan.counters = plan.teams * ceil_div(plan.rows, tile.rows);
   plan.microseconds = double(plan.waves) * slices_time(tile, in, plan, device);
   plan.fuse_input = in.I == 0;
-  if (in.I > 0) plan.input_microseconds = gemm_time(in, device);
   return plan;
 }
 
-}  // namespace
-
-Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
+// The best plan, the best of those wished for if there is one.
+Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
+  const double gemm = in.I > 0 ? gemm_time(in, in.I, device) : 0;
   Plan best;
   bool found = false, as_wished = false;
-  const auto consider = [&](const Plan& plan, bool wished) {
+  const auto consider = [&](Plan plan, bool wished) {
+    if (!plan.fuse_input) plan.input_microseconds = gemm;
     const double time = plan.microseconds + plan.input_microseconds;
     if (!found || (wished && !as_wished) ||
         (wished == as_wished && time < best.microseconds + best.input_microseconds)) {
@@ -300,7 +300,6 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
         plan.tile = t;
         plan.split = split;
         plan.fuse_input = fuse;
-        plan.input_microseconds = fuse ? 0 : gemm_time(in, device);
         plan.state_chunks = ceil_div(in.H, tile.chunk());
         plan.chunks = plan.state_chunks + (fuse ? ceil_div(in.I, tile.chunk()) : 0);
         const int64_t most_units = tile.block_units(split);
@@ -344,6 +343,35 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
   return best;
 }
 
+// After how many steps to cut the chain of a plan, for products of all rows. A share of these finds
+// time beside the chain, such that the rest of the chain takes as long as they do on idle SMs.
+int64_t where_to_cut(const PlanInput& in, const Plan& plan, const Device& device,
+                     const std::optional<int64_t>& wanted) {
+  const bool forward = in.pass == Pass::activation;
+  const int64_t products = !forward ? in.products : plan.fuse_input ? 0 : in.I;
+  // Not where a row carries more than the dtype that states are stored in.
+  if (products == 0 || in.T < 2 || in.B == 0 || in.H == 0 || in.packed || (in.leaky && half(in)))
+    return 0;
+  if (wanted) return std::min(*wanted, in.T - 1);
+  if (plan.regime == Regime::step) return 0;  // the CPU, busy with launches, would come too late
+  const double T = double(in.T), gemm = gemm_time(in, products, device);
+  const double busy = double(plan.blocks * ceil_div(plan.teams, plan.waves)) / device.sms;
+  const double idle = std::max(0.0, 1 - busy);
+  const double share = idle * plan.microseconds / (idle * plan.microseconds + gemm);
+  const double cost = kCut + double(plan.chunks) * kSetUp / device.clock / 1000;
+  const double saved = share * gemm - cost / T;
+  if (saved < std::max(kCut / T, 0.05 * (plan.microseconds + gemm))) return 0;
+  return std::clamp<int64_t>(std::llround((forward ? 1 - share : share) * T), 1, in.T - 1);
+}
+
+}  // namespace
+
+Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
+  Plan plan = choose(in, device, wish);
+  plan.cut = where_to_cut(in, plan, device, wish.cut);
+  return plan;
+}
+
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device) {
   std::ostringstream words;
   words.precision(3);
@@ -371,9 +399,18 @@ std::string in_words(const PlanInput& in, const Plan& plan, const Device& device
     words << (spills ? " in registers and shared memory" : " in registers") << " and uses "
           << plan.shared.end / 1024.0 << " KB of shared memory";
   }
-  if (in.I > 0)
-    words << (plan.fuse_input ? "; the input product is part of the step"
-                              : "; one GEMM multiplies the inputs of all steps before");
+  if (in.I > 0 && plan.fuse_input) {
+    words << "; the input product is part of the step";
+  } else if (in.I > 0) {
+    words << "; one GEMM multiplies the inputs of ";
+    if (plan.cut == 0)
+      words << "all steps before";
+    else
+      words << plan.cut << " steps before, and one those of the others on idle SMs meanwhile";
+  } else if (plan.cut > 0) {
+    words << "; what " << plan.cut
+          << " steps left is multiplied on idle SMs during the others, for the gradients";
+  }
   words << "; about " << plan.microseconds << " µs a step";
   if (plan.input_microseconds > 0)
     words << " and " << plan.input_microseconds << " µs for its input";

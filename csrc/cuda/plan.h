@@ -40,6 +40,9 @@ struct PlanInput {
   int64_t T, B, I, H;  // I = 0: no input product
   bool leaky = false;
   bool packed = false;
+  // Adjoint: multiplications that follow for every row and unit, once what the steps left is known:
+  // I, I and H for the gradients of x, W_ih and W_hh. They need not wait for all steps.
+  int64_t products = 0;
 };
 
 // What multiplies, and how a block's 256 threads lie over the product (products.cuh).
@@ -118,7 +121,13 @@ struct Plan {
   Shared shared{};           // memory of a block
   int64_t counters = 0;      // words of zeros that the workspace must have,
   int64_t carry_bytes = 0;   // and memory for what rows carry from launch to launch
-  // As the cost model has it: a step of the chain, and its share of the GEMM before the chain.
+  // Where that pays, products of all rows run on SMs that the chain leaves idle, which is then cut
+  // in two: after so many steps of the walk, or at 0 not at all. Activation: inputs of the steps
+  // before the cut are multiplied before the chain begins, and the others' beside it. Adjoint: what
+  // the steps before the cut left is multiplied beside those after it.
+  int64_t cut = 0;
+  // As the cost model has it: a step of the chain, and its share of the GEMM before the chain, of
+  // which a cut hides a part.
   double microseconds = 0;
   double input_microseconds = 0;
 };
@@ -128,6 +137,7 @@ struct Wish {
   std::optional<Regime> regime;
   std::optional<int> tile, split;
   std::optional<bool> fuse_input;
+  std::optional<int64_t> cut;
 };
 
 // The best plan, the best of those wished for if there is one.

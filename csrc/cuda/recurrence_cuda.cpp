@@ -1,13 +1,57 @@
 // The ops on CUDA tensors.
 #include "recurrence_cuda.h"
 
+#include <c10/core/Event.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include <map>
 
 #include "to_device.h"
 
 namespace fusedrnn::cuda {
 namespace {
+
+// A stream beside the current one: the thread's own, or a CUDA graph that one thread captures would
+// have what another does in the meantime. What is made on the current stream may be used beside it
+// without telling the allocator: its memory goes to others on that stream, after they have met.
+class Beside {
+ public:
+  explicit Beside(c10::cuda::CUDAStream here) : here_(here) {}
+  Beside(const Beside&) = delete;
+  ~Beside() { join(); }  // after an error as well: memory is freed then
+
+  void fork() {
+    const auto device = here_.device_index();
+    thread_local std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
+    auto found = streams.find(device);
+    if (found == streams.end())
+      found = streams.emplace(device, c10::cuda::getStreamFromPool(false, device)).first;
+    there_ = found->second;
+    let_wait(*there_, here_);
+  }
+
+  template <class Work>
+  void run(const Work& work) {
+    const c10::cuda::CUDAStreamGuard guard(*there_);
+    work();
+  }
+
+  void join() {
+    if (there_) let_wait(here_, *there_);
+    there_.reset();
+  }
+
+ private:
+  static void let_wait(c10::cuda::CUDAStream one, c10::cuda::CUDAStream for_other) {
+    c10::Event queued(c10::DeviceType::CUDA);
+    queued.record(for_other);
+    queued.block(one);
+  }
+
+  const c10::cuda::CUDAStream here_;
+  std::optional<c10::cuda::CUDAStream> there_;
+};
 
 struct Engine {
   static at::ScalarType dtype(const Tensor& like) {
@@ -18,7 +62,8 @@ struct Engine {
   static void run(Call& call) {
     const c10::cuda::CUDAGuard guard(call.like.device());
     const auto device = call.like.get_device();
-    cuda::run(call, device, c10::cuda::getCurrentCUDAStream(device));
+    const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device);
+    cuda::run(call, device, stream, Beside(stream));
   }
 };
 

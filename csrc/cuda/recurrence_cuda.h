@@ -47,15 +47,36 @@ inline Tensor row_offsets(const Problem& p, const Tensor& like, cudaStream_t str
   return offsets;
 }
 
+// Steps `from` to `end` of a forward walk, which start from the state that the one before left.
+inline Problem part_of(const Problem& p, int64_t from, int64_t end) {
+  const int64_t size = p.storage == Storage::f64 ? 8 : p.storage == Storage::f32 ? 4 : 2;
+  const auto place = [&](const Series& series, int64_t t) -> void* {
+    return series.data ? static_cast<char*>(series.data) + t * series.step * size : nullptr;
+  };
+  const int64_t begin = p.descending ? p.T - end : from;
+  Problem part = p;
+  part.T = end - from;
+  for (Series* series : {&part.in[0], &part.out[0], &part.out[1]})
+    series->data = place(*series, begin);
+  if (p.keep) part.keep += begin * p.B;
+  if (from > 0) part.first = {place(p.out[0], p.descending ? p.T - from : from - 1), p.out[0].row};
+  if (end < p.T) part.last = {};
+  return part;
+}
+
 // Tensors made here may go when their launches are queued: the allocator gives their memory to
-// nobody else on another stream.
-inline Plan run(Call& call, int device, cudaStream_t stream) {
+// nobody else on another stream. `beside` is a second one, and has
+//   fork()     from here on, there is work for it
+//   run(work)  work() queues that, after what was queued before the fork
+//   join()     what comes next waits for it
+template <class Beside>
+Plan run(Call& call, int device, cudaStream_t stream, Beside&& beside) {
   const Problem& problem = call.problem;
   const Device& properties = device_properties(device);
   const PlanInput in = plan_input(call);
   const Plan plan = make_plan(in, properties, wished());
-  if (problem.I > 0 && !plan.fuse_input) call.project(at::matmul(call.x, call.w_ih.t()));
-  const Tensor counters = at::zeros({plan.counters}, call.like.options().dtype(at::kInt));
+  const Tensor counters =
+      at::zeros({plan.cut > 0 ? 2 : 1, plan.counters}, call.like.options().dtype(at::kInt));
   Workspace workspace;
   workspace.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
   const Tensor carry = at::empty({plan.carry_bytes}, call.like.options().dtype(at::kByte));
@@ -65,7 +86,29 @@ inline Plan run(Call& call, int device, cudaStream_t stream) {
     offsets = row_offsets(problem, call.like, stream);
     workspace.offsets = offsets.const_data_ptr<int64_t>();
   }
-  run(problem, in, plan, properties, workspace, stream);
+  const auto launch = [&](const Problem& part) {
+    run(part, in, plan, properties, workspace, stream);
+  };
+  if (plan.cut == 0) {
+    if (problem.I > 0 && !plan.fuse_input) call.project(at::matmul(call.x, call.w_ih.t()));
+    launch(problem);
+    return plan;
+  }
+  const Tensor x = call.x, w = call.w_ih.t();
+  const Tensor u = at::empty({problem.T, problem.B, problem.H}, x.options());
+  const auto project = [&](int64_t from, int64_t end) {
+    const int64_t begin = problem.descending ? problem.T - end : from;
+    Tensor part = u.narrow(0, begin, end - from);
+    at::matmul_out(part, x.narrow(0, begin, end - from), w);
+  };
+  call.project(u);
+  project(0, plan.cut);
+  beside.fork();  // but the chain first, so that it finds SMs that are idle
+  launch(part_of(problem, 0, plan.cut));
+  beside.run([&] { project(plan.cut, problem.T); });
+  beside.join();
+  workspace.counters += plan.counters;
+  launch(part_of(problem, plan.cut, problem.T));
   return plan;
 }
 

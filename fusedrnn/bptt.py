@@ -1,0 +1,151 @@
+"""Backpropagation through time, and its products at once with the walk, on CUDA.
+
+BPTT is a recurrence, which leaves a ``delta`` for each step, and then products of all of these with
+the states and inputs: the gradients. The recurrence often fills few of a GPU's SMs, and products of
+the steps that it has been through need not wait for the others. So where the planner says that it
+pays (``where_to_cut`` in ``csrc/cuda/plan.cpp``), the walk is cut in two, and the products of the
+first part run on a stream of their own, beside the second part.
+
+All memory that passes between the streams is taken and given back on the current one, which has
+then waited for the other; so the allocator need not be told.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops, streams
+from ._ops import _C
+
+# For fewer steps, not even the planner is asked.
+_MIN_STEPS = 128
+
+
+def _where_to_cut(
+    g: Tensor | None,
+    g_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    alpha: Tensor | None,
+    batch_sizes: Tensor | None,
+    h: Tensor,
+    wanted: tuple[bool, ...],
+) -> int:
+    """After how many steps of the walk; 0: nowhere."""
+    to_x, to_w_ih, _, _, _, to_w_hh, to_alpha = wanted
+    if (
+        not h.is_cuda
+        or batch_sizes is not None
+        or w_ih is None  # delta is then the gradient of x, and has to be in one piece
+        or to_alpha
+        or h.size(0) < _MIN_STEPS
+        or torch.is_grad_enabled()  # whoever differentiates this again wants plain ops
+        or streams.watched(g, g_n, x, w_hh)
+        or any(t is not None and torch._C._dispatch_keys(t).has("Batched") for t in (g, g_n))
+    ):
+        return 0
+    steps, batch, size = h.shape
+    products = (to_x + to_w_ih) * x.size(-1) + to_w_hh * size
+    dtype = str(h.dtype).removeprefix("torch.")
+    leaky = alpha is not None
+    return _C.cut_of_adjoint(dtype, steps, batch, size, leaky, products, h.device.index)
+
+
+def bptt(
+    g: Tensor | None,
+    d: Tensor | None,
+    g_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor | None,
+    h0: Tensor | None,
+    w_hh: Tensor,
+    alpha: Tensor | None,
+    keep: Tensor | None,
+    batch_sizes: Tensor | None,
+    h: Tensor,
+    phi: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+    wanted: tuple[bool, ...],
+) -> Any:
+    """The gradients of ``activation``'s x, w_ih, b_ih, b_hh, h0, w_hh and alpha, as far as
+    ``wanted``, from those of its results h, h_n and phi (``d`` is slope(phi) times the last)."""
+    cut = _where_to_cut(g, g_n, x, w_ih, w_hh, alpha, batch_sizes, h, wanted)
+    if not cut or w_ih is None:
+        return _ops.bptt(
+            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi, nonlinearity, reverse,
+            wanted,
+        )  # fmt: skip
+
+    steps, _, size = h.shape
+    to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, _ = wanted
+    dx = x.new_empty(x.shape) if to_x else None
+    dw_ih = w_ih.new_empty(w_ih.shape) if to_w_ih else None
+    dw_hh = w_hh.new_empty(w_hh.shape) if to_w_hh else None
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    sums = h.new_empty((2, size), dtype=wide) if to_b_ih or to_b_hh else None
+    # The walk comes from the end of the forward one.
+    early, late = slice(steps - cut, steps), slice(0, steps - cut)
+    if reverse:
+        early, late = slice(0, cut), slice(cut, steps)
+
+    def walk(part: slice, g_n: Tensor | None, to_first: bool) -> tuple[Tensor, Tensor]:
+        def of(series: Tensor | None) -> Tensor | None:
+            return None if series is None else series[part]
+
+        with torch._C._AutoDispatchBelowAutograd():
+            delta, dh, _ = _ops.adjoint(
+                of(g), of(d), g_n, of(h if phi is None else phi), w_hh, alpha, of(keep), None,
+                nonlinearity, reverse, to_first, False,
+            )  # fmt: skip
+        return delta, dh
+
+    def multiply(part: slice, delta: Tensor, onto: int) -> None:
+        """The part's products, added to those of the other part if ``onto`` is 1."""
+        rows = delta.flatten(0, 1)
+        if dx is not None:
+            torch.mm(rows, w_ih, out=dx[part].flatten(0, 1))
+        if dw_ih is not None:
+            dw_ih.addmm_(rows.t(), x[part].flatten(0, 1), beta=onto)
+        if sums is not None:
+            torch.sum(rows, 0, dtype=wide, out=sums[onto])
+        if dw_hh is None:
+            return
+        # Steps start from the state of the one before; the first, which is in the late part, h0.
+        before = 1 if reverse else -1
+        begin, end = max(part.start, -before), min(part.stop, steps - before)
+        products = [
+            (delta[begin - part.start : end - part.start], h[begin + before : end + before])
+        ]
+        keeps = [None if keep is None else keep[begin:end]]
+        if onto and h0 is not None:
+            first = -1 if reverse else 0
+            products.append((delta[first], h0))
+            keeps.append(None if keep is None else keep[first])
+        for (of, states), kept in zip(products, keeps):
+            if kept is not None:
+                states = torch.where(kept.unsqueeze(-1), states, 0)
+            dw_hh.addmm_(of.flatten(0, -2).t(), states.flatten(0, -2), beta=onto)
+
+    here, there = torch.cuda.current_stream(h.device), streams.beside(h.device)
+    delta, dh = walk(early, g_n, True)
+    there.wait_stream(here)
+    try:
+        late_delta, dh0 = walk(late, dh, to_h0)
+        with torch.cuda.stream(there):
+            multiply(early, delta, 0)
+    finally:  # after an error as well: memory is freed then
+        here.wait_stream(there)
+    multiply(late, late_delta, 1)
+
+    db = None if sums is None else sums.sum(0).to(h.dtype)
+    # Not one tensor twice: people scale gradients in place.
+    db_hh = db.clone() if db is not None and to_b_ih and to_b_hh else db
+    return (
+        dx, dw_ih, db if to_b_ih else None, db_hh if to_b_hh else None, dh0 if to_h0 else None,
+        dw_hh, None,
+    )  # fmt: skip
