@@ -142,6 +142,7 @@ if REASON is None:
     cxx_args += ["-DFUSEDRNN_CUDA"]
 
 setup(
+    license="BSD-3-Clause",
     packages=["fusedrnn"],
     package_data={"fusedrnn": ["py.typed"]},
     ext_modules=[
