@@ -105,6 +105,7 @@ fusedrnn::cuda::Device cuda_device(const py::object& device) {
   result.memory_bandwidth = device["memory_bandwidth"].cast<double>();
   const auto clusters = device["clusters"].cast<std::array<int, 5>>();
   std::copy(clusters.begin(), clusters.end(), result.clusters);
+  if (device.contains("cooperative")) result.cooperative = device["cooperative"].cast<bool>();
   return result;
 }
 
@@ -205,6 +206,7 @@ py::dict device_properties(int index) {
   result["shared_memory"] = device.shared_memory;
   result["clock"] = device.clock;
   result["memory_bandwidth"] = device.memory_bandwidth;
+  result["cooperative"] = device.cooperative;
   result["clusters"] = std::vector<int>(std::begin(device.clusters), std::end(device.clusters));
   return result;
 }

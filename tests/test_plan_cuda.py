@@ -397,6 +397,12 @@ def test_more_rows_of_a_plan_never_need_less_of_the_device():
                 before = now
 
 
+def test_nobody_waits_where_not_all_can_run_at_once():
+    for device, dtype, shape in itertools.product(REAL.values(), DTYPES, SHAPES):
+        found = plan({**device, "cooperative": False}, dtype, *shape)
+        assert found["regime"] in ("step", "block", "cluster")
+
+
 # ---- where a chain is cut ----
 
 # T, B, I, H; of forward and of backward, in float32 and bfloat16, the part of the steps before the

@@ -144,6 +144,8 @@ EVERY_SHAPE = [
     "T=3 B=1 I=1",
     "T=4 B=9 I=5 h0 bias keep alpha",
     "T=2 B=10 I=16 h0 bias unfused",
+    "T=11 B=2 I=3 h0",  # what is prefetched some steps ahead
+    "T=11 B=2 I=16 descending",
     "sizes=4,3,3,1 I=3 h0 bias keep alpha apart",
     "sizes=5,5,2,1 I=16 h0 keep descending",
 ]

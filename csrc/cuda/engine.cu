@@ -136,6 +136,7 @@ Device ask(int index) {
   // two transfers a cycle
   device.memory_bandwidth = 2.0 * attribute(cudaDevAttrMemoryClockRate, index) *
                             attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8 / 1e6;
+  device.cooperative = attribute(cudaDevAttrCooperativeLaunch, index) != 0;
   count_clusters(device);
   return device;
 }

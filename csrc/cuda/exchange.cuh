@@ -223,6 +223,11 @@ __device__ __forceinline__ void wait_for_copies_but() {
 #endif
 }
 
+// From there to L2, and nobody waits.
+__device__ __forceinline__ void prefetch_into_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // ---- kernels of a stream, one after another ----
 
 // The next kernel may begin, if it was launched to wait for itself; and what the one before wrote

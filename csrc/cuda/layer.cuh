@@ -2,10 +2,19 @@
 // that keep weights on the chip (persistent.cuh) and the one that does not (step.cuh).
 #pragma once
 
+#include "exchange.cuh"
 #include "numbers.cuh"
 #include "params.h"
 
 namespace fusedrnn::cuda {
+
+// Steps that take as long as memory does to answer, or longer. From 10.0 on the compiler would
+// spill registers for it.
+#if __CUDA_ARCH__ < 1000
+constexpr int kFar = 8;
+#else
+constexpr int kFar = 0;
+#endif
 
 // The team of this block.
 __device__ __forceinline__ unsigned team(const Params& p) {
@@ -152,9 +161,18 @@ struct Layer {
   __device__ C bias(int64_t j) const { return value_of(q.b_ih, j) + value_of(q.b_hh, j); }
   __device__ C alpha(int64_t j) const { return value_of(q.alpha, j); }
 
+  // How many steps on, in memory, lies what is brought into L2 while a step's own is loaded. 0 near
+  // the end, or where rows lie at no fixed distance.
+  __device__ int far_ahead(const Step& step) const {
+    if (kFar == 0 || p.offsets) return 0;
+    if (q.descending) return step.t >= kFar ? -kFar : 0;
+    return step.t + kFar < q.T ? kFar : 0;
+  }
+
   // Of a row, the numbers of N units; those that exist.
-  __device__ Raw load(const Series& series, const Step& step, int row, int unit) const {
+  __device__ Raw load(const Series& series, const Step& step, int row, int unit, int far) const {
     const S* from = at(series, step, row, j0 + unit);
+    if (far) prefetch_into_l2(from + far * series.step);
     if (N == 1 || p.packs) return *reinterpret_cast<const Raw*>(from);
     Numbers numbers = {};
 #pragma unroll
@@ -175,13 +193,14 @@ struct Layer {
         if (unit + n < units) to[n] = numbers.v[n];
   }
 
-  __device__ Inputs inputs(int unit, int row, const Step& now, const Step& after) const {
+  __device__ Inputs inputs(int unit, int row, const Step& now, const Step& after,
+                           int far = 0) const {
     Inputs in = {};
     if (row >= now.alive || unit >= units) return in;
 #pragma unroll
     for (int n = 0; n < (pass == Pass::activation ? 1 : 2); ++n)
-      if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit);
-    if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit);
+      if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit, far);
+    if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit, far);
     // Forward, what a step leaves meets the keep of the next one; backward, its own.
     in.keep = 1;
     if (q.keep)
@@ -189,10 +208,12 @@ struct Layer {
     return in;
   }
 
-  // Returns what the next step multiplies. `carry` is what the row carries, and will carry.
-  __device__ __forceinline__ Numbers compute(const Inputs& in, const C (&sums)[N], int unit,
-                                             int row, const Step& now, bool begins, bool ends,
-                                             const C* bias, const C* alpha, C (&carry)[N]) const {
+  // Gives what the next step multiplies to `hand`, before it is stored, as others may wait for it.
+  // `carry` is what the row carries, and will carry.
+  template <class Hand>
+  __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
+                                          const Step& now, bool begins, bool ends, const C* bias,
+                                          const C* alpha, C (&carry)[N], const Hand& hand) const {
     const Chosen<C> phi{q.nonlinearity};
     Numbers out[2], handed;
     const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
@@ -221,26 +242,26 @@ struct Layer {
       if (!in.keep) carry[n] = C(0);
       if (kForward && ends && exists && q.last.data) *at(q.last, row, j0 + unit + n) = out[0].v[n];
     }
+    hand(handed);
     store(q.out[0], now, row, unit, out[0]);
     if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
-    return handed;
   }
 
   // The same, with what the row carries in memory, where it does.
-  __device__ __forceinline__ Numbers compute(const Inputs& in, const C (&sums)[N], int unit,
-                                             int row, const Step& before, const Step& now,
-                                             const Step& after, const C* bias, const C* alpha,
-                                             C* carried) const {
+  template <class Hand>
+  __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
+                                          const Step& before, const Step& now, const Step& after,
+                                          const C* bias, const C* alpha, C* carried,
+                                          const Hand& hand) const {
     const bool begins = row >= before.alive, ends = row >= after.alive;
     C carry[N] = {};
     if (carried && (leaky || begins))
 #pragma unroll
       for (int n = 0; n < N; ++n) carry[n] = carried[n];
-    const Numbers handed = compute(in, sums, unit, row, now, begins, ends, bias, alpha, carry);
+    compute(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
     if (leaky)
 #pragma unroll
       for (int n = 0; n < N; ++n) carried[n] = carry[n];
-    return handed;
   }
 
   // Backward, the product after the last step leads to ∂L/∂h0.

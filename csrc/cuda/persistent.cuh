@@ -100,9 +100,11 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
             Base::finish(sum[i], unit, row, carried);
             continue;
           }
-          const Numbers handed = Base::compute(in[i], sum[i], unit, row, before, now, after,
-                                               vectors_ + unit, vectors_ + p.units + unit, carried);
-          if (!through_l2 && goes_on) send(s, to + row * p.e_row + j0 + unit, handed);
+          Base::compute(in[i], sum[i], unit, row, before, now, after, vectors_ + unit,
+                        vectors_ + p.units + unit, carried, [&](const Numbers& handed) {
+                          if (!through_l2 && goes_on)
+                            send(s, to + row * p.e_row + j0 + unit, handed);
+                        });
         }
       }
       if (kAhead && alive == 0) load_inputs(next, 0, after, second_after);
@@ -170,10 +172,11 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
 
   __device__ __forceinline__ void load_inputs(Inputs (&in)[kItems], int first, const Step& now,
                                               const Step& after) const {
+    const int far = Base::far_ahead(now);
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
       if (product_.owns(i))
-        in[i] = Base::inputs(product_.unit(i), first + product_.row(i), now, after);
+        in[i] = Base::inputs(product_.unit(i), first + product_.row(i), now, after, far);
   }
 
   // The inputs of a step for `count` rows, behind their states.
@@ -182,12 +185,13 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     const Params& p = layer.p;
     const int size = int(p.problem.I);
     const int per_copy = p.x_copy ? p.x_copy / int(sizeof(S)) : 1;
-    const int copies = size / per_copy;
+    const int copies = size / per_copy, far = layer.far_ahead(step);
 #pragma unroll 1
     for (int i = threadIdx.x; i < count * copies; i += kThreads) {
       const int row = i / copies, j = i % copies * per_copy;
       S* const to = e + row * p.e_row + p.state_k + j;
       const S* const from = layer.at(p.problem.x, step, first + row, j);
+      if (far) prefetch_into_l2(from + far * p.problem.x.step);
       if (p.x_copy)
         copy_async(to, from, p.x_copy);
       else
@@ -244,7 +248,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     }
     const uint64_t* const arrived = arrivals(p, shared_) + ((s + 1) & 1);
     const int self = int(blockIdx.x) & (p.blocks - 1);  // a power of two
-#pragma unroll 2
+#pragma unroll kUnroll
     for (int i = 0; i < p.blocks; ++i) {  // each begins with itself: never all with the same
       const int peer = i ^ self;
       if (peer < p.receivers) send_to_peer(place, arrived, peer, numbers);

@@ -288,7 +288,7 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
   for (int t = 0; t < kTileCount; ++t) {
     const Tile& tile = kTiles[t];
     if (!suits(tile, in, device)) continue;
-    for (int log2 = 1; log2 < 4; ++log2)
+    for (int log2 = 1; log2 < 4 && device.cooperative; ++log2)
       if (const std::optional<Plan> plan = slices_plan(in, device, t, log2))
         consider(*plan, agrees(wish.regime, Regime::slices) && agrees(wish.tile, t) &&
                             agrees(wish.split, 1) && agrees_on_input(false));
@@ -335,7 +335,7 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
           if (blocks >= fewest && (blocks / 2 < std::max<int64_t>(fewest, 2) || useful(blocks)))
             try_teams(Regime::cluster, blocks, device.clusters[log2]);
         }
-        for (int64_t blocks = fewest; blocks <= device.sms; blocks *= 2)
+        for (int64_t blocks = fewest; blocks <= device.sms && device.cooperative; blocks *= 2)
           if (blocks == fewest || useful(blocks))
             try_teams(Regime::grid, blocks, device.sms / blocks);
       }

@@ -31,6 +31,7 @@ struct Device {
   // How many clusters of 1, 2, 4, 8 and 16 blocks, each block with an SM of its own, the device
   // holds at once; 0 where it cannot.
   int clusters[5];
+  bool cooperative = true;  // whether it can have all blocks of a launch run at once
 };
 
 struct PlanInput {

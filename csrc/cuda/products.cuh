@@ -15,7 +15,8 @@ namespace fusedrnn::cuda {
 
 constexpr int kWarps = kThreads / 32;
 
-// Of loops that load and multiply: from 10.0 on the compiler takes more registers, and would spill.
+// Of loops that load and multiply, or send: from 10.0 on the compiler takes more registers, and
+// would spill.
 #if __CUDA_ARCH__ < 1000
 constexpr int kUnroll = 2;
 #else

@@ -330,7 +330,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
         Base::finish(sum, unit, row, carried);
       else
         Base::compute(turn.in, sum, unit, row, step(turn.s - 1), step(turn.s), step(turn.s + 1),
-                      vectors() + unit, vectors() + kOwn + unit, carried);
+                      vectors() + unit, vectors() + kOwn + unit, carried, [](const auto&) {});
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(finished_ + group);
@@ -353,7 +353,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
         from =
             is_finishing(s) ? Base::state_after_all(row) : Base::state_before(row, before, step(s));
       const bool by_copies =
-          p.state_copies && __all_sync(~0u, !from || is_finishing(s) || row < before.alive);
+          __all_sync(~0u, p.state_copies && (!from || is_finishing(s) || row < before.alive));
       const unsigned full = __shfl_sync(~0u, turns, group) * unsigned(p.blocks);
       if (lane == group) ++turns;
       // One look at all counters may do for several turns.

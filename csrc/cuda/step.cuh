@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     const C bias = layer.bias(j), alpha = layer.alpha(j);
     C carry[] = {begins && (carried || !L::kForward) ? layer.first_carry(r, j, now) : carried_on};
     layer.compute(layer.inputs(unit, r, now, after), sum, unit, r, now, begins, ends, &bias, &alpha,
-                  carry);
+                  carry, [](const auto&) {});
     if (carried) *carried = carry[0];
   }
 }

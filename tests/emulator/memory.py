@@ -166,7 +166,11 @@ def fence(f: FunctionTranslator, i: Instruction) -> None:
     f.emit("fence(self);")
 
 
-@rule("prefetch prefetchu", f"{SPACES} L1 L2 {CACHING}")
+@rule("prefetch", "global L1 L2")
+def prefetch(f: FunctionTranslator, i: Instruction) -> None:
+    f.emit(f"prefetch({f.pointer(i.operands[0], f.space(), 1)});")
+
+
 @rule("discard applypriority", f"{SPACES} L2 {CACHING}")
 @rule("griddepcontrol", "launch_dependents wait")
 @rule("setmaxnreg", "inc dec sync aligned")

@@ -290,6 +290,12 @@ template <class T>
 [[gnu::always_inline]] inline void store(char* p, T value) {
   *reinterpret_cast<T*>(p) = value;
 }
+// Under AddressSanitizer, what is prefetched has to be there, though CUDA does not ask for that.
+[[gnu::always_inline]] inline void prefetch([[maybe_unused]] const char* p) {
+#ifdef __SANITIZE_ADDRESS__
+  (void)*static_cast<const volatile char*>(p);
+#endif
+}
 // A thread that polls must let the one that it waits for run: when it looks at the same place
 // again, and now and then when it goes round several places.
 inline void poll(Thread& self, const void* p, const Site& site) {
