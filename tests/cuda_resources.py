@@ -11,13 +11,13 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import emulator
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,15 +34,11 @@ Usage = dict[str, str]  # by kernel: what it takes, in words
 
 @functools.cache
 def toolkit() -> Path | None:
-    """The CUDA toolkit of this machine. nvcc on PATH may be a script that calls it elsewhere."""
-    nvcc = shutil.which("nvcc")
-    places = (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1])
-    for home in (*places, "/usr/local/cuda"):
-        files = ("bin/nvcc", "include/cuda_runtime.h")
-        if home and all((Path(home) / file).exists() for file in files):
-            os.environ["CUDA_HOME"] = str(home)  # for whoever else looks
-            return Path(home)
-    return None
+    """The CUDA toolkit of this machine."""
+    home = emulator.cuda_home()
+    if home is not None:
+        os.environ["CUDA_HOME"] = str(home)  # for whoever else looks
+    return home
 
 
 @functools.cache

@@ -55,14 +55,14 @@ class BuildError(Exception):
 
 
 def cuda_home() -> Path | None:
-    """Where the CUDA toolkit is, if there is one with nvcc."""
-    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if folder and Path(folder, "bin", "nvcc").exists():
-            return Path(folder).resolve()
-    if nvcc := shutil.which("nvcc"):
-        return Path(nvcc).resolve().parents[1]
-    if Path("/usr/local/cuda/bin/nvcc").exists():
-        return Path("/usr/local/cuda").resolve()
+    """Where the CUDA toolkit is, if there is one. nvcc on PATH may be a script that calls it
+    elsewhere."""
+    nvcc = shutil.which("nvcc")
+    places = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    for home in (*places, nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"):
+        files = ("bin/nvcc", "include/cuda_runtime.h")
+        if home and all(Path(home, file).exists() for file in files):
+            return Path(home).resolve()
     return None
 
 
