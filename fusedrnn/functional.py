@@ -138,7 +138,7 @@ def rnn(
             is not in (0, 1].
     """
     device = x.device.type
-    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+    if torch._C._is_any_autocast_enabled() and device in ("cpu", "cuda"):
         x, w_ih, w_hh, b_ih, b_hh, h0 = _autocast(device, x, w_ih, w_hh, b_ih, b_hh, h0)
     if device not in _DEVICES or x.dtype not in _DTYPES:
         if nonlinearity not in reference.NONLINEARITIES:

@@ -151,7 +151,7 @@ def test_checkpoint_saves_the_input_alone():
     x = torch.randn(T, B, I)
     with graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         checkpoint(ours, x, use_reentrant=False)
-    assert {t.data_ptr() for t in saved} == {x.data_ptr()}
+    assert {t.data_ptr() for t in saved if t.numel()} == {x.data_ptr()}  # torch 2.11: an empty one
 
 
 def test_saved_tensors_hooks():
