@@ -141,7 +141,7 @@ DIFFERENTIATED = [
     Engine("cpu", _C.build_info()["isa_chosen"]),
     Engine("emulated", "h100"),
     Engine("emulated", "tiny", "grid"),
-    *(engine for engine in ENGINES if engine.kind == "cuda"),
+    *(engine for engine in ENGINES if engine.kind == "cuda" and engine.regime is None),
 ]
 
 
