@@ -33,6 +33,9 @@ constexpr int kNonlinearities = 9;
 
 // How tensors are stored. bf16 and f16 are widened on load: arithmetic and carries are f32.
 enum class Storage { f32, f64, bf16, f16 };
+constexpr int64_t size_of(Storage storage) {
+  return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2;
+}
 
 struct bf16 {
   uint16_t bits;

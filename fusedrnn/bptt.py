@@ -26,6 +26,7 @@ _MIN_STEPS = 128
 
 def _where_to_cut(
     g: Tensor | None,
+    d: Tensor | None,
     g_n: Tensor | None,
     x: Tensor,
     w_ih: Tensor | None,
@@ -39,13 +40,14 @@ def _where_to_cut(
     to_x, to_w_ih, _, _, _, to_w_hh, to_alpha = wanted
     if (
         not h.is_cuda
+        or streams.watched(g, d, g_n, x, w_ih, w_hh)
+        or torch.is_grad_enabled()  # whoever differentiates this again wants plain ops
+        or torch._C._is_any_autocast_enabled()
         or batch_sizes is not None
         or w_ih is None  # delta is then the gradient of x, and has to be in one piece
         or to_alpha
         or h.size(0) < _MIN_STEPS
-        or torch.is_grad_enabled()  # whoever differentiates this again wants plain ops
-        or streams.watched(g, g_n, x, w_hh)
-        or any(t is not None and torch._C._dispatch_keys(t).has("Batched") for t in (g, g_n))
+        or any(t is not None and torch._C._dispatch_keys(t).has("Batched") for t in (g, d, g_n))
     ):
         return 0
     steps, batch, size = h.shape
@@ -74,7 +76,7 @@ def bptt(
 ) -> Any:
     """The gradients of ``activation``'s x, w_ih, b_ih, b_hh, h0, w_hh and alpha, as far as
     ``wanted``, from those of its results h, h_n and phi (``d`` is slope(phi) times the last)."""
-    cut = _where_to_cut(g, g_n, x, w_ih, w_hh, alpha, batch_sizes, h, wanted)
+    cut = _where_to_cut(g, d, g_n, x, w_ih, w_hh, alpha, batch_sizes, h, wanted)
     if not cut or w_ih is None:
         return _ops.bptt(
             g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi, nonlinearity, reverse,
@@ -104,6 +106,13 @@ def bptt(
             )  # fmt: skip
         return delta, dh
 
+    def add_product(
+        to: Tensor, deltas: Tensor, states: Tensor, kept: Tensor | None, onto: int
+    ) -> None:
+        if kept is not None:
+            states = torch.where(kept.unsqueeze(-1), states, 0)
+        to.addmm_(deltas.flatten(0, -2).t(), states.flatten(0, -2), beta=onto)
+
     def multiply(part: slice, delta: Tensor, onto: int) -> None:
         """The part's products, added to those of the other part if ``onto`` is 1."""
         rows = delta.flatten(0, 1)
@@ -118,18 +127,12 @@ def bptt(
         # Steps start from the state of the one before; the first, which is in the late part, h0.
         before = 1 if reverse else -1
         begin, end = max(part.start, -before), min(part.stop, steps - before)
-        products = [
-            (delta[begin - part.start : end - part.start], h[begin + before : end + before])
-        ]
-        keeps = [None if keep is None else keep[begin:end]]
+        kept = None if keep is None else keep[begin:end]
+        deltas = delta[begin - part.start : end - part.start]
+        add_product(dw_hh, deltas, h[begin + before : end + before], kept, onto)
         if onto and h0 is not None:
             first = -1 if reverse else 0
-            products.append((delta[first], h0))
-            keeps.append(None if keep is None else keep[first])
-        for (of, states), kept in zip(products, keeps):
-            if kept is not None:
-                states = torch.where(kept.unsqueeze(-1), states, 0)
-            dw_hh.addmm_(of.flatten(0, -2).t(), states.flatten(0, -2), beta=onto)
+            add_product(dw_hh, delta[first], h0, None if keep is None else keep[first], 1)
 
     here, there = torch.cuda.current_stream(h.device), streams.beside(h.device)
     delta, dh = walk(early, g_n, True)

@@ -15,6 +15,8 @@ from .expanded_weights import ExpandedWeight
 from .streams import transformed
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Asked once: Dynamo of torch 2.11 cannot trace the question.
+_AUTOCAST = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 _DEVICES = ("cpu", "meta", "cuda") if _ops._C.has_cuda else ("cpu", "meta")
 
 # Multiplications of a step up to which torch.rnn_tanh_cell is as fast as the engine or faster,
@@ -138,7 +140,7 @@ def rnn(
             is not in (0, 1].
     """
     device = x.device.type
-    if torch._C._is_any_autocast_enabled() and device in ("cpu", "cuda"):
+    if torch._C._is_any_autocast_enabled() and device in _AUTOCAST:
         x, w_ih, w_hh, b_ih, b_hh, h0 = _autocast(device, x, w_ih, w_hh, b_ih, b_hh, h0)
     if device not in _DEVICES or x.dtype not in _DTYPES:
         if nonlinearity not in reference.NONLINEARITIES:

@@ -12,10 +12,11 @@ from ._ops import _C
 
 class _Streams(threading.local):
     """A stream for each device: the thread's own, or a CUDA graph that one thread captures would
-    have what another does in the meantime."""
+    have what another does in the meantime. And one for captures: what a graph replays and what runs
+    meanwhile must not share the workspace that cuBLAS has for each stream."""
 
     def __init__(self) -> None:
-        self.of: dict[torch.device, torch.cuda.Stream] = {}
+        self.of: dict[tuple[torch.device, bool], torch.cuda.Stream] = {}
 
 
 _streams = _Streams()
@@ -23,9 +24,10 @@ _streams = _Streams()
 
 def beside(device: torch.device) -> torch.cuda.Stream:
     """This thread's second stream."""
-    if device not in _streams.of:
-        _streams.of[device] = torch.cuda.Stream(device)
-    return _streams.of[device]
+    key = (device, torch.cuda.is_current_stream_capturing())
+    if key not in _streams.of:
+        _streams.of[key] = torch.cuda.Stream(device)
+    return _streams.of[key]
 
 
 def transformed() -> bool:

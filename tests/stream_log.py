@@ -75,6 +75,7 @@ def stream_log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(_C, "has_cuda", True)
     monkeypatch.setattr(_C, "cut_of_adjoint", lambda *args: 0, raising=False)
     monkeypatch.setattr(Tensor, "record_stream", lambda *args: log.record(*args))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: log.current)
     monkeypatch.setattr(torch.cuda, "stream", log.stream)
     monkeypatch.setattr(torch.cuda, "Stream", log.make)
@@ -87,14 +88,14 @@ on_gpu = pytest.mark.skipif(
 )
 
 
-def churn(*sizes: int) -> None:
+def churn(*sizes: int, dtype: torch.dtype = torch.float64) -> None:
     """On a GPU: takes what memory was freed too soon and spoils it, on this stream and another."""
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     for stream in (torch.cuda.current_stream(), other):
         with torch.cuda.stream(stream):
             for size in sizes:
-                torch.full((size,), float("nan"), dtype=torch.float64, device="cuda")
+                torch.full((size,), float("nan"), dtype=dtype, device="cuda")
     torch.cuda.current_stream().wait_stream(other)
 
 

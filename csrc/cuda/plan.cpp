@@ -52,6 +52,8 @@ constexpr double kLaunch = 2.2;       // µs, a kernel after another in a stream
 constexpr double kNextLaunch = 1.2;   // where it may begin before the other ends
 constexpr double kGemmLaunch = 6;     // µs, what a GEMM before the chain costs at least
 constexpr double kCut = 12;           // µs, for a second stream and a second launch of each kernel
+constexpr double kQueueForward = 20;  // µs that a CPU needs to queue a GEMM beside,
+constexpr double kQueueBackward = 100;  // and those of backward, in Python
 
 bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
   const bool has_mma = device.architecture >= 80 || tile.arithmetic == Arithmetic::mma_f16;
@@ -176,9 +178,6 @@ double slices_time(const Tile& tile, const PlanInput& in, const Plan& plan, cons
 }
 
 bool half(const PlanInput& in) { return in.storage == Storage::bf16 || in.storage == Storage::f16; }
-double number_size(const PlanInput& in) {
-  return half(in) ? 2 : in.storage == Storage::f64 ? 8 : 4;
-}
 
 // µs a step for so many multiplications of each row and unit, made for all steps at once: I of them
 // for u = x W_ihᵀ.
@@ -189,7 +188,8 @@ double gemm_time(const PlanInput& in, int64_t products, const Device& device) {
                       : in.storage == Storage::f64 ? speed.fma_f64 * 0.8
                                                    : 128 * 0.75;
   const double cycles = double(in.B) * double(products) * double(in.H) / rate / device.sms;
-  const double bytes = double(in.B) * double(products + 2 * in.H) * number_size(in);  // u twice
+  const double bytes =
+      double(in.B) * double(products + 2 * in.H) * double(size_of(in.storage));  // u twice
   return std::max(cycles / device.clock, bytes / device.memory_bandwidth) / 1000 +
          kGemmLaunch / double(in.T);
 }
@@ -211,7 +211,7 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
                                                    : 128 * 0.7;
   const double waves = std::ceil(double(plan.blocks * plan.teams) / device.sms);
   const double products = kStepUnits * kStepRows * K / rate;
-  const double bytes = (kStepUnits + kStepRows) * K * number_size(in) / kL2Bytes;
+  const double bytes = (kStepUnits + kStepRows) * K * double(size_of(in.storage)) / kL2Bytes;
   plan.microseconds =
       (device.architecture >= 90 ? kNextLaunch + (kLaunch - kNextLaunch) / double(in.T) : kLaunch) +
       (waves * std::max(products, bytes) + kL2Latency) / device.clock / 1000;
@@ -344,7 +344,7 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
 }
 
 // After how many steps to cut the chain of a plan, for products of all rows. A share of these finds
-// time beside the chain, such that the rest of the chain takes as long as they do on idle SMs.
+// time beside the chain, such that that part of it takes as long as they do on idle SMs.
 int64_t where_to_cut(const PlanInput& in, const Plan& plan, const Device& device,
                      const std::optional<int64_t>& wanted) {
   const bool forward = in.pass == Pass::activation;
@@ -357,10 +357,13 @@ int64_t where_to_cut(const PlanInput& in, const Plan& plan, const Device& device
   const double T = double(in.T), gemm = gemm_time(in, products, device);
   const double busy = double(plan.blocks * ceil_div(plan.teams, plan.waves)) / device.sms;
   const double idle = std::max(0.0, 1 - busy);
-  const double share = idle * plan.microseconds / (idle * plan.microseconds + gemm);
+  const double chain = plan.microseconds;
+  // Products must be queued, too, before the part of the chain that they run beside is through.
+  const double queued = forward ? kQueueForward : kQueueBackward;
+  const double share = std::min(idle * chain / (idle * chain + gemm), 1 - queued / (chain * T));
   const double cost = kCut + double(plan.chunks) * kSetUp / device.clock / 1000;
   const double saved = share * gemm - cost / T;
-  if (saved < std::max(kCut / T, 0.05 * (plan.microseconds + gemm))) return 0;
+  if (saved < std::max(kCut / T, 0.05 * (chain + gemm))) return 0;
   return std::clamp<int64_t>(std::llround((forward ? 1 - share : share) * T), 1, in.T - 1);
 }
 

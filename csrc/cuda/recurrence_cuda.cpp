@@ -2,10 +2,13 @@
 #include "recurrence_cuda.h"
 
 #include <c10/core/Event.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <exception>
 #include <map>
+#include <utility>
 
 #include "to_device.h"
 
@@ -19,14 +22,25 @@ class Beside {
  public:
   explicit Beside(c10::cuda::CUDAStream here) : here_(here) {}
   Beside(const Beside&) = delete;
-  ~Beside() { join(); }  // after an error as well: memory is freed then
+  ~Beside() {  // after an error, too: memory is freed then
+    try {
+      join();
+    } catch (const std::exception&) {  // the first one tells more
+    }
+  }
 
   void fork() {
+    // One for captures: what a graph replays and what runs meanwhile must not share the workspace
+    // that cuBLAS has for each stream.
+    const bool captures =
+        c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
     const auto device = here_.device_index();
-    thread_local std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
-    auto found = streams.find(device);
-    if (found == streams.end())
-      found = streams.emplace(device, c10::cuda::getStreamFromPool(false, device)).first;
+    thread_local std::map<std::pair<c10::DeviceIndex, bool>, c10::cuda::CUDAStream> streams;
+    auto found = streams.find({device, captures});
+    if (found == streams.end()) {
+      const auto stream = c10::cuda::getStreamFromPool(false, device);
+      found = streams.emplace(std::pair(device, captures), stream).first;
+    }
     there_ = found->second;
     let_wait(*there_, here_);
   }

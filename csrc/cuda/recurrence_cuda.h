@@ -49,9 +49,9 @@ inline Tensor row_offsets(const Problem& p, const Tensor& like, cudaStream_t str
 
 // Steps `from` to `end` of a forward walk, which start from the state that the one before left.
 inline Problem part_of(const Problem& p, int64_t from, int64_t end) {
-  const int64_t size = p.storage == Storage::f64 ? 8 : p.storage == Storage::f32 ? 4 : 2;
   const auto place = [&](const Series& series, int64_t t) -> void* {
-    return series.data ? static_cast<char*>(series.data) + t * series.step * size : nullptr;
+    return series.data ? static_cast<char*>(series.data) + t * series.step * size_of(p.storage)
+                       : nullptr;
   };
   const int64_t begin = p.descending ? p.T - end : from;
   Problem part = p;
