@@ -104,6 +104,7 @@ class Engine:
         elif self.kind == "emulated":
             library = emulated(self.name)
             library.schedule("random", seed, 0.05)
+            print(f"{self}: threads in a random order, seed {seed}")  # shown where a test fails
             library.install(self.regime, self.tile, self.split, self.fuse_input, self.cut)
             try:
                 yield

@@ -36,10 +36,6 @@ namespace {
 
 // ---- numbers in memory ----
 
-int size_of(Storage storage) {
-  return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2;
-}
-
 template <class T>
 T read(const char* from) {
   T value;
@@ -200,7 +196,7 @@ struct Tensors {
   static Rows rows(const Case& c, const char* name, int64_t count, int64_t width) {
     const int64_t distance = width + (c.has("apart") ? 3 : 0);
     const int64_t numbers = (count - 1) * distance + width;
-    return {c.storage, count, width, distance, buffer(c, name, numbers, size_of(c.storage))};
+    return {c.storage, count, width, distance, buffer(c, name, numbers, int(size_of(c.storage)))};
   }
 };
 
