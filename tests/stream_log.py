@@ -101,3 +101,22 @@ def churn(*sizes: int, dtype: torch.dtype = torch.float64) -> None:
 
 def assert_like_a_cpu(found: list[Tensor], expected: list[Tensor]) -> None:
     torch.testing.assert_close([t.cpu() for t in found], expected)
+
+
+def warm_up(f: Callable[[], Any]) -> None:
+    """On a stream of its own, as torch's documentation wants it: whatever is made on first use."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            f()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(f: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of ``f()``, and the results, which each replay makes anew."""
+    warm_up(f)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = f()
+    return graph, results

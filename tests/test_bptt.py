@@ -21,6 +21,7 @@ from stream_log import (
     JOIN,
     Log,
     assert_like_a_cpu,
+    capture,
     churn,
     on_gpu,
     stream_log,  # noqa: F401
@@ -299,14 +300,7 @@ def test_captured():
     def run() -> list[Tensor]:
         return gradients(case, fusedrnn.rnn, *args)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     for _ in range(5):
         args[0].copy_(torch.randn_like(args[0]))
         graph.replay()

@@ -6,12 +6,12 @@ A capture fails where anything waits for the GPU, so that these tests also show 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from engines import REGIMES, Engine
+from stream_log import capture, warm_up
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -32,16 +32,6 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(*(shape or (T, B, I)), device="cuda")
 
 
-def warm_up(f: Callable[[], Any]) -> None:
-    """On a stream of its own, as torch's documentation wants it: whatever is made on first use."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            f()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_captured_inference(layout, packed):
@@ -53,11 +43,8 @@ def test_captured_inference(layout, packed):
         output, h_n = rnn(PackedSequence(x, batch_sizes) if packed else x)
         return (output.data if packed else output), h_n
 
-    graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
-        warm_up(run)
-        with torch.cuda.graph(graph):
-            captured = run()
+        graph, captured = capture(run)
         for _ in range(3):
             x.copy_(torch.randn_like(x))
             graph.replay()
@@ -79,10 +66,7 @@ def test_each_regime_is_captured(regime, packed):
         return h, *torch.autograd.grad(h.sin().sum() + h_n.sum(), wanted)
 
     with Engine("cuda", "gpu", regime).installed():
-        warm_up(run)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
+        graph, captured = capture(run)
         for _ in range(3):
             with torch.no_grad():
                 x.copy_(torch.randn_like(x))
@@ -104,10 +88,7 @@ def test_captured_gradients(options):
         h, h_n = fusedrnn.recurrence(u, h0, w_hh, keep=keep, alpha=alpha)
         return torch.autograd.grad(h.sin().sum() + h_n.sum(), wanted)
 
-    warm_up(run)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     for _ in range(3):
         with torch.no_grad():
             u.copy_(torch.randn_like(u))
@@ -166,10 +147,7 @@ def test_make_graphed_callables(layout):
 def test_dropout_differs_from_replay_to_replay():
     rnn, x = layer(num_layers=2, dropout=0.5), numbers()
     with torch.no_grad():
-        warm_up(lambda: rnn(x))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured, _ = rnn(x)
+        graph, (captured, _) = capture(lambda: rnn(x))
         graph.replay()
         first = captured.clone()
         graph.replay()

@@ -19,6 +19,7 @@ from stream_log import (
     JOIN,
     Log,
     assert_like_a_cpu,
+    capture,
     churn,
     on_gpu,
     stream_log,  # noqa: F401
@@ -359,15 +360,7 @@ def test_captured(training):
         return [output, *torch.autograd.grad(output.sin().sum() + h_n.sum(), wanted)]
 
     with torch.set_grad_enabled(training):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
-            captured = run()
+        recorded, captured = capture(run)
         for _ in range(5):
             with torch.no_grad():
                 x.copy_(torch.randn_like(x))
