@@ -52,16 +52,21 @@ FUSEDRNN_FORCE_INLINE void accumulate(Vec<C> (&acc)[Rows][Vectors], const C* con
   }
 }
 
-// acc += rows · panel. Long sums are summed in blocks, since the error of a sum grows with its
-// length: in one go it would be several times that of a BLAS.
+// acc += rows · panel, where acc is zero if `fresh`. The error of a sum grows with its length and
+// with what it starts from, so each block of terms is summed from zero: in one go the error would
+// be several times that of a BLAS.
 template <int Rows, int Vectors, int Split, class C>
-FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], const C* const* rows,
+FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], bool fresh, const C* const* rows,
                                     int64_t size, const C* w, int64_t w_stride) {
-  constexpr int64_t block = 256;
+  constexpr int64_t block = 64;
   const C* row[Rows];
   for (int i = 0; i < Rows; ++i) row[i] = rows[i];
-  accumulate<Rows, Vectors, Split>(acc, row, 0, size < block ? size : block, w, w_stride);
-  for (int64_t k = block; k < size; k += block) {
+  int64_t k = 0;
+  if (fresh) {
+    accumulate<Rows, Vectors, Split>(acc, row, 0, size < block ? size : block, w, w_stride);
+    k = block;
+  }
+  for (; k < size; k += block) {
     Vec<C> part[Rows][Vectors];
     for (int i = 0; i < Rows; ++i)
       for (int j = 0; j < Vectors; ++j) part[i][j] = Vec<C>(C(0));
@@ -80,14 +85,17 @@ void product(const Product<C>& p) {
   constexpr int Split = Tile >= 8 ? 1 : Tile >= 2 ? 8 / Tile : 4;
   Vec<C> acc[Rows][Vectors];
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j)
-      acc[i][j] = p.init ? load<C>(p.init + i * p.init_row + j * L) : Vec<C>(C(0));
-  if (p.input_size)
-    multiply<Rows, Vectors, Split>(acc, p.input, p.input_size, p.w_input, p.w_stride);
+    for (int j = 0; j < Vectors; ++j) acc[i][j] = Vec<C>(C(0));
   if (p.state_size)
-    multiply<Rows, Vectors, Split>(acc, p.state, p.state_size, p.w_state, p.w_stride);
+    multiply<Rows, Vectors, Split>(acc, true, p.state, p.state_size, p.w_state, p.w_stride);
+  if (p.input_size)
+    multiply<Rows, Vectors, Split>(acc, !p.state_size, p.input, p.input_size, p.w_input,
+                                   p.w_stride);
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) store<C>(p.tile + i * p.tile_row + j * L, acc[i][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      const C* init = p.init ? p.init + i * p.init_row + j * L : nullptr;
+      store<C>(p.tile + i * p.tile_row + j * L, init ? acc[i][j] + load<C>(init) : acc[i][j]);
+    }
 }
 
 // acc[i][j] += rows[i] · w[j], where a vector runs along the row.
@@ -166,7 +174,7 @@ void step(const Step<C>& s) {
     C* carry_out = s.carry + i * s.state_row;
     const S* in0 = row_of(s.in[0], i * s.in_row[0]);
     const S* in1 = row_of(s.in[1], i * s.in_row[1]);
-    const S* phi = row_of(s.gate, i * s.gate_row);
+    const S* saved = row_of(s.gate, i * s.gate_row);
     S* out0 = row_of(s.out[0], i * s.out_row[0]);
     S* out1 = row_of(s.out[1], i * s.out_row[1]);
     for (int64_t j = 0; j < columns; j += V::lanes) {
@@ -181,7 +189,7 @@ void step(const Step<C>& s) {
       } else {
         const V drive = in0 ? load<C>(in0 + j, n) : V(C(0));
         const V extra = in1 ? load<C>(in1 + j, n) : V(C(0));
-        const V p = gate(F{}, load<C>(phi + j, n), leaky, alpha);
+        const V p = gate(F{}, load<C>(saved + j, n), leaky, alpha);
         if constexpr (pass == Pass::tangent) {
           tangent(acc, drive, extra, p, from, leaky, alpha, first, second);
         } else {
