@@ -51,6 +51,7 @@ struct Vec {
   friend FUSEDRNN_FORCE_INLINE Mask operator>(Vec a, Vec b) { return a.raw > b.raw; }
   friend FUSEDRNN_FORCE_INLINE Mask operator<=(Vec a, Vec b) { return a.raw <= b.raw; }
   friend FUSEDRNN_FORCE_INLINE Mask operator>=(Vec a, Vec b) { return a.raw >= b.raw; }
+  friend FUSEDRNN_FORCE_INLINE Mask operator==(Vec a, Vec b) { return a.raw == b.raw; }
   friend FUSEDRNN_FORCE_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a.raw : b.raw; }
 
   // a b + c, in one rounding where the machine has FMA
@@ -250,8 +251,8 @@ struct ExpConstants<float> {
   static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float largest = 88.37f, smallest = -87.33f;  // of arguments: 2^n stays normal
-  static constexpr float tanh_is_one = 10;
+  static constexpr float infinite = 89, zero = -104;  // e^y of these, rounded
+  static constexpr float tanh_is_one = 10, expm1_is_minus_one = -20;
   static FUSEDRNN_FORCE_INLINE Vec<float> polynomial(Vec<float> r) {  // P, minimax (Cephes)
     const Vec<float> r2 = r * r;
     const Vec<float> low = fma(Vec<float>(1.6666665459e-1f), r, Vec<float>(5.0000001201e-1f));
@@ -268,8 +269,8 @@ struct ExpConstants<double> {
   static constexpr double log2e = 1.4426950408889634;
   static constexpr double ln2_high = 6.93147180369123816490e-01,
                           ln2_low = 1.90821492927058770002e-10;
-  static constexpr double largest = 709.4, smallest = -708.3;
-  static constexpr double tanh_is_one = 22;
+  static constexpr double infinite = 710, zero = -746;
+  static constexpr double tanh_is_one = 22, expm1_is_minus_one = -40;
   static FUSEDRNN_FORCE_INLINE Vec<double> polynomial(Vec<double> r) {  // Taylor's: 1 / k!
     constexpr double inverse_factorials[] = {
         1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
@@ -281,43 +282,52 @@ struct ExpConstants<double> {
   }
 };
 
-// e^y = scale (1 + rest), for y between smallest and largest
+// e^y = 2^n (1 + rest)
 template <class T>
-FUSEDRNN_FORCE_INLINE void split_exp(Vec<T> y, Vec<T>& scale, Vec<T>& rest) {
+FUSEDRNN_FORCE_INLINE void split_exp(Vec<T> y, typename Vec<T>::Mask& n, Vec<T>& rest) {
   using K = ExpConstants<T>;
   using V = Vec<T>;
-  using Integer = typename V::Integer;
   const V shifted = fma(y, V(K::log2e), V(K::magic));
-  const V n = shifted - V(K::magic);
-  const V r = fma(n, V(-K::ln2_low), fma(n, V(-K::ln2_high), y));
-  const auto exponent = (typename V::Mask)shifted.raw + Integer(K::bias);
-  scale = (typename V::Raw)(exponent << K::mantissa);
+  const V rounded = shifted - V(K::magic);
+  const V r = fma(rounded, V(-K::ln2_low), fma(rounded, V(-K::ln2_high), y));
+  n = (typename V::Mask)shifted.raw - (typename V::Mask)V(K::magic).raw;
   rest = fma(K::polynomial(r), r * r, r);
 }
 
+// 2^n, if that is a normal number
 template <class T>
-FUSEDRNN_FORCE_INLINE Vec<T> clamp_exponent(Vec<T> y) {
-  const Vec<T> smallest = ExpConstants<T>::smallest, largest = ExpConstants<T>::largest;
-  return select(y > largest, largest, select(y < smallest, smallest, y));
+FUSEDRNN_FORCE_INLINE Vec<T> power_of_two(typename Vec<T>::Mask n) {
+  using K = ExpConstants<T>;
+  return typename Vec<T>::Raw((n + typename Vec<T>::Integer(K::bias)) << K::mantissa);
 }
 
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> exp(Vec<T> y) {
-  Vec<T> scale, rest;
-  split_exp(clamp_exponent(y), scale, rest);
-  return fma(rest, scale, scale);
+  using V = Vec<T>;
+  const V zero = ExpConstants<T>::zero, infinite = ExpConstants<T>::infinite;
+  typename V::Mask n;
+  V rest;
+  split_exp(select(y > infinite, infinite, select(y < zero, zero, y)), n, rest);
+  // in two factors, since 2^n may be too large or too small for one
+  const V half = power_of_two<T>(n >> 1);
+  return fma(rest, half, half) * power_of_two<T>(n - (n >> 1));
 }
 
+// e^y - 1, for y whose e^y is a normal number
 template <class T>
-FUSEDRNN_FORCE_INLINE Vec<T> expm1_unclamped(Vec<T> y) {
-  Vec<T> scale, rest;
-  split_exp(y, scale, rest);
+FUSEDRNN_FORCE_INLINE Vec<T> expm1_of_normal(Vec<T> y) {
+  typename Vec<T>::Mask n;
+  Vec<T> rest;
+  split_exp(y, n, rest);
+  const Vec<T> scale = power_of_two<T>(n);
   return fma(rest, scale, scale - Vec<T>(1));
 }
 
+// e^y - 1, for y of at most 0
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> expm1(Vec<T> y) {
-  return expm1_unclamped(clamp_exponent(y));
+  const Vec<T> least = ExpConstants<T>::expm1_is_minus_one;
+  return expm1_of_normal(select(y < least, least, y));
 }
 
 // 1 / x; of f32 with AVX-512 only to 14 bits, in a third of the time.
@@ -351,7 +361,7 @@ FUSEDRNN_FORCE_INLINE Vec<T> tanh(Vec<T> x) {
   const auto sign = (typename V::Mask)x.raw & (typename V::Mask)V(T(-0.0)).raw;
   const V magnitude = typename V::Raw((typename V::Mask)x.raw ^ sign);
   const V clamped = select(magnitude > one, one, magnitude);
-  const V t = expm1_unclamped(clamped + clamped);
+  const V t = expm1_of_normal(clamped + clamped);
   const V divisor = t + V(2);
   const V divisor_rest = (V(2) - divisor) + t;
   const V inverse = rough_inverse(divisor);
