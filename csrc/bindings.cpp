@@ -11,34 +11,36 @@
 #include "cpu/engine.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
+#include "epilogues.h"
 #ifdef FUSEDRNN_CUDA
 #include "cuda/engine.h"
 #endif
 
 // T time steps, B batch rows, H hidden units; [T, B, *] is [N, *] where batch_sizes [T] is given.
-//   activation: x [T, B, I] (without w_ih: u [T, B, H])      -> h [T, B, H], h_n [B, H], phi
+//   activation: x [T, B, I] (without w_ih: u [T, B, H])      -> h [T, B, H], h_n [B, H], saved
 //   tangent:    w, q [T, B, H], s0 [B, H]                    -> λ [T, B, H], λ_n [B, H], m
 //   adjoint:    g, d [T, B, H], g_n [B, H], all optional     -> δ [T, B, H], ∂h0 [B, H], a
-// The formulas are in epilogues.h. The third result of each is empty unless wanted: phi with alpha,
-// m and a where `full` is set; so is ∂h0 unless `to_h0`.
+// The formulas are in epilogues.h, and what is saved: [T, B, H] with alpha and for nonlinearities
+// of which saves_z is true, otherwise empty, and h serves. m and a are empty unless `full`, ∂h0
+// unless `to_h0`.
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "activation(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor w_hh, "
       "Tensor? alpha, Tensor? keep, Tensor? batch_sizes, str nonlinearity, bool reverse) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "tangent(Tensor? w, Tensor? q, Tensor? s0, Tensor phi, Tensor w_hh, Tensor? alpha, "
+      "tangent(Tensor? w, Tensor? q, Tensor? s0, Tensor saved, Tensor w_hh, Tensor? alpha, "
       "Tensor? keep, Tensor? batch_sizes, str nonlinearity, bool reverse, bool full) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "adjoint(Tensor? g, Tensor? d, Tensor? g_n, Tensor phi, Tensor w_hh, Tensor? alpha, "
+      "adjoint(Tensor? g, Tensor? d, Tensor? g_n, Tensor saved, Tensor w_hh, Tensor? alpha, "
       "Tensor? keep, Tensor? batch_sizes, str nonlinearity, bool reverse, bool to_h0, bool full) "
       "-> (Tensor, Tensor, Tensor)");
 
   // What surrounds the recurrences in their derivatives (bptt.cpp).
   m.def(
       "bptt(Tensor? g, Tensor? d, Tensor? g_n, Tensor x, Tensor? w_ih, Tensor? h0, Tensor w_hh, "
-      "Tensor? alpha, Tensor? keep, Tensor? batch_sizes, Tensor h, Tensor? phi, "
+      "Tensor? alpha, Tensor? keep, Tensor? batch_sizes, Tensor h, Tensor? saved, "
       "str nonlinearity, bool reverse, bool[7] wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -240,6 +242,10 @@ bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) 
 PYBIND11_MODULE(_C, m) {
   m.def("forward_mode", &forward_mode);
   m.def("build_info", &build_info);
+  py::set saving_z;
+  for (int i = 0; i < fusedrnn::kNonlinearities; ++i)
+    if (fusedrnn::saves_z(fusedrnn::Nonlinearity(i))) saving_z.add(fusedrnn::kNonlinearityNames[i]);
+  m.attr("saving_z") = py::frozenset(saving_z);
   m.def("use_isa", &fusedrnn::cpu::use_instruction_set, py::arg("name"));
   m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("number_size") = 4, py::arg("lanes") = 16, py::arg("tile_rows") = 6,

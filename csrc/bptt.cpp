@@ -130,22 +130,28 @@ using AdjointOp = std::tuple<Tensor, Tensor, Tensor>(const OptionalTensor&, cons
                                                      c10::string_view, bool, bool, bool);
 
 // Whether nobody can ask for a derivative of what is computed now.
-bool is_final(const Tensor& phi, const Tensor& w_hh, const OptionalTensor& g,
+bool is_final(const Tensor& saved, const Tensor& w_hh, const OptionalTensor& g,
               const OptionalTensor& g_n) {
   const auto dual = [](const Tensor& t) { return t._fw_grad(0).defined(); };
   return !c10::GradMode::is_enabled() &&
          !c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerBackMode) &&
-         !dual(phi) && !dual(w_hh) && !(g && dual(*g)) && !(g_n && dual(*g_n));
+         !dual(saved) && !dual(w_hh) && !(g && dual(*g)) && !(g_n && dual(*g_n));
+}
+
+// φ(z) from what `activation` saved. Softplus as exactly as in epilogues.h: beyond 40 it is z.
+Tensor value_of(const Tensor& saved, c10::string_view nonlinearity) {
+  if (nonlinearity == "softplus") return at::softplus(saved, 1, 40);
+  return nonlinearity == "elu" ? at::elu(saved) : saved;
 }
 
 // The gradients of `activation`'s x, w_ih, b_ih, b_hh, h0, w_hh and alpha, as far as `wanted`, from
-// those of its results h, h_n and phi.
+// those of its results h, h_n and saved.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
     const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& g_n, const Tensor& x,
     const OptionalTensor& w_ih, const OptionalTensor& h0, const Tensor& w_hh,
     const OptionalTensor& alpha, const OptionalTensor& keep, const OptionalTensor& batch_sizes,
-    const Tensor& h, const OptionalTensor& phi, c10::string_view nonlinearity, bool reverse,
+    const Tensor& h, const OptionalTensor& saved, c10::string_view nonlinearity, bool reverse,
     std::array<bool, 7> wanted) {
   static const auto adjoint =
       c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::adjoint", "").typed<AdjointOp>();
@@ -153,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   const auto [delta, dh0, a] = [&] {
     // The kernel at the Autograd key is in Python and costs 5 us: not where it would do nothing.
     std::optional<at::AutoDispatchBelowAutograd> below;
-    if (is_final(phi ? *phi : h, w_hh, g, g_n)) below.emplace();
-    return adjoint.call(g, d, g_n, phi ? *phi : h, w_hh, alpha, keep, batch_sizes, nonlinearity,
+    if (is_final(saved ? *saved : h, w_hh, g, g_n)) below.emplace();
+    return adjoint.call(g, d, g_n, saved ? *saved : h, w_hh, alpha, keep, batch_sizes, nonlinearity,
                         reverse, to_h0, to_alpha);
   }();
   Tensor dx, dw_ih, db, dw_hh, dalpha;
@@ -162,7 +168,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   if (to_w_ih) dw_ih = product_of_rows(delta, x);
   if (to_b_ih || to_b_hh) db = rows(delta).sum(0);
   if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, keep, batch_sizes, reverse);
-  if (to_alpha) dalpha = rows(a * (*phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
+  if (to_alpha) {
+    const Tensor phi = value_of(*saved, nonlinearity);
+    dalpha = rows(a * (phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
+  }
   // Not one tensor twice: people scale gradients in place.
   const Tensor db_hh = !to_b_hh ? Tensor() : to_b_ih ? db.clone() : db;
   return {dx, dw_ih, to_b_ih ? db : Tensor(), db_hh, to_h0 ? dh0 : Tensor(), dw_hh, dalpha};

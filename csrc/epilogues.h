@@ -2,9 +2,11 @@
 // them; each engine brings its V with operators, comparisons, select(), fma(), tanh(), exp() and
 // expm1(). After the includes of an engine, so that V's functions are found.
 //
-// Notation: φ the nonlinearity, α the leak, k the state that a step starts from (h[t-1], or 0
-// where keep is false), p = α φ'(z) the gate.
+// Notation: φ the nonlinearity, z the pre-activation, α the leak, k the state that a step starts
+// from (h[t-1], or 0 where keep is false), p = α φ'(z) the gate.
 #pragma once
+
+#include "recurrence.h"
 
 #ifdef __CUDACC__
 #define FUSEDRNN_INLINE __host__ __device__ __forceinline__
@@ -14,9 +16,12 @@
 
 namespace fusedrnn {
 
-// Nonlinearities whose slope is a function of their value: φ'(z) = slope(φ(z)). So the backward
-// pass needs no z. Written so that NaN passes through, as in torch.
+// Nonlinearities. The slope φ'(z) is computed from what the forward pass saves: from φ(z), which
+// without a leak is the output itself, or, with saves_z, from z, where the rounded φ(z) has lost
+// the slope: elu'(z) = e^z = φ(z) + 1 where φ(z) has become -1; softplus in f16 where φ(z) has
+// become 0. Written so that NaN passes through, as in torch.
 struct Tanh {
+  static constexpr bool saves_z = false;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     return tanh(z);
@@ -28,6 +33,7 @@ struct Tanh {
 };
 
 struct Relu {
+  static constexpr bool saves_z = false;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     return select(z < V(0), V(0), z);
@@ -39,6 +45,7 @@ struct Relu {
 };
 
 struct Identity {
+  static constexpr bool saves_z = false;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     return z;
@@ -49,10 +56,17 @@ struct Identity {
   }
 };
 
+template <class V>
+FUSEDRNN_INLINE V exp_of_minus_magnitude(V z) {
+  return exp(select(z < V(0), z, V(0) - z));
+}
+
 struct Sigmoid {
+  static constexpr bool saves_z = false;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
-    return V(1) / (V(1) + exp(V(0) - z));
+    const V e = exp_of_minus_magnitude(z);
+    return select(z < V(0), e, V(1)) / (V(1) + e);
   }
   template <class V>
   static FUSEDRNN_INLINE V slope(V h) {
@@ -61,19 +75,20 @@ struct Sigmoid {
 };
 
 struct Softplus {
+  static constexpr bool saves_z = true;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     // log(1 + e^z) = max(z, 0) + log(1 + e^-|z|)
-    const V magnitude = select(z < V(0), V(0) - z, z);
-    return select(z < V(0), V(0), z) + log1p_of_at_most_one(exp(V(0) - magnitude));
+    return select(z < V(0), V(0), z) + log1p_of_at_most_one(exp_of_minus_magnitude(z));
   }
   template <class V>
-  static FUSEDRNN_INLINE V slope(V h) {
-    return V(0) - expm1(V(0) - h);
+  static FUSEDRNN_INLINE V slope(V z) {
+    return Sigmoid::value(z);
   }
 };
 
 struct Retanh {  // rectified tanh
+  static constexpr bool saves_z = false;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     return Relu::value(tanh(z));
@@ -85,6 +100,7 @@ struct Retanh {  // rectified tanh
 };
 
 struct Hardtanh {
+  static constexpr bool saves_z = false;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     return select(z < V(-1), V(-1), select(z > V(1), V(1), z));
@@ -96,6 +112,7 @@ struct Hardtanh {
 };
 
 struct LeakyRelu {
+  static constexpr bool saves_z = false;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     return select(z < V(0), V(0.01) * z, z);
@@ -107,13 +124,14 @@ struct LeakyRelu {
 };
 
 struct Elu {
+  static constexpr bool saves_z = true;
   template <class V>
   static FUSEDRNN_INLINE V value(V z) {
     return select(z < V(0), expm1(select(z < V(0), z, V(0))), z);
   }
   template <class V>
-  static FUSEDRNN_INLINE V slope(V h) {
-    return select(h <= V(0), h + V(1), V(1));
+  static FUSEDRNN_INLINE V slope(V z) {
+    return select(z < V(0), exp(select(z < V(0), z, V(0))), V(1));
   }
 };
 
@@ -121,17 +139,41 @@ struct Elu {
 #define FUSEDRNN_FOR_EACH_NONLINEARITY(f) \
   f(Tanh) f(Relu) f(Identity) f(Sigmoid) f(Softplus) f(Retanh) f(Hardtanh) f(LeakyRelu) f(Elu)
 
-// h = (1 - α) k + α φ(z)
+constexpr unsigned set_of_those_that_save_z() {
+  unsigned set = 0, bit = 1;
+#define FUSEDRNN_ADD(F)        \
+  set |= F::saves_z ? bit : 0; \
+  bit <<= 1;
+  FUSEDRNN_FOR_EACH_NONLINEARITY(FUSEDRNN_ADD)
+#undef FUSEDRNN_ADD
+  return set;
+}
+constexpr unsigned kSaveZ = set_of_those_that_save_z();
+
+FUSEDRNN_INLINE constexpr bool saves_z(Nonlinearity nonlinearity) {
+  return kSaveZ >> unsigned(nonlinearity) & 1;
+}
+
+// (1 - α) k. Where α is 1 that is the zero which changes no sum, whatever k is: then nothing is
+// carried, and the results have the bits of those without a leak.
+template <class V>
+FUSEDRNN_INLINE V leftover(V alpha, V k) {
+  return select(alpha == V(1), V(-0.0), (V(1) - alpha) * k);
+}
+
+// h = (1 - α) k + α φ(z), and what is saved for the slope. Not k + α (φ(z) - k), which is one
+// product less and cancels where k is large, and overflows.
 template <class F, class V>
-FUSEDRNN_INLINE void activation(F f, V z, V k, bool leaky, V alpha, V& h, V& phi) {
-  phi = f.value(z);
-  h = leaky ? k + alpha * (phi - k) : phi;
+FUSEDRNN_INLINE void activation(F f, V z, V k, bool leaky, V alpha, V& h, V& saved) {
+  const V phi = f.value(z);
+  h = leaky ? leftover(alpha, k) + alpha * phi : phi;
+  saved = f.saves_z ? z : phi;
 }
 
 // p = α φ'(z)
 template <class F, class V>
-FUSEDRNN_INLINE V gate(F f, V phi, bool leaky, V alpha) {
-  return leaky ? alpha * f.slope(phi) : f.slope(phi);
+FUSEDRNN_INLINE V gate(F f, V saved, bool leaky, V alpha) {
+  return leaky ? alpha * f.slope(saved) : f.slope(saved);
 }
 
 // m = w + k Wᵀ,  λ = q + p m + (1 - α) k    (acc is k Wᵀ, k the tangent carried over)
@@ -139,7 +181,7 @@ template <class V>
 FUSEDRNN_INLINE void tangent(V acc, V w, V q, V p, V k, bool leaky, V alpha, V& lambda, V& m) {
   m = w + acc;
   lambda = q + p * m;
-  if (leaky) lambda = lambda + (V(1) - alpha) * k;
+  if (leaky) lambda = lambda + leftover(alpha, k);
 }
 
 // a = g + carry + δ' W,  δ = d + p a,  carry = (1 - α) a, which is 0 without a leak
@@ -148,7 +190,7 @@ template <class V>
 FUSEDRNN_INLINE void adjoint(V acc, V g, V d, V p, V& carry, bool leaky, V alpha, V& a, V& delta) {
   a = g + (carry + acc);
   delta = d + p * a;
-  if (leaky) carry = (V(1) - alpha) * a;
+  if (leaky) carry = leftover(alpha, a);
 }
 
 }  // namespace fusedrnn

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "epilogues.h"
 
 namespace fusedrnn {
 
@@ -182,29 +183,29 @@ struct Ops {
     p.b_hh = call.vector("b_hh", b_hh);
     p.first = call.states("h0", h0);
     const Tensor h = call.to(p.out[0]), h_n = call.to(p.last);
-    const Tensor phi = call.to(p.out[1], alpha.has_value());
-    return run(call, h, h_n, phi);
+    const Tensor saved = call.to(p.out[1], alpha.has_value() || saves_z(p.nonlinearity));
+    return run(call, h, h_n, saved);
   }
 
   static Results tangent(const OptionalTensor& w, const OptionalTensor& q, const OptionalTensor& s0,
-                         const Tensor& phi, const Tensor& w_hh, const OptionalTensor& alpha,
+                         const Tensor& saved, const Tensor& w_hh, const OptionalTensor& alpha,
                          const OptionalTensor& keep, const OptionalTensor& batch_sizes,
                          c10::string_view nonlinearity, bool reverse, bool full) {
-    const Sizes sizes = check_sequence("phi", phi, batch_sizes);
-    Call call(Pass::tangent, phi, Engine::dtype(phi), sizes, phi.size(-1), w_hh, alpha, keep,
+    const Sizes sizes = check_sequence("saved", saved, batch_sizes);
+    Call call(Pass::tangent, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, keep,
               batch_sizes, nonlinearity, reverse);
-    return linear(call, {"w", "q", "s0"}, w, q, s0, phi, true, full);
+    return linear(call, {"w", "q", "s0"}, w, q, s0, saved, true, full);
   }
 
   static Results adjoint(const OptionalTensor& g, const OptionalTensor& d,
-                         const OptionalTensor& g_n, const Tensor& phi, const Tensor& w_hh,
+                         const OptionalTensor& g_n, const Tensor& saved, const Tensor& w_hh,
                          const OptionalTensor& alpha, const OptionalTensor& keep,
                          const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
                          bool reverse, bool to_h0, bool full) {
-    const Sizes sizes = check_sequence("phi", phi, batch_sizes);
-    Call call(Pass::adjoint, phi, Engine::dtype(phi), sizes, phi.size(-1), w_hh, alpha, keep,
+    const Sizes sizes = check_sequence("saved", saved, batch_sizes);
+    Call call(Pass::adjoint, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, keep,
               batch_sizes, nonlinearity, !reverse);
-    return linear(call, {"g", "d", "g_n"}, g, d, g_n, phi, to_h0, full);
+    return linear(call, {"g", "d", "g_n"}, g, d, g_n, saved, to_h0, full);
   }
 
   static void add_to(torch::Library& library) {
@@ -216,12 +217,12 @@ struct Ops {
  private:
   // What is left of tangent and adjoint, which transpose each other.
   static Results linear(Call& call, std::array<const char*, 3> names, const OptionalTensor& in,
-                        const OptionalTensor& other, const OptionalTensor& first, const Tensor& phi,
-                        bool with_last, bool full) {
+                        const OptionalTensor& other, const OptionalTensor& first,
+                        const Tensor& saved, bool with_last, bool full) {
     Problem& p = call.problem;
     p.in[0] = call.series(names[0], in);
     p.in[1] = call.series(names[1], other);
-    p.gate = call.series("phi", phi);
+    p.gate = call.series("saved", saved);
     p.first = call.states(names[2], first);
     const Tensor out = call.to(p.out[0]), last = call.to(p.last, with_last);
     const Tensor second = call.to(p.out[1], full);

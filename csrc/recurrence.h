@@ -80,8 +80,8 @@ struct Problem {
 
   Series x;       // activation: [T, B, I], with I > 0
   Series in[2];   // activation: u, -    tangent: w, q    adjoint: g, d     optional
-  Series gate;    // tangent, adjoint: φ(z), which is h itself where nothing leaks
-  Series out[2];  // activation: h, φ(z)  tangent: λ, w + λ Wᵀ  adjoint: δ, a   second optional
+  Series gate;    // tangent, adjoint: what activation saved, h itself if that was nothing
+  Series out[2];  // activation: h, saved  tangent: λ, w + λ Wᵀ  adjoint: δ, a   second optional
   States first;   // state before the first step: h0, λ0; adjoint: ∂L/∂h_n      optional (0)
   States last;    // each row's state after its last step; adjoint: ∂L/∂h0      optional
 };

@@ -98,24 +98,25 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, rev
         rows = (torch.library.get_ctx().new_dynamic_size(),)
     h = x.new_empty((*rows, size))
     h_n = x.new_empty((_batch(h0, x, batch_sizes), size))
-    return h, h_n, x.new_empty(0) if alpha is None else torch.empty_like(h)
+    saves = alpha is not None or nonlinearity in _C.saving_z
+    return h, h_n, torch.empty_like(h) if saves else x.new_empty(0)
 
 
 @torch.library.register_fake("fusedrnn::tangent")
-def _(w, q, s0, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, full):  # type: ignore[no-untyped-def]
-    _check_devices(phi, w, q, s0, w_hh, alpha, keep)
-    s_n = phi.new_empty((_batch(s0, phi, batch_sizes), phi.size(-1)))
-    return phi.new_empty(phi.shape), s_n, phi.new_empty(phi.shape if full else 0)
+def _(w, q, s0, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, full):  # type: ignore[no-untyped-def]
+    _check_devices(saved, w, q, s0, w_hh, alpha, keep)
+    s_n = saved.new_empty((_batch(s0, saved, batch_sizes), saved.size(-1)))
+    return saved.new_empty(saved.shape), s_n, saved.new_empty(saved.shape if full else 0)
 
 
 @torch.library.register_fake("fusedrnn::adjoint")
-def _(g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, full):  # type: ignore[no-untyped-def]
-    _check_devices(phi, g, d, g_n, w_hh, alpha, keep)
-    to_first = (_batch(g_n, phi, batch_sizes), phi.size(-1)) if to_h0 else (0,)
+def _(g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, full):  # type: ignore[no-untyped-def]
+    _check_devices(saved, g, d, g_n, w_hh, alpha, keep)
+    to_first = (_batch(g_n, saved, batch_sizes), saved.size(-1)) if to_h0 else (0,)
     return (
-        phi.new_empty(phi.shape),
-        phi.new_empty(to_first),
-        phi.new_empty(phi.shape if full else 0),
+        saved.new_empty(saved.shape),
+        saved.new_empty(to_first),
+        saved.new_empty(saved.shape if full else 0),
     )
 
 
@@ -129,5 +130,5 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, *_, **__):  # type: ignore[no-untyped-def]
 
 
 @register_flop_formula([torch.ops.fusedrnn.tangent, torch.ops.fusedrnn.adjoint])
-def _(first, second, states, phi, w_hh, *_, **__):  # type: ignore[no-untyped-def]
-    return 2 * math.prod(phi) * w_hh[0]
+def _(first, second, states, saved, w_hh, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(saved) * w_hh[0]

@@ -27,9 +27,10 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import functional as F
 
 from . import _ops, bptt, vmap  # noqa: F401  (which registers how the ops batch)
-from ._C import forward_mode
+from ._C import forward_mode, saving_z
 from .streams import transformed
 
 Gradients = tuple[Tensor | None, ...]
@@ -40,14 +41,14 @@ def _where_positive(h: Tensor, yes: Tensor, no: float) -> Tensor:
     return torch.where(h <= 0, torch.full_like(h, no), yes)
 
 
-# slope(h) = phi'(z) as a function of h = phi(z), as in csrc/epilogues.h, and its derivative.
-# Only derivatives of second and higher order come here.
+# phi'(z) as a function of what the forward pass saved, as in csrc/epilogues.h, and the derivative
+# of that function. Only derivatives of second and higher order come here.
 _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "tanh": (lambda h: 1 - h * h, lambda h: -2 * h),
     "relu": (lambda h: _where_positive(h, torch.ones_like(h), 0), torch.zeros_like),
     "identity": (torch.ones_like, torch.zeros_like),
     "sigmoid": (lambda h: h * (1 - h), lambda h: 1 - 2 * h),
-    "softplus": (lambda h: -torch.expm1(-h), lambda h: torch.exp(-h)),
+    "softplus": (torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z)),
     "retanh": (
         lambda h: _where_positive(h, 1 - h * h, 0),
         lambda h: _where_positive(h, -2 * h, 0),
@@ -55,10 +56,22 @@ _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     "hardtanh": (lambda h: (h.abs() < 1).to(h.dtype), torch.zeros_like),
     "leaky_relu": (lambda h: _where_positive(h, torch.ones_like(h), 0.01), torch.zeros_like),
     "elu": (
-        lambda h: torch.where(h <= 0, h + 1, torch.ones_like(h)),
-        lambda h: torch.where(h <= 0, torch.ones_like(h), torch.zeros_like(h)),
+        lambda z: torch.exp(z.clamp(max=0)),
+        lambda z: torch.where(z <= 0, torch.exp(z.clamp(max=0)), torch.zeros_like(z)),
     ),
 }
+
+
+def _value(saved: Tensor, nonlinearity: str) -> Tensor:
+    """phi(z), from what the forward pass saved."""
+    if nonlinearity == "softplus":
+        return F.softplus(saved, threshold=40)  # which beyond that is z, in float64 too
+    return F.elu(saved) if nonlinearity == "elu" else saved
+
+
+def _slope_of_saved(saved: Tensor, nonlinearity: str) -> Tensor | float:
+    """The derivative by z of what the forward pass saved."""
+    return 1.0 if nonlinearity in saving_z else _SLOPES[nonlinearity][0](saved)
 
 
 def _sum_rows(series: Tensor) -> Tensor:
@@ -150,29 +163,31 @@ class Activation(_Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, w_ih, _, _, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = inputs
-        h, _, phi = output
-        saved = (x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, None if alpha is None else phi)
-        _save(ctx, saved)
+        h, _, saved = output
+        saves = alpha is not None or nonlinearity in saving_z
+        _save(ctx, (x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved if saves else None))
         ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, g_n: Tensor | None, g_phi: Tensor | None) -> Gradients:  # type: ignore[override]
-        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = ctx.saved_tensors
+    def backward(  # type: ignore[override]
+        ctx: Any, g: Tensor | None, g_n: Tensor | None, g_saved: Tensor | None
+    ) -> Gradients:
+        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved = ctx.saved_tensors
         d = None
-        if g_phi is not None and phi is not None:
-            d = _SLOPES[ctx.nonlinearity][0](phi) * g_phi
+        if g_saved is not None and saved is not None:
+            d = _slope_of_saved(saved, ctx.nonlinearity) * g_saved
         if g is None and g_n is None and d is None:
             return (None,) * 11
         gradients = bptt.bptt(
-            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi, ctx.nonlinearity,
+            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved, ctx.nonlinearity,
             ctx.reverse, ctx.needs_input_grad[:7],
         )  # fmt: skip
         return *gradients, None, None, None, None
 
     @_jvp
-    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
-        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi = saved
+    def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
+        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved = primals
         x_t, w_ih_t, b_ih_t, b_hh_t, h0_t, w_hh_t, alpha_t, *_ = tangents
         walk = (keep, batch_sizes, ctx.reverse)
         q = None
@@ -186,15 +201,15 @@ class Activation(_Op):
             w = _add(w, None if bias_t is None else bias_t.expand_as(h))
         if w_hh_t is not None:
             w = _add(w, _ops.previous(h, h0, *walk) @ w_hh_t.mT)
-        if alpha is None:
-            phi = h
-        elif alpha_t is not None:
-            q = alpha_t * (phi - _ops.previous(h, h0, *walk))
+        if alpha_t is not None:
+            q = alpha_t * (_value(saved, ctx.nonlinearity) - _ops.previous(h, h0, *walk))
         s, s_n, m = _ops.tangent(
-            w, q, h0_t, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
-            alpha is not None,
+            w, q, h0_t, h if saved is None else saved, w_hh, alpha, keep, batch_sizes,
+            ctx.nonlinearity, ctx.reverse, saved is not None,
         )  # fmt: skip
-        return s, s_n, h.new_zeros(0) if alpha is None else _SLOPES[ctx.nonlinearity][0](phi) * m
+        if saved is None:
+            return s, s_n, h.new_zeros(0)
+        return s, s_n, _slope_of_saved(saved, ctx.nonlinearity) * m
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -202,37 +217,37 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _gate_tangent(
-    phi: Tensor, alpha: Tensor | None, phi_t: Tensor | None, alpha_t: Tensor | None, name: str
+    saved: Tensor, alpha: Tensor | None, saved_t: Tensor | None, alpha_t: Tensor | None, name: str
 ) -> Tensor | None:
-    """The tangent of ``p = alpha * slope(phi)``."""
+    """The tangent of ``p = alpha * slope(saved)``."""
     slope, curvature = _SLOPES[name]
     p_t = None
-    if phi_t is not None:
-        p_t = curvature(phi) * phi_t
+    if saved_t is not None:
+        p_t = curvature(saved) * saved_t
         p_t = p_t if alpha is None else alpha * p_t
-    return _add(p_t, None if alpha_t is None else alpha_t * slope(phi))
+    return _add(p_t, None if alpha_t is None else alpha_t * slope(saved))
 
 
 class _Linear(_Op):
     """What tangent and adjoint share: they transpose each other, so their coefficients' gradients,
-    of ``phi``, ``W_hh`` and ``alpha``, are the same function of the two sweeps' results."""
+    of ``saved``, ``W_hh`` and ``alpha``, are the same function of the two sweeps' results."""
 
     @staticmethod
     def coefficient_gradients(
         ctx: Any, walk: Walk, delta: Tensor, a: Tensor, s: Tensor, s0: Tensor | None, m: Tensor
     ) -> Gradients:
-        phi, _, alpha = ctx.saved_tensors[:3]
-        _, _, _, to_phi, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
-        dphi = dw_hh = dalpha = None
+        saved, _, alpha = ctx.saved_tensors[:3]
+        _, _, _, to_saved, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
+        dsaved = dw_hh = dalpha = None
         slope, curvature = _SLOPES[ctx.nonlinearity]
-        if to_phi:
-            dphi = a * m * curvature(phi)
-            dphi = dphi if alpha is None else alpha * dphi
+        if to_saved:
+            dsaved = a * m * curvature(saved)
+            dsaved = dsaved if alpha is None else alpha * dsaved
         if to_w_hh:
             dw_hh = _ops.recurrent_product(delta, s, s0, *walk)
         if to_alpha:
-            dalpha = _sum_rows(a * (m * slope(phi) - _ops.previous(s, s0, *walk)))
-        return dphi, dw_hh, dalpha
+            dalpha = _sum_rows(a * (m * slope(saved) - _ops.previous(s, s0, *walk)))
+        return dsaved, dw_hh, dalpha
 
 
 class Tangent(_Linear):
@@ -244,10 +259,9 @@ class Tangent(_Linear):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, s0, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, _ = inputs
+        _, _, s0, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, _ = inputs
         s, _, m = output
-        saved = (phi, w_hh, alpha, keep, batch_sizes, s0, s, m)
-        _save(ctx, saved)
+        _save(ctx, (saved, w_hh, alpha, keep, batch_sizes, s0, s, m))
         ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
         ctx.set_materialize_grads(False)
 
@@ -255,11 +269,11 @@ class Tangent(_Linear):
     def backward(ctx: Any, g: Tensor | None, g_n: Tensor | None, d: Tensor | None) -> Gradients:  # type: ignore[override]
         if g is None and g_n is None and d is None:
             return (None,) * 11
-        phi, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
+        saved, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
         to_w, to_q, to_s0, *_ = ctx.needs_input_grad
         walk = (keep, batch_sizes, ctx.reverse)
         delta, ds0, a = _ops.adjoint(
-            g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
+            g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
             to_s0, True,
         )  # fmt: skip
         coefficients = _Linear.coefficient_gradients(ctx, walk, delta, a, s, s0, m)
@@ -269,19 +283,19 @@ class Tangent(_Linear):
         )  # fmt: skip
 
     @_jvp
-    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
-        phi, w_hh, alpha, keep, batch_sizes, s0, s, m = saved
-        w, q, s0_t, phi_t, w_hh_t, alpha_t, *_ = tangents
+    def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
+        saved, w_hh, alpha, keep, batch_sizes, s0, s, m = primals
+        w, q, s0_t, saved_t, w_hh_t, alpha_t, *_ = tangents
         walk = (keep, batch_sizes, ctx.reverse)
         if w_hh_t is not None:
             w = _add(w, _ops.previous(s, s0, *walk) @ w_hh_t.mT)
-        p_t = _gate_tangent(phi, alpha, phi_t, alpha_t, ctx.nonlinearity)
+        p_t = _gate_tangent(saved, alpha, saved_t, alpha_t, ctx.nonlinearity)
         if p_t is not None:
             q = _add(q, p_t * m)
         if alpha_t is not None:
             q = _add(q, -alpha_t * _ops.previous(s, s0, *walk))
         return _ops.tangent(
-            w, q, s0_t, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
+            w, q, s0_t, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
         )
 
 
@@ -294,10 +308,9 @@ class Adjoint(_Linear):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, _, phi, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, _ = inputs
+        _, _, _, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, _ = inputs
         delta, dh0, a = output
-        saved = (phi, w_hh, alpha, keep, batch_sizes, delta, a)
-        _save(ctx, saved)
+        _save(ctx, (saved, w_hh, alpha, keep, batch_sizes, delta, a))
         ctx.nonlinearity, ctx.reverse, ctx.to_h0 = nonlinearity, reverse, to_h0
         ctx.batch = dh0.size(0)
         ctx.set_materialize_grads(False)
@@ -308,11 +321,11 @@ class Adjoint(_Linear):
             s0 = None
         if w is None and s0 is None and q is None:
             return (None,) * 12
-        phi, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
+        saved, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
         to_g, to_d, to_g_n, *_ = ctx.needs_input_grad
         walk = (keep, batch_sizes, ctx.reverse)
         s, s_n, m = _ops.tangent(
-            w, q, s0, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
+            w, q, s0, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
         )
         coefficients = _Linear.coefficient_gradients(ctx, walk, delta, a, s, s0, m)
         return (
@@ -321,9 +334,9 @@ class Adjoint(_Linear):
         )  # fmt: skip
 
     @_jvp
-    def jvp(ctx: Any, saved: Any, *tangents: Any) -> Any:
-        phi, w_hh, alpha, keep, batch_sizes, delta, a = saved
-        g, d, g_n, phi_t, w_hh_t, alpha_t, *_ = tangents
+    def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
+        saved, w_hh, alpha, keep, batch_sizes, delta, a = primals
+        g, d, g_n, saved_t, w_hh_t, alpha_t, *_ = tangents
         walk = (keep, batch_sizes, ctx.reverse)
         # What a step hands to the one before it changes with W_hh and alpha themselves.
         handed = _add(
@@ -331,11 +344,11 @@ class Adjoint(_Linear):
         )
         if handed is not None:
             g = _add(g, _ops.following(handed, *walk))
-        p_t = _gate_tangent(phi, alpha, phi_t, alpha_t, ctx.nonlinearity)
+        p_t = _gate_tangent(saved, alpha, saved_t, alpha_t, ctx.nonlinearity)
         if p_t is not None:
             d = _add(d, p_t * a)
         delta_t, dh0_t, a_t = _ops.adjoint(
-            g, d, g_n, phi, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
+            g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
             ctx.to_h0, True,
         )  # fmt: skip
         if handed is not None and ctx.to_h0:

@@ -69,17 +69,17 @@ def bptt(
     keep: Tensor | None,
     batch_sizes: Tensor | None,
     h: Tensor,
-    phi: Tensor | None,
+    saved: Tensor | None,
     nonlinearity: str,
     reverse: bool,
     wanted: tuple[bool, ...],
 ) -> Any:
     """The gradients of ``activation``'s x, w_ih, b_ih, b_hh, h0, w_hh and alpha, as far as
-    ``wanted``, from those of its results h, h_n and phi (``d`` is slope(phi) times the last)."""
+    ``wanted``, from those of its results h, h_n and saved (``d`` is dL/dz by way of the last)."""
     cut = _where_to_cut(g, d, g_n, x, w_ih, w_hh, alpha, batch_sizes, h, wanted)
     if not cut or w_ih is None:
         return _ops.bptt(
-            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, phi, nonlinearity, reverse,
+            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved, nonlinearity, reverse,
             wanted,
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ def bptt(
 
         with torch._C._AutoDispatchBelowAutograd():
             delta, dh, _ = _ops.adjoint(
-                of(g), of(d), g_n, of(h if phi is None else phi), w_hh, alpha, of(keep), None,
+                of(g), of(d), g_n, of(h if saved is None else saved), w_hh, alpha, of(keep), None,
                 nonlinearity, reverse, to_first, False,
             )  # fmt: skip
         return delta, dh

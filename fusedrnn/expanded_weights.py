@@ -30,7 +30,7 @@ def _plain(argument: Any) -> Any:
 class PerSampleActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Any, op: Any, *args: Any) -> Any:  # type: ignore[override]
-        h, h_n, phi = op(*map(_plain, args))
+        h, h_n, saved = op(*map(_plain, args))
         for weight in args:
             if isinstance(weight, ExpandedWeight) and weight.batch_size != h_n.size(0):
                 raise RuntimeError(
@@ -38,17 +38,17 @@ class PerSampleActivation(torch.autograd.Function):
                     f"has {h_n.size(0)} rows"
                 )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, h if phi.numel() == 0 else phi)
+        ctx.save_for_backward(h, h if saved.numel() == 0 else saved)
         ctx.args = args
-        return h, h_n, phi
+        return h, h_n, saved
 
     @staticmethod
     def backward(ctx: Any, g: Any, g_n: Any, _: Any) -> Any:  # type: ignore[override]
         x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = ctx.args
-        h, phi = ctx.saved_tensors
+        h, saved = ctx.saved_tensors
         to_h0 = ctx.needs_input_grad[6]
         delta, dh0, _ = _ops.adjoint(
-            g, None, g_n, phi, _plain(w_hh), unpack_expanded_weight_or_tensor(alpha), keep,
+            g, None, g_n, saved, _plain(w_hh), unpack_expanded_weight_or_tensor(alpha), keep,
             batch_sizes, nonlinearity, reverse, to_h0, False,
         )  # fmt: skip
 

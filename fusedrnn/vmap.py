@@ -97,7 +97,7 @@ def _fold_input(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
 
 
 def _fold_each(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
-    """Those of ``tangent`` and ``adjoint``: series, states, and phi."""
+    """Those of ``tangent`` and ``adjoint``: series, states, and what was saved."""
     return [_fold(tensor, dim, size) for tensor, dim in zip(args, in_dims)]
 
 

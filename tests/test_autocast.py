@@ -64,8 +64,8 @@ def test_the_op_itself_casts(dtype):
     keep = case.flags()["keep"]
     with torch.autocast("cpu", dtype):
         arguments = (*(found[name] for name in names), keep, None, "tanh", False)
-        h, h_n, phi = torch.ops.fusedrnn.activation(*arguments)
-    assert h.dtype == h_n.dtype == phi.dtype == dtype
+        h, h_n, saved = torch.ops.fusedrnn.activation(*arguments)
+    assert h.dtype == h_n.dtype == saved.dtype == dtype
     slopes = torch.autograd.grad(h.float().sum(), [found[name] for name in names])
     assert {slope.dtype for slope in slopes} == {torch.float32}
 

@@ -25,7 +25,11 @@ CASES = [
     SMALL.with_(h0=False),
     SMALL.with_(h0=False, bias=False, reverse=True),
     SMALL.with_(h0=False, lengths=(3, 2), reverse=True),
-    *(SMALL.with_(nonlinearity=name, alpha=True) for name in reference.NONLINEARITIES),
+    *(
+        SMALL.with_(nonlinearity=name, alpha=alpha)
+        for name in reference.NONLINEARITIES
+        for alpha in (False, True)
+    ),
 ]
 
 

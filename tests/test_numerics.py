@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 from cases import Case
 from conftest import assert_as_accurate_as_torch
 from engines import Engine
+from torch.nn import functional as F
 
 import fusedrnn
 from fusedrnn import reference
@@ -74,6 +78,113 @@ def test_what_is_made_of_exp(engine, nonlinearity):
         apply(nonlinearity, z).double(), reference.NONLINEARITIES[nonlinearity](z.double()),
         rtol=4e-7, atol=2e-9,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("nonlinearity", ["sigmoid", "softplus", "elu"])
+def test_what_is_made_of_exp_at_the_ends_of_the_range(engine, nonlinearity):
+    z = torch.tensor([87.5, 88.5, 95, 110, torch.inf], dtype=torch.float32)
+    z = torch.cat([z, -z, torch.tensor([torch.nan, 0, -1e-45])]).repeat(64)
+    found, exact = apply(nonlinearity, z), reference.NONLINEARITIES[nonlinearity](z.double())
+    smallest = 2.0**-149
+    torch.testing.assert_close(
+        found.double(), exact.float().double(), rtol=4e-7, atol=smallest, equal_nan=True
+    )
+    assert (found[z == -torch.inf] == (-1 if nonlinearity == "elu" else 0)).all()
+
+
+def derivatives(function, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second derivative of an elementwise function at each z."""
+    z = z.detach().requires_grad_()
+    (first,) = torch.autograd.grad(function(z).sum(), z, create_graph=True)
+    if not first.requires_grad:  # a constant
+        return first, torch.zeros_like(z)
+    (second,) = torch.autograd.grad(first.sum(), z, allow_unused=True, materialize_grads=True)
+    return first.detach(), second
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("nonlinearity", list(reference.NONLINEARITIES))
+def test_slopes_are_as_accurate_as_torch_in_saturation_too(engine, nonlinearity, dtype):
+    # 0.31: no z where a nonlinearity has a corner
+    z = (torch.linspace(-24, 24, 64 * (16 if engine.kind == "emulated" else 256)) + 0.31).to(dtype)
+    function = reference.NONLINEARITIES[nonlinearity]
+    ours, theirs = derivatives(lambda z: apply(nonlinearity, z), z), derivatives(function, z)
+    if nonlinearity == "softplus":  # torch's is z itself beyond 20
+        function = functools.partial(F.softplus, threshold=40)
+    exact = derivatives(function, z.double())
+    for our, their, truth in zip(ours, theirs, exact):
+        # the largest error among 64 neighbours, whose slopes are of one size
+        our_error, their_error, size = (
+            t.view(-1, 64).abs().amax(1)
+            for t in (our.double() - truth, their.double() - truth, truth)
+        )
+        eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+        granted = 4 * eps * size.clamp(min=smallest)
+        if nonlinearity in ("tanh", "retanh"):
+            granted += 2 * eps  # 1 - h * h, of an h within 2 ulp
+        assert (our_error <= 2 * their_error + granted).all()
+
+
+def leaky_step(
+    k: float, z: float, alpha: float, nonlinearity: str, dtype=torch.float32, w: float = 0
+) -> float:
+    """One step of one unit from the state k, driven by z."""
+    h, _ = fusedrnn.recurrence(
+        torch.full((1, 1, 1), z, dtype=dtype), torch.full((1, 1), k, dtype=dtype),
+        torch.full((1, 1), w, dtype=dtype), nonlinearity=nonlinearity, alpha=alpha,
+    )  # fmt: skip
+    return h.item()
+
+
+def test_a_leak_neither_cancels_nor_overflows(engine):
+    assert leaky_step(1e8, 1.0, 1.0, "relu") == 1
+    assert leaky_step(torch.inf, 1.0, 0.5, "relu", w=1) == torch.inf
+    assert leaky_step(3e38, -3e38, 0.5, "identity") == 0
+    for dtype, k in ((torch.float32, 100.0), (torch.float16, 1e4), (torch.bfloat16, 1e4)):
+        alpha = torch.tensor(0.999, dtype=dtype).item()
+        exact = (1 - alpha) * k + alpha * torch.tensor(0.5, dtype=torch.float64).tanh().item()
+        found = leaky_step(k, 0.5, alpha, "tanh", dtype)
+        assert found == pytest.approx(exact, rel=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nonlinearity", list(reference.NONLINEARITIES))
+def test_alpha_of_one_gives_the_bits_of_no_leak(engine, nonlinearity, dtype):
+    case = Case(T=4, B=3, H=5, dtype=dtype, nonlinearity=nonlinearity, keep=True)
+    arguments = case.arguments()
+    arguments["x"][:, 0] = 0  # and the biases below: -0.0 must stay what it is
+    arguments["b_ih"].fill_(-0.0)
+    arguments["b_hh"].fill_(-0.0)
+    arguments["h0"][1] = 1e30 if dtype != torch.float64 else 1e300
+    names = list(arguments)
+
+    def run(alpha):
+        given = [t.detach().requires_grad_() for t in arguments.values()]
+        h, h_n = fusedrnn.rnn(**dict(zip(names, given)), **case.flags(), alpha=alpha)
+        return h.detach(), h_n.detach(), *torch.autograd.grad(h.sum() + h_n.sum(), given)
+
+    for leaky, plain in zip(run(1.0), run(None)):
+        torch.testing.assert_close(leaky, plain, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(leaky.signbit() & ~leaky.isnan(), plain.signbit() & ~plain.isnan())
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "I", "H", "num_layers"),
+    [(24, 128, 1, 128, 2), (24, 1, 1, 128, 2), (10, 4, 20, 300, 1), (100, 16, 10, 50, 1)],
+)
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.slow_emulated
+def test_float32_outputs_are_as_close_to_float64_as_torchs(
+    engine, T, B, I, H, num_layers, nonlinearity
+):
+    theirs = torch.nn.RNN(I, H, num_layers, nonlinearity)
+    ours = fusedrnn.RNN(I, H, num_layers, nonlinearity)
+    ours.load_state_dict(theirs.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    x = torch.randn(T, B, I)
+    truth = exact(x.double())[0]
+    our_error, their_error = ((m(x)[0] - truth).square().mean().sqrt() for m in (ours, theirs))
+    assert our_error <= 1.25 * their_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

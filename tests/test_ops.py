@@ -33,9 +33,9 @@ def op_arguments(op: str, case: Case) -> tuple:
         names = ("x", "w_ih", "b_ih", "b_hh", "h0", "w_hh")
         return (*(found.get(name) for name in names), *walk)
     driven = tuple(series(case).requires_grad_() for _ in range(2))
-    phi = series(case).tanh().requires_grad_()
+    saved = series(case).tanh().requires_grad_()
     last = (True, True) if op == "adjoint" else (True,)
-    return (*driven, h0, phi, found["w_hh"], *walk, *last)
+    return (*driven, h0, saved, found["w_hh"], *walk, *last)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -48,9 +48,9 @@ def test_opcheck(op, case):
 @pytest.mark.parametrize("full", [False, True])
 def test_opcheck_with_little_given(op, full):
     case = Case()
-    phi, w_hh = series(case), case.arguments()["w_hh"]
+    saved, w_hh = series(case), case.arguments()["w_hh"]
     last = (False, full) if op == "adjoint" else (full,)
-    arguments = (series(case), None, None, phi, w_hh, None, None, None, "tanh", False, *last)
+    arguments = (series(case), None, None, saved, w_hh, None, None, None, "tanh", False, *last)
     torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, arguments)
 
 
@@ -80,10 +80,10 @@ def composite_arguments(op: str, case: Case) -> tuple:
     if op == "recurrent_product":
         return (one, other, h0, *walk)
     h = series(case).tanh().requires_grad_()
-    phi = h if alpha is not None else None
+    saved = h if alpha is not None else None
     given = (one, None, h0, found["x"], found["w_ih"], h0, found["w_hh"], alpha, keep, sizes)
     wanted = [True, True, True, True, h0 is not None, True, alpha is not None]
-    return (*given, h, phi, case.nonlinearity, case.reverse, wanted)
+    return (*given, h, saved, case.nonlinearity, case.reverse, wanted)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)

@@ -65,16 +65,20 @@ __device__ __forceinline__ __half narrow<__half>(float v) {
 template <class V>
 struct Chosen {
   Nonlinearity which;
+  bool saves_z;
+
+  explicit __device__ Chosen(Nonlinearity which)
+      : which(which), saves_z(fusedrnn::saves_z(which)) {}
 
   __device__ __forceinline__ V value(V z) const {
     if (which == Nonlinearity::tanh) return Tanh::value(z);
     if (which == Nonlinearity::relu) return Relu::value(z);
     return other_value(which, z);
   }
-  __device__ __forceinline__ V slope(V h) const {
-    if (which == Nonlinearity::tanh) return Tanh::slope(h);
-    if (which == Nonlinearity::relu) return Relu::slope(h);
-    return other_slope(which, h);
+  __device__ __forceinline__ V slope(V saved) const {
+    if (which == Nonlinearity::tanh) return Tanh::slope(saved);
+    if (which == Nonlinearity::relu) return Relu::slope(saved);
+    return other_slope(which, saved);
   }
 
  private:
@@ -87,13 +91,13 @@ struct Chosen {
 #undef FUSEDRNN_TRY
     return z;
   }
-  static __device__ __noinline__ V other_slope(Nonlinearity which, V h) {
+  static __device__ __noinline__ V other_slope(Nonlinearity which, V saved) {
     int i = 0;
 #define FUSEDRNN_TRY(F) \
-  if (int(which) == i++) return F::slope(h);
+  if (int(which) == i++) return F::slope(saved);
     FUSEDRNN_FOR_EACH_NONLINEARITY(FUSEDRNN_TRY)
 #undef FUSEDRNN_TRY
-    return h;
+    return saved;
   }
 };
 
