@@ -119,7 +119,7 @@ struct LeakyRelu {
   }
   template <class V>
   static FUSEDRNN_INLINE V slope(V h) {
-    return select(h <= V(0), V(0.01), V(1));
+    return select(h > V(0), V(1), V(0.01));
   }
 };
 
