@@ -156,7 +156,25 @@ class _Op(_SingleLevelFunction):
         return _run(cls.op, *args)
 
 
-class Activation(_Op):
+def _with_remedy(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Append the remedy to torch's error for an ``output`` that was modified in place."""
+
+    def explained(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        try:
+            return backward(ctx, *gradients)
+        except RuntimeError as error:
+            if "which is output 0 of FusedRNN," not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}\nfusedrnn: output must not be modified in place before backward, which "
+                "reads it; write `output = output * 2` instead of `output *= 2`, or modify "
+                "output.clone()"
+            ) from error
+
+    return explained
+
+
+class FusedRNN(_Op):
     op = torch.ops.fusedrnn.activation.default
 
     @staticmethod
@@ -173,6 +191,7 @@ class Activation(_Op):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_with_remedy
     def backward(  # type: ignore[override]
         ctx: Any, g: Tensor | None, g_n: Tensor | None, g_saved: Tensor | None
     ) -> Gradients:
@@ -253,7 +272,7 @@ class _Linear(_Op):
         return dsaved, dw_hh, dalpha
 
 
-class Tangent(_Linear):
+class FusedRNNTangent(_Linear):
     op = torch.ops.fusedrnn.tangent.default
 
     @staticmethod
@@ -302,7 +321,7 @@ class Tangent(_Linear):
         )
 
 
-class Adjoint(_Linear):
+class FusedRNNAdjoint(_Linear):
     op = torch.ops.fusedrnn.adjoint.default
 
     @staticmethod
@@ -360,5 +379,9 @@ class Adjoint(_Linear):
 
 
 _LIBRARY = torch.library.Library("fusedrnn", "IMPL")
-for _name, _function in (("activation", Activation), ("tangent", Tangent), ("adjoint", Adjoint)):
+for _name, _function in (
+    ("activation", FusedRNN),
+    ("tangent", FusedRNNTangent),
+    ("adjoint", FusedRNNAdjoint),
+):
     _LIBRARY.impl(_name, _function.differentiate, "Autograd")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, onnx, reference
-from .autograd import Activation
+from .autograd import FusedRNN
 from .expanded_weights import ExpandedWeight
 from .streams import transformed
 
@@ -161,7 +161,7 @@ def rnn(
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or type(w_hh) is ExpandedWeight
     )
-    activation = _ops.activation if watched else Activation.differentiate
+    activation = _ops.activation if watched else FusedRNN.differentiate
     if watched and torch.onnx.is_in_onnx_export():
         activation = onnx.activation if compiling else onnx.traced_activation
     elif compiling and h0 is None and batch_sizes is not None:
