@@ -3,7 +3,17 @@
 from . import onnx, reference
 from .explain import explain
 from .functional import recurrence, rnn
-from .modules import RNN, RNNCell, replace
+from .modules import RNN, RNNCell, replace, restore
 
 __version__ = "0.1.0"
-__all__ = ["RNN", "RNNCell", "explain", "onnx", "recurrence", "reference", "replace", "rnn"]
+__all__ = [
+    "RNN",
+    "RNNCell",
+    "explain",
+    "onnx",
+    "recurrence",
+    "reference",
+    "replace",
+    "restore",
+    "rnn",
+]

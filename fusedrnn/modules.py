@@ -85,12 +85,14 @@ class RNN(nn.RNNBase):
             features, there is no time step, or tensors are on different devices.
 
     Differences to ``nn.RNN``:
-        - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true.
+        - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true. Tools
+          that recognise modules by torch's classes take the model before :func:`replace` or after
+          :func:`restore`.
         - The constructor's signature is a real one, so ``torch.nn.utils.skip_init`` works.
         - ``_flat_weights`` is looked up when it is asked for; assigning it does nothing.
           ``flatten_parameters`` does nothing on any device: no kernel wants one chunk of memory.
-        - ``output`` is what backward needs and nothing else is kept in its place: changed in place
-          before backward, it raises an error there.
+        - ``output`` itself is saved for backward; modifying it in place before backward raises an
+          error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
 
     Example::
@@ -348,8 +350,8 @@ class RNNCell(nn.RNNCell):
         return h if dim == 2 else h.squeeze(0)
 
 
-_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
-
+_OURS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
+_TORCHS: dict[type[nn.Module], type[nn.Module]] = {RNN: nn.RNN, RNNCell: nn.RNNCell}
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -357,10 +359,10 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def replace(model: _Module) -> _Module:
     """Turn every ``nn.RNN`` and ``nn.RNNCell`` in ``model`` into this package's, in place.
 
-    Nothing is copied: a module keeps its identity and only changes its class, so parameters (and
-    an optimizer that holds them), buffers, hooks, parametrizations, training mode and whoever else
-    refers to the module all stay as they are. Other modules are left alone, among them subclasses
-    of ``nn.RNN``, whose code may count on what they derive from.
+    Nothing is copied: a module only changes its class. Its identity, its parameters (and an
+    optimizer that holds them), buffers, hooks, parametrizations and training mode stay as they are.
+    Other modules are left alone, among them subclasses of ``nn.RNN``, whose code may rely on their
+    base class.
 
     Args:
         model: Any module; may itself be an ``nn.RNN`` or ``nn.RNNCell``.
@@ -372,16 +374,43 @@ def replace(model: _Module) -> _Module:
 
         >>> model = fusedrnn.replace(model)
     """
+    return _change_classes(model, _OURS)
+
+
+def restore(model: _Module) -> _Module:
+    """Turn every ``fusedrnn.RNN`` and ``fusedrnn.RNNCell`` in ``model`` into torch's, in place.
+
+    The inverse of :func:`replace`, under the same rules. It also takes a model that was built with
+    this package's modules. Use it to save a whole model for an environment without fusedrnn, and
+    before tools that recognise only torch's classes, such as ``torch.jit.script``.
+
+    Args:
+        model: Any module; may itself be a ``fusedrnn.RNN`` or ``fusedrnn.RNNCell``.
+
+    Returns:
+        ``model``.
+
+    Example::
+
+        >>> scripted = torch.jit.script(fusedrnn.restore(model))
+    """
+    return _change_classes(model, _TORCHS)
+
+
+def _change_classes(model: _Module, classes: dict[type[nn.Module], type[nn.Module]]) -> _Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"replace: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"fusedrnn: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        replacement = _REPLACEMENTS.get(parametrize.type_before_parametrizations(module))
-        if replacement is None:
+        cls = classes.get(parametrize.type_before_parametrizations(module))
+        if cls is None:
             continue
         if parametrize.is_parametrized(module):
-            replacement = _rebase(type(module), replacement)
-        module.__class__ = replacement
-        module.__dict__.pop("_flat_weights", None)  # nn.RNNBase's list, here a property
+            cls = _rebase(type(module), cls)
+        module.__class__ = cls
+        module.__dict__.pop("_flat_weights", None)  # nn.RNN's list of weights; in RNN a property
+        if isinstance(module, nn.RNNBase) and not isinstance(module, RNN):
+            with torch.no_grad():  # a parametrized weight in the list would hold a graph
+                module._init_flat_weights()
     return model
 
 

@@ -1,9 +1,12 @@
-"""fusedrnn.replace: a model built from nn.RNN and nn.RNNCell, changed in place."""
+"""fusedrnn.replace and fusedrnn.restore: a model's nn.RNN and nn.RNNCell changed in place."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,7 +195,126 @@ def test_replaced_model_can_be_pickled_and_moved() -> None:
     assert model(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("function", [fusedrnn.replace, fusedrnn.restore])
 @pytest.mark.parametrize("bad", [None, "model", nn.RNN, [nn.RNN(I, H)]])
-def test_something_else_than_a_module_is_a_type_error(bad: Any) -> None:
-    with pytest.raises(TypeError, match=r"replace: expected a torch\.nn\.Module, got \w+"):
-        fusedrnn.replace(bad)
+def test_something_else_than_a_module_is_a_type_error(function: Any, bad: Any) -> None:
+    with pytest.raises(TypeError, match=r"fusedrnn: model must be a torch\.nn\.Module, got \w+"):
+        function(bad)
+
+
+# ---- restore
+
+
+def built_with_fusedrnn(monkeypatch: pytest.MonkeyPatch) -> Model:
+    with monkeypatch.context() as patch:
+        patch.setattr(nn, "RNN", fusedrnn.RNN)
+        patch.setattr(nn, "RNNCell", fusedrnn.RNNCell)
+        return Model()
+
+
+def test_restore_gives_a_model_as_torch_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to the attributes of each module, whichever way the model was made."""
+    theirs = Model()
+    for model in (fusedrnn.replace(Model()), built_with_fusedrnn(monkeypatch)):
+        assert type(model.rnn) is fusedrnn.RNN
+        assert fusedrnn.restore(model) is model
+        assert repr(model) == repr(theirs)
+        for ours, torchs in zip(model.modules(), theirs.modules(), strict=True):
+            assert type(ours) is type(torchs)
+            assert set(vars(ours)) == set(vars(torchs))
+        model.load_state_dict(theirs.state_dict())
+        x = torch.randn(B, T, I)
+        torch.manual_seed(1)  # dropout
+        y = model(x)
+        torch.manual_seed(1)
+        assert_close(y, theirs(x), rtol=0, atol=0)
+
+
+def test_restore_keeps_identities(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = built_with_fusedrnn(monkeypatch), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.rnn.register_forward_hook(lambda m, a, r: seen.append(type(m)))
+    before = dict(model.named_parameters())
+    fusedrnn.restore(model)
+    assert model.shared is model.head["again"]
+    assert all(before[n] is p for n, p in model.named_parameters())
+    weight = model.rnn.weight_hh_l0.detach().clone()
+    model(torch.randn(B, T, I)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.rnn.weight_hh_l0, weight)
+    assert seen == [nn.RNN]
+
+
+def test_restored_modules_list_their_weights_for_cudnn() -> None:
+    rnn = fusedrnn.RNN(I, H, 2, bidirectional=True)
+    rnn.weight_hh_l1 = nn.Parameter(torch.randn(H, H))
+    fusedrnn.restore(rnn)
+    assert [id(w) for w in rnn._flat_weights] == [id(w) for w in rnn.parameters()]
+    for module in (rnn.double(), copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
+        module.flatten_parameters()
+        assert [id(w) for w in module._flat_weights] == [id(w) for w in module.parameters()]
+    rnn.weight_hh_l0 = nn.Parameter(torch.zeros(H, H, dtype=torch.float64))
+    assert rnn._flat_weights[1] is rnn.weight_hh_l0
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["parametrization", "hook"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weight_norm_survives_restore(legacy: bool) -> None:
+    weight_norm = nn.utils.weight_norm if legacy else parametrizations.weight_norm
+    theirs = weight_norm(nn.RNN(I, H), "weight_hh_l0")
+    ours = weight_norm(fusedrnn.RNN(I, H), "weight_hh_l0")
+    ours.load_state_dict(theirs.state_dict())
+    fusedrnn.restore(ours)
+    assert isinstance(ours, nn.RNN)
+    x = torch.randn(T, B, I)
+    results = []
+    for module in (ours, theirs):
+        output, h_n = module(x)
+        results.append((output, torch.autograd.grad(h_n.sum(), list(module.parameters()))))
+    assert_close(*results, rtol=0, atol=0)
+
+
+def test_parametrized_modules_survive_the_round_trip() -> None:
+    module = parametrizations.weight_norm(fusedrnn.RNN(I, H), "weight_hh_l0")
+    assert isinstance(copy.deepcopy(fusedrnn.restore(module)), nn.RNN)
+    assert isinstance(fusedrnn.replace(module), fusedrnn.RNN)
+    fusedrnn.restore(module)
+    parametrize.remove_parametrizations(module, "weight_hh_l0")
+    assert type(module) is nn.RNN
+
+
+def test_restore_leaves_other_classes_alone() -> None:
+    class Mine(fusedrnn.RNN):
+        pass
+
+    model = nn.Sequential(Mine(I, H), nn.LSTM(H, H), nn.RNN(H, H))
+    weights = model[2]._flat_weights
+    fusedrnn.restore(model)
+    assert [type(m) for m in model] == [Mine, nn.LSTM, nn.RNN]
+    assert model[2]._flat_weights is weights
+
+
+def test_replace_undoes_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built_with_fusedrnn(monkeypatch).eval()
+    classes = [type(m) for m in model.modules()]
+    x = torch.randn(B, T, I)
+    y = model(x)
+    assert_close(fusedrnn.restore(model)(x), y)
+    fusedrnn.replace(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert_close(model(x), y, rtol=0, atol=0)
+
+
+def test_restored_model_loads_where_fusedrnn_is_not_installed(tmp_path: Path) -> None:
+    rnn = fusedrnn.restore(fusedrnn.RNN(I, H, 2))
+    x = torch.randn(T, B, I)
+    torch.save([rnn, x, rnn(x)[0].detach()], tmp_path / "model.pt")
+    code = """
+import sys
+sys.modules["fusedrnn"] = None
+import torch
+rnn, x, output = torch.load("model.pt", weights_only=False)
+assert type(rnn) is torch.nn.RNN
+torch.testing.assert_close(rnn(x)[0].detach(), output)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -34,6 +34,7 @@ assert_type(fusedrnn.RNNCell(3, 4, bias=False).forward(x, None), Tensor)
 assert_type(fusedrnn.rnn(x, None, x, alpha=0.5), Tuple[Tensor, Tensor])
 assert_type(fusedrnn.recurrence(x, None, x, keep=x), Tuple[Tensor, Tensor])
 assert_type(fusedrnn.replace(nn.Sequential(nn.RNN(3, 4))), nn.Sequential)
+assert_type(fusedrnn.restore(nn.Sequential(nn.RNN(3, 4))), nn.Sequential)
 reveal_type(fusedrnn.RNN.__init__)
 """
 INIT = (
