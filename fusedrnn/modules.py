@@ -94,6 +94,14 @@ class RNN(nn.RNNBase):
         - ``output`` itself is saved for backward; modifying it in place before backward raises an
           error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
+        - ``torch.fx.symbolic_trace`` cannot trace it: only classes of ``torch.nn`` are leaves by
+          default. A tracer can make it one::
+
+              class Tracer(torch.fx.Tracer):
+                  def is_leaf_module(self, m, name):
+                      return isinstance(m, fusedrnn.RNN) or super().is_leaf_module(m, name)
+
+              traced = torch.fx.GraphModule(model, Tracer().trace(model))
 
     Example::
 
@@ -352,6 +360,10 @@ class RNNCell(nn.RNNCell):
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
 _TORCHS: dict[type[nn.Module], type[nn.Module]] = {RNN: nn.RNN, RNNCell: nn.RNNCell}
+
+# torch.load then reads whole models by default, with weights_only=True. That calls __new__,
+# __init__ and __setstate__ of these classes with whatever the file holds; none runs code from it.
+torch.serialization.add_safe_globals([RNN, RNNCell])
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
