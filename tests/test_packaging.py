@@ -91,7 +91,7 @@ BUILT = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
 def checkout(tmp_path: Path) -> Path:
     """All that is in the repository, and nothing built."""
     copy = tmp_path / "checkout"
-    for name in ("fusedrnn", "csrc", "tests", "bench", ".ci"):
+    for name in ("fusedrnn", "csrc", "tests", "bench", "examples", ".ci"):
         shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
