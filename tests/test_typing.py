@@ -76,7 +76,15 @@ def pyright(*arguments: str, cwd: Path) -> dict:
         if shutil.which("node") is None:
             pytest.skip("pyright runs on node, and there is none")
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"]
-    run = subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True)
+    # --verifytypes ignores --pythonpath and takes the first python on PATH
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        [*command, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+    )
     return json.loads(run.stdout[run.stdout.index("{") :])
 
 
