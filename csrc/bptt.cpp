@@ -8,6 +8,7 @@
 
 #include <array>
 
+#include "checks.h"
 #ifdef FUSEDRNN_CUDA
 #include "cuda/to_device.h"
 #endif
@@ -55,7 +56,12 @@ Neighbours neighbours(const Tensor& batch_sizes, const Tensor& series, bool reve
   const c10::SymInt n = series.sym_size(0);
   const Tensor starts = sizes.cumsum(0) - sizes;
   const c10::SymInt T = sizes.sym_size(0);
-  const Tensor t = at::arange(T, sizes.options()).repeat_interleave_symint(sizes, 0, n);
+  // repeat_interleave is faster, but corrupts memory if sizes that could not be checked do not sum
+  // to n.
+  const Tensor t = is_readable(batch_sizes)
+                       ? at::arange(T, sizes.options()).repeat_interleave_symint(sizes, 0, n)
+                       : at::searchsorted(starts + sizes, at::arange(n, sizes.options()),
+                                          /*out_int32=*/false, /*right=*/true);
   const Tensor b = at::arange(n, sizes.options()) - starts.index_select(0, t);
   const Tensor before = (t - 1).clamp_min(0);
   const Tensor after = at::minimum(t + 1, at::full_like(t, 1) * T - 1);
@@ -65,9 +71,25 @@ Neighbours neighbours(const Tensor& batch_sizes, const Tensor& series, bool reve
   return reverse ? Neighbours{later, earlier, b} : Neighbours{earlier, later, b};
 }
 
+// A state [B, H] before the first step of the series, as check_series gives B.
+void check_first(const char* name, const OptionalTensor& first,
+                 const std::optional<c10::SymInt>& batch, const Tensor& series) {
+  if (!first) return;
+  TORCH_CHECK(first->dim() == 2, "fusedrnn: ", name, " must be [B, H], got ", first->sym_sizes());
+  check_like(name, *first, {batch.value_or(first->sym_size(0)), series.sym_size(-1)}, series);
+}
+
+// The sizes of a series with as many rows as this one, and its own last size.
+at::SymDimVector rows_like(const Tensor& series, const c10::SymInt& size) {
+  at::SymDimVector sizes(series.sym_sizes());
+  sizes.back() = size;
+  return sizes;
+}
+
 // keep[t] series[t-1] for every t, where series[-1] is `first` (or 0): what steps start from.
 Tensor previous(const Tensor& series, const OptionalTensor& first, const OptionalTensor& keep,
                 const OptionalTensor& batch_sizes, bool reverse) {
+  check_first("first", first, check_series("series", series, keep, batch_sizes), series);
   if (!batch_sizes) {
     const Tensor ends = (first ? *first : at::zeros_like(series.select(0, 0))).unsqueeze(0);
     return kept(
@@ -83,6 +105,7 @@ Tensor previous(const Tensor& series, const OptionalTensor& first, const Optiona
 // keep[t+1] series[t+1] for every t, 0 after the last: the transpose of `previous`.
 Tensor following(const Tensor& series, const OptionalTensor& keep,
                  const OptionalTensor& batch_sizes, bool reverse) {
+  check_series("series", series, keep, batch_sizes);
   const Tensor masked = kept(series, keep);
   const Tensor zeros = at::zeros_like(masked.slice(0, 0, 1));
   if (!batch_sizes)
@@ -96,6 +119,8 @@ Tensor following(const Tensor& series, const OptionalTensor& keep,
 // keep[t] series[t] of each row's first step t: what h0 meets. `batch` is B.
 Tensor following_first(const Tensor& series, const OptionalTensor& keep,
                        const OptionalTensor& batch_sizes, bool reverse, c10::SymInt batch) {
+  const c10::SymInt rows = check_series("series", series, keep, batch_sizes).value_or(batch);
+  TORCH_SYM_CHECK(batch.sym_eq(rows), "fusedrnn: batch must be ", rows, ", got ", batch);
   const Tensor masked = kept(series, keep);
   if (!batch_sizes) return masked.select(0, reverse ? -1 : 0);
   if (!reverse) return masked.slice_symint(0, 0, batch);
@@ -110,13 +135,17 @@ Tensor following_first(const Tensor& series, const OptionalTensor& keep,
 Tensor recurrent_product(const Tensor& delta, const Tensor& series, const OptionalTensor& first,
                          const OptionalTensor& keep, const OptionalTensor& batch_sizes,
                          bool reverse) {
+  const auto batch = check_series("series", series, keep, batch_sizes);
+  check_first("first", first, batch, series);
+  check_rank("delta", delta, batch_sizes.has_value());
+  check_like("delta", delta, rows_like(series, delta.sym_size(-1)), series);
   if (keep || batch_sizes)
     return product_of_rows(delta, previous(series, first, keep, batch_sizes, reverse));
   // the same without a copy of the series
   const Tensor deltas = rows(delta), states = rows(series);
-  const c10::SymInt batch = series.sym_size(1), end = states.sym_size(0) - batch;
-  const Tensor others = reverse ? deltas.slice_symint(0, 0, end) : deltas.slice_symint(0, batch);
-  const Tensor before = reverse ? states.slice_symint(0, batch) : states.slice_symint(0, 0, end);
+  const c10::SymInt end = states.sym_size(0) - *batch;
+  const Tensor others = reverse ? deltas.slice_symint(0, 0, end) : deltas.slice_symint(0, *batch);
+  const Tensor before = reverse ? states.slice_symint(0, *batch) : states.slice_symint(0, 0, end);
   if (!first) return product_of_rows(others, before);
   const Tensor product = at::mm(delta.select(0, reverse ? -1 : 0).t(), *first);
   if (delta.sym_size(0) == 1) return product;
@@ -156,6 +185,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   static const auto adjoint =
       c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::adjoint", "").typed<AdjointOp>();
   const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, to_alpha] = wanted;
+  // What `adjoint` does not check.
+  check_first("h0", h0, check_series("h", h, keep, batch_sizes), h);
+  check_rank("x", x, batch_sizes.has_value());
+  check_like("x", x, rows_like(h, w_ih ? x.sym_size(-1) : h.sym_size(-1)), h);
+  check_like("w_ih", w_ih, {h.sym_size(-1), x.sym_size(-1)}, h);
+  check_like("phi", phi, h.sym_sizes(), h);
+  TORCH_CHECK(phi || !alpha, "fusedrnn: phi must be given beside alpha, got None");
+  TORCH_CHECK(w_ih || !to_w_ih, "fusedrnn: w_ih must be given for its gradient, got None");
+  TORCH_CHECK(alpha || !to_alpha, "fusedrnn: alpha must be given for its gradient, got None");
   const auto [delta, dh0, a] = [&] {
     // The kernel at the Autograd key is in Python and costs 5 us: not where it would do nothing.
     std::optional<at::AutoDispatchBelowAutograd> below;

@@ -2,9 +2,13 @@
 // came.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
+#include <iomanip>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -25,63 +29,125 @@ inline Nonlinearity nonlinearity_named(c10::string_view name) {
 
 // The sizes of a sequence: x is [T, B, size], or packed [N, size] with batch_sizes [T].
 struct Sizes {
-  int64_t T, B, rows;  // rows: T * B, or N
+  int64_t T, B, rows;  // rows: N, and 0 where the sequence is not packed
 };
 
-inline Sizes check_sequence(const char* name, const at::Tensor& x,
-                            const std::optional<at::Tensor>& batch_sizes) {
-  if (!batch_sizes) {
-    TORCH_CHECK(x.dim() == 3, "fusedrnn: ", name, " must be [T, B, size], got ", x.sizes());
-    TORCH_CHECK(x.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
-    return {x.size(0), x.size(1), x.size(0) * x.size(1)};
-  }
-  TORCH_CHECK(x.dim() == 2, "fusedrnn: packed ", name, " must be [N, size], got ", x.sizes());
-  TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong &&
-                  batch_sizes->is_cpu() && batch_sizes->is_contiguous(),
+inline void check_rank(const char* name, const at::Tensor& x, bool packed) {
+  TORCH_CHECK(x.dim() == (packed ? 2 : 3), "fusedrnn: ", packed ? "packed " : "", name,
+              packed ? " must be [N, size], got " : " must be [T, B, size], got ", x.sym_sizes());
+}
+
+// Beside tensors on meta it may be there, too.
+inline void check_batch_sizes_kind(const at::Tensor& batch_sizes, const at::Tensor& x) {
+  TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == at::kLong &&
+                  (batch_sizes.is_cpu() || (batch_sizes.is_meta() && x.is_meta())) &&
+                  batch_sizes.is_contiguous(),
               "fusedrnn: batch_sizes must be a dense 1-D int64 CPU tensor, got ",
-              batch_sizes->toString(), " of sizes ", batch_sizes->sizes());
-  const int64_t T = batch_sizes->size(0);
+              batch_sizes.toString(), " of sizes ", batch_sizes.sym_sizes());
+}
+
+// The sizes of a packed sequence of `rows` rows.
+inline Sizes check_batch_sizes(const char* name, int64_t rows, const at::Tensor& batch_sizes) {
+  const int64_t T = batch_sizes.size(0);
   TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
-  const int64_t* sizes = batch_sizes->const_data_ptr<int64_t>();
-  int64_t rows = 0;
+  const int64_t* sizes = batch_sizes.const_data_ptr<int64_t>();
+  int64_t sum = 0;
   for (int64_t t = 0; t < T; ++t) {
     TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
                 "fusedrnn: batch_sizes must be positive and never rise, got ",
                 at::IntArrayRef(sizes, size_t(T)));
     // before adding, which could overflow
-    TORCH_CHECK(sizes[t] <= x.size(0) - rows, "fusedrnn: batch_sizes sum to more than the ",
-                x.size(0), " rows of packed ", name);
-    rows += sizes[t];
+    TORCH_CHECK(sizes[t] <= rows - sum, "fusedrnn: batch_sizes sum to more than the ", rows,
+                " rows of packed ", name);
+    sum += sizes[t];
   }
-  TORCH_CHECK(rows == x.size(0), "fusedrnn: batch_sizes sum to ", rows, ", but packed ", name,
-              " has ", x.size(0), " rows");
+  TORCH_CHECK(sum == rows, "fusedrnn: batch_sizes sum to ", sum, ", but packed ", name, " has ",
+              rows, " rows");
   return {T, sizes[0], rows};
 }
 
-inline void check_like(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes,
-                       const at::Tensor& like) {
-  TORCH_CHECK(tensor.sizes() == sizes, "fusedrnn: ", name, " must have sizes ", sizes, ", got ",
-              tensor.sizes());
-  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fusedrnn: ", name, " must be ",
-              like.scalar_type(), " like the others, got ", tensor.scalar_type());
+inline Sizes check_sequence(const char* name, const at::Tensor& x,
+                            const std::optional<at::Tensor>& batch_sizes) {
+  check_rank(name, x, batch_sizes.has_value());
+  if (batch_sizes) {
+    check_batch_sizes_kind(*batch_sizes, x);
+    return check_batch_sizes(name, x.size(0), *batch_sizes);
+  }
+  TORCH_CHECK(x.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
+  return {x.size(0), x.size(1), 0};
+}
+
+inline void check_sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef sizes) {
+  bool same = tensor.dim() == int64_t(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i)  // deferred where only data can tell
+    same = tensor.sym_size(int64_t(i)).sym_eq(sizes[i]).expect_true(__FILE__, __LINE__);
+  TORCH_CHECK(same, "fusedrnn: ", name, " must have sizes ", sizes, ", got ", tensor.sym_sizes());
+}
+
+inline void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
   TORCH_CHECK(tensor.device() == like.device(), "fusedrnn: ", name, " must be on ", like.device(),
               " like the others, got ", tensor.device());
 }
 
+inline void check_like(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef sizes,
+                       const at::Tensor& like) {
+  check_sizes(name, tensor, sizes);
+  TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fusedrnn: ", name, " must be ",
+              like.scalar_type(), " like the others, got ", tensor.scalar_type());
+  check_device(name, tensor, like);
+}
+
 inline void check_like(const char* name, const std::optional<at::Tensor>& tensor,
-                       at::IntArrayRef sizes, const at::Tensor& like) {
+                       c10::SymIntArrayRef sizes, const at::Tensor& like) {
   if (tensor) check_like(name, *tensor, sizes, like);
 }
 
-inline void check_keep(const std::optional<at::Tensor>& keep, at::IntArrayRef sizes,
-                       const at::Tensor& like) {
+// `series` has one row for each element of keep.
+inline void check_keep(const std::optional<at::Tensor>& keep, const at::Tensor& series) {
   if (!keep) return;
-  TORCH_CHECK(keep->device() == like.device(), "fusedrnn: keep must be on ", like.device(),
-              " like the others, got ", keep->device());
+  check_device("keep", *keep, series);
   TORCH_CHECK(keep->scalar_type() == at::kBool, "fusedrnn: keep must be bool, got ",
               keep->scalar_type());
-  TORCH_CHECK(keep->sizes() == sizes, "fusedrnn: keep must have sizes ", sizes, ", got ",
-              keep->sizes());
+  check_sizes("keep", *keep, series.sym_sizes().slice(0, series.dim() - 1));
+}
+
+// Each in [0, 1]. Only those on a CPU: reading others would wait for their device.
+inline void check_alpha(const std::optional<at::Tensor>& alpha) {
+  if (!alpha || !alpha->is_cpu()) return;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, alpha->scalar_type(), "alpha", [&] {
+    const scalar_t* values = alpha->const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < alpha->size(0); ++i) {
+      const auto value = double(values[i * alpha->stride(0)]);
+      TORCH_CHECK_VALUE(value >= 0 && value <= 1, "fusedrnn: alpha must be in [0, 1], got ",
+                        std::setprecision(std::numeric_limits<scalar_t>::max_digits10), value);
+    }
+  });
+}
+
+// Whether the values of a tensor can be read here: not those of a fake, wrapped or batched one.
+inline bool is_readable(const at::Tensor& tensor) {
+  return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView -
+             c10::autocast_dispatch_keyset ==
+         c10::DispatchKeySet(c10::DispatchKey::CPU);
+}
+
+// check_sequence and check_keep for the composite ops (bptt.cpp), whose tensors may be fake,
+// wrapped or batched and of symbolic sizes. B, or nothing if it is among values that cannot be
+// read.
+inline std::optional<c10::SymInt> check_series(const char* name, const at::Tensor& series,
+                                               const std::optional<at::Tensor>& keep,
+                                               const std::optional<at::Tensor>& batch_sizes) {
+  check_rank(name, series, batch_sizes.has_value());
+  check_keep(keep, series);
+  if (!batch_sizes) {
+    TORCH_SYM_CHECK(series.sym_size(0).sym_gt(0),
+                    "Expected sequence length to be larger than 0 in RNN");
+    return series.sym_size(1);
+  }
+  check_batch_sizes_kind(*batch_sizes, series);
+  const std::optional<int64_t> rows = series.sym_size(0).maybe_as_int();
+  if (!rows || !is_readable(*batch_sizes)) return std::nullopt;
+  return check_batch_sizes(name, *rows, *batch_sizes).B;
 }
 
 }  // namespace fusedrnn

@@ -43,7 +43,7 @@ class Call {
         dtype);
     check_like("w_hh", w_hh, {H, H}, like);
     check_like("alpha", alpha, {H}, like);
-    check_keep(keep, like.sizes().slice(0, like.dim() - 1), like);
+    check_keep(keep, like);
     problem.pass = pass;
     problem.nonlinearity = nonlinearity_named(nonlinearity);
     problem.storage = *storage;
@@ -61,7 +61,7 @@ class Call {
   // An optional [T, B, H].
   Series series(const char* name, const OptionalTensor& tensor) {
     if (!tensor) return {};
-    check_like(name, *tensor, sequence_sizes(), like);
+    check_like(name, *tensor, c10::fromIntArrayRefSlow(sequence_sizes()), like);
     return series(dense(*tensor));
   }
 
@@ -171,8 +171,10 @@ struct Ops {
                             const OptionalTensor& keep, const OptionalTensor& batch_sizes,
                             c10::string_view nonlinearity, bool reverse) {
     const Sizes sizes = check_sequence("x", x, batch_sizes);
+    TORCH_CHECK(w_hh.dim() == 2, "fusedrnn: w_hh must be [H, H], got ", w_hh.sizes());
     Call call(Pass::activation, x, Engine::dtype(x), sizes, w_hh.size(0), w_hh, alpha, keep,
               batch_sizes, nonlinearity, reverse);
+    check_alpha(alpha);
     Problem& p = call.problem;
     if (w_ih) {
       call.input(x, *w_ih);

@@ -69,6 +69,9 @@ class Beside {
 
 struct Engine {
   static at::ScalarType dtype(const Tensor& like) {
+    // the first tensor that an op looks at, while any other may have brought it here
+    TORCH_CHECK(like.is_cuda(), "fusedrnn: all tensors must be on cuda like the others, got ",
+                like.device());
     const c10::cuda::CUDAGuard guard(like.device());
     return dtype_on(device_properties(like.get_device()), like.scalar_type());
   }
