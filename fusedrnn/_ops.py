@@ -72,13 +72,20 @@ def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) ->
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None) -> None:
     """Real kernels check more; but where one tensor is on meta, a fake one runs for all of them."""
     for other in others:
         if other is not None and other.device != x.device:
             raise RuntimeError(
                 f"fusedrnn: all tensors must be on {x.device} like the others, got {other.device}"
             )
+    if batch_sizes is None:
+        return
+    if batch_sizes.dtype != torch.int64:
+        if not isinstance(batch_sizes, FakeTensor):  # torch.export's floats: see `activation`
+            raise RuntimeError(f"fusedrnn: batch_sizes must be int64, got {batch_sizes.dtype}")
+    elif batch_sizes.device.type not in ("cpu", "meta" if x.is_meta else "cpu"):
+        raise RuntimeError(f"fusedrnn: batch_sizes must be on cpu, got {batch_sizes.device}")
 
 
 @torch.library.register_fake("fusedrnn::activation")
@@ -89,7 +96,7 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, rev
             "fusedrnn: torch.onnx.export cannot translate a program that torch.export made; "
             "call its run_decompositions(fusedrnn.onnx.decompositions()) first"
         )
-    _check_devices(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep)
+    _check_devices(x, batch_sizes, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep)
     size = w_hh.size(0)
     rows: Any = x.shape[:-1]
     if batch_sizes is not None and batch_sizes.dtype != torch.int64:
@@ -104,14 +111,14 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, rev
 
 @torch.library.register_fake("fusedrnn::tangent")
 def _(w, q, s0, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, full):  # type: ignore[no-untyped-def]
-    _check_devices(saved, w, q, s0, w_hh, alpha, keep)
+    _check_devices(saved, batch_sizes, w, q, s0, w_hh, alpha, keep)
     s_n = saved.new_empty((_batch(s0, saved, batch_sizes), saved.size(-1)))
     return saved.new_empty(saved.shape), s_n, saved.new_empty(saved.shape if full else 0)
 
 
 @torch.library.register_fake("fusedrnn::adjoint")
 def _(g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, full):  # type: ignore[no-untyped-def]
-    _check_devices(saved, g, d, g_n, w_hh, alpha, keep)
+    _check_devices(saved, batch_sizes, g, d, g_n, w_hh, alpha, keep)
     to_first = (_batch(g_n, saved, batch_sizes), saved.size(-1)) if to_h0 else (0,)
     return (
         saved.new_empty(saved.shape),
