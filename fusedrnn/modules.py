@@ -7,8 +7,8 @@ because ``torch.compile`` refuses every subclass of the latter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NoReturn, TypeVar, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,8 @@ class RNN(nn.RNNBase):
           that recognise modules by torch's classes take the model before :func:`replace` or after
           :func:`restore`.
         - The constructor's signature is a real one, so ``torch.nn.utils.skip_init`` works.
-        - ``_flat_weights`` is looked up when it is asked for; assigning it does nothing.
+        - ``_flat_weights`` is a tuple of the weights as they are when it is read. Assigning other
+          tensors to it, or to an element, raises an error: assign ``weight_hh_l0`` and so on.
           ``flatten_parameters`` does nothing on any device: no kernel wants one chunk of memory.
         - ``output`` itself is saved for backward; modifying it in place before backward raises an
           error there.
@@ -148,15 +149,27 @@ class RNN(nn.RNNBase):
             **unknown,
         )
 
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+    @property  # type: ignore[override]
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:
+        # nn.RNNBase keeps a list here, in step with the weights. Computed on demand it is never
+        # out of step when functional_call, a parametrization or weight drop swaps the weights.
+        return tuple(getattr(self, name, None) for name in self._flat_weights_names)
 
     @_flat_weights.setter
-    def _flat_weights(self, value: object) -> None:
-        # nn.RNNBase keeps a list here, in step with the weights. Computed on demand it is never
-        # out of step, whoever swaps the weights: functional_call, a parametrization, weight drop.
-        pass
+    def _flat_weights(self, value: Sequence[Tensor | None]) -> None:
+        # nn.RNNBase assigns what the weights are already. A parametrized one is new each time.
+        names = self._flat_weights_names
+        stored = {**vars(self), **self._parameters}
+        if len(value) != len(names) or any(
+            stored.get(name, new) is not new for name, new in zip(names, value)
+        ):
+            raise AttributeError(
+                "fusedrnn: _flat_weights must be the weights of the module, got others; assign "
+                "each weight itself, such as weight_hh_l0"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super(nn.RNNBase, self).__setattr__(name, value)  # nn.RNNBase's writes to its list as well
 
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels take the weights as they lie."""

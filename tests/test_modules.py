@@ -785,6 +785,31 @@ def test_partial_flat_weights() -> None:
     assert_close(ours(x), theirs(x))
 
 
+def test_flat_weights_cannot_be_edited() -> None:
+    """nn.RNN computes with whatever stands in that list."""
+    ours, _ = pair(I, H, 2)
+    before = ours(torch.ones(T, B, I))
+    doubled = [w * 2 for w in ours._flat_weights]
+    for wrong in (doubled, [], ours._flat_weights[:-1], [None] * len(doubled)):
+        with pytest.raises(AttributeError, match="_flat_weights must be the weights of the module"):
+            ours._flat_weights = wrong
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        ours._flat_weights[0] = doubled[0]
+    assert_close(ours(torch.ones(T, B, I)), before)
+
+
+def test_flat_weights_can_be_assigned_as_they_are() -> None:
+    """After swapping weights, as programs for nn.RNN do; a parametrized weight is new each time."""
+    ours, _ = pair(I, H, 2)
+    del ours.weight_hh_l0
+    ours.weight_hh_l0 = torch.zeros(H, H)
+    parametrize.register_parametrization(ours, "weight_hh_l1", nn.Tanh())
+    ours._flat_weights = [getattr(ours, name) for name in ours._flat_weights_names]
+    assert ours._flat_weights[1] is ours.weight_hh_l0
+    ours.double()
+    assert ours._flat_weights[5].dtype == torch.float64
+
+
 def test_weight_drop() -> None:
     """AWD-LSTM: a weight is a plain tensor, computed anew for each call (pytorch #32346)."""
     ours, theirs = pair(I, H, 2)
