@@ -19,8 +19,8 @@ import pytest
 from engines import NVCC_FLAGS, PASSES, REGIMES, ROOT, TILES, need_nvcc
 
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
-WHAT = "reference or strides or bits or low_precision or first_derivatives"
-TESTS = ("recurrence", "gradients", "threads", "numerics")
+WHAT = "reference or strides or bits or low_precision or first_derivatives or random_arguments"
+TESTS = ("recurrence", "gradients", "threads", "numerics", "arguments")
 
 
 # ---- the CPU engine ----

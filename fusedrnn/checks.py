@@ -1,0 +1,129 @@
+"""Checks that the ops cannot make: types of arguments, and all that the plain loop needs.
+
+The ops check what they get in ``csrc/checks.h``; but an argument that is no dense tensor never gets
+there, and the dispatcher's error for it does not name the argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import NONLINEARITIES
+from .streams import watched
+
+
+def check_types(
+    x: Any,
+    w_ih: Any,
+    w_hh: Any,
+    b_ih: Any,
+    b_hh: Any,
+    h0: Any,
+    nonlinearity: Any,
+    reverse: Any,
+    batch_sizes: Any,
+    keep: Any,
+    alpha: Any,
+) -> None:
+    """Raise a TypeError for the first argument of the wrong type."""
+
+    def check(right: bool, name: str, wanted: str, got: object) -> None:
+        if not right:
+            raise TypeError(f"fusedrnn: {name} must be {wanted}, got {got}") from None
+
+    tensors = {
+        "x": x, "w_hh": w_hh, "w_ih": w_ih, "b_ih": b_ih, "b_hh": b_hh, "h0": h0,
+        "batch_sizes": batch_sizes, "keep": keep,
+    }  # fmt: skip
+    if isinstance(alpha, Tensor):
+        tensors["alpha"] = alpha
+    for name, tensor in tensors.items():
+        if tensor is None and name not in ("x", "w_hh"):
+            continue
+        got = "None" if tensor is None else type(tensor).__name__
+        check(isinstance(tensor, Tensor), name, "a tensor", got)
+        check(not tensor.is_nested, name, "a dense tensor", "a nested one")
+        check(tensor.layout == torch.strided, name, "a dense tensor", tensor.layout)
+    names = ", ".join(NONLINEARITIES)
+    check(isinstance(nonlinearity, str), "nonlinearity", f"one of {names}", nonlinearity)
+    check(isinstance(reverse, int), "reverse", "a bool", type(reverse).__name__)
+
+
+def check_for_loop(
+    x: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    nonlinearity: str,
+    batch_sizes: Tensor | None,
+    keep: Tensor | None,
+    alpha: Tensor | None,
+) -> None:
+    """Raise what the op would, for arguments of the right types."""
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"fusedrnn: x must be floating-point or complex, got {x.dtype}")
+    if nonlinearity not in NONLINEARITIES:
+        names = ", ".join(NONLINEARITIES)
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from {names}.")
+
+    wanted = "[T, B, size]" if batch_sizes is None else "[N, size]"
+    if x.dim() != wanted.count(",") + 1:
+        raise RuntimeError(f"fusedrnn: x must be {wanted}, got {list(x.shape)}")
+    if w_hh.dim() != 2:
+        raise RuntimeError(f"fusedrnn: w_hh must be [H, H], got {list(w_hh.shape)}")
+    if batch_sizes is None:
+        steps, batch = x.shape[:2]
+    else:
+        if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not batch_sizes.is_cpu:
+            raise RuntimeError(
+                "fusedrnn: batch_sizes must be a dense 1-D int64 CPU tensor, got "
+                f"{list(batch_sizes.shape)} of {batch_sizes.dtype} on {batch_sizes.device}"
+            )
+        sizes = batch_sizes.tolist()
+        steps, batch = len(sizes), max(sizes, default=0)
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if batch_sizes is not None:
+        if sizes != sorted(sizes, reverse=True) or not all(size > 0 for size in sizes):
+            raise RuntimeError(
+                f"fusedrnn: batch_sizes must be positive and never rise, got {sizes}"
+            )
+        if sum(sizes) != x.size(0):
+            raise RuntimeError(
+                f"fusedrnn: batch_sizes sum to {sum(sizes)}, but packed x has {x.size(0)} rows"
+            )
+
+    size = w_hh.size(0)
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "w_hh": (w_hh, (size, size)),
+        "x": (x, (*x.shape[:-1], x.size(-1) if w_ih is not None else size)),
+        "w_ih": (w_ih, (size, x.size(-1))),
+        "b_ih": (b_ih, (size,)),
+        "b_hh": (b_hh, (size,)),
+        "h0": (h0, (batch, size)),
+        "keep": (keep, x.shape[:-1]),
+        "alpha": (alpha, (size,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise RuntimeError(
+                f"fusedrnn: {name} must have sizes {list(shape)}, got {list(tensor.shape)}"
+            )
+        dtype = torch.bool if name == "keep" else x.dtype
+        if tensor.dtype != dtype:
+            raise RuntimeError(f"fusedrnn: {name} must be {dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"fusedrnn: {name} must be on {x.device} like the others, got {tensor.device}"
+            )
+    if alpha is not None and alpha.is_cpu and not watched(alpha):
+        for value in alpha.real.tolist():
+            if not 0 <= value <= 1:
+                raise ValueError(f"fusedrnn: alpha must be in [0, 1], got {value}")
