@@ -62,7 +62,9 @@ _register_autocast("cuda", "AutocastCUDA")
 
 
 def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
-    sizes = like.shape[:1]
+    if like.dim() == 0:
+        raise RuntimeError("fusedrnn: w_hh must be [H, H], got []")
+    size = like.size(0)
     if not isinstance(alpha, Tensor):
         try:
             inside, number = 0 < alpha <= 1, float(alpha)
@@ -78,15 +80,16 @@ def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
                 raise ValueError(
                     f"fusedrnn: alpha must be in (0, 1], got {alpha}, which is 0 in {like.dtype}"
                 )
-        alpha = torch.full((), number, dtype=like.dtype, device=like.device)
-    elif alpha.is_complex():
+        return torch.full((), number, dtype=like.dtype, device=like.device).expand(size)
+    if alpha.is_complex():
         raise TypeError(f"fusedrnn: alpha must be real, got {alpha.dtype}")
-    if alpha.dim() > 0 and alpha.shape != sizes:
+    if alpha.dim() > 0 and alpha.shape != (size,):
         raise ValueError(
-            f"fusedrnn: alpha must be a number or a tensor [] or {list(sizes)}, "
-            f"got {list(alpha.shape)}"
+            f"fusedrnn: alpha must be a number or a tensor [] or [{size}], got {list(alpha.shape)}"
         )
-    return alpha.to(like.dtype).expand(sizes)
+    if alpha.dtype != like.dtype:
+        alpha = alpha.to(like.dtype)
+    return alpha if alpha.dim() > 0 else alpha.expand(size)
 
 
 def rows_of(batch_sizes: Tensor) -> int | None:
