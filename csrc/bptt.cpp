@@ -9,6 +9,7 @@
 #include <array>
 
 #include "checks.h"
+#include "epilogues.h"
 #ifdef FUSEDRNN_CUDA
 #include "cuda/to_device.h"
 #endif
@@ -190,8 +191,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   check_rank("x", x, batch_sizes.has_value());
   check_like("x", x, rows_like(h, w_ih ? x.sym_size(-1) : h.sym_size(-1)), h);
   check_like("w_ih", w_ih, {h.sym_size(-1), x.sym_size(-1)}, h);
-  check_like("phi", phi, h.sym_sizes(), h);
-  TORCH_CHECK(phi || !alpha, "fusedrnn: phi must be given beside alpha, got None");
+  check_like("saved", saved, h.sym_sizes(), h);
+  TORCH_CHECK(saved || !(alpha || saves_z(nonlinearity_named(nonlinearity))),
+              "fusedrnn: saved must be given with alpha, elu and softplus, got None");
   TORCH_CHECK(w_ih || !to_w_ih, "fusedrnn: w_ih must be given for its gradient, got None");
   TORCH_CHECK(alpha || !to_alpha, "fusedrnn: alpha must be given for its gradient, got None");
   const auto [delta, dh0, a] = [&] {

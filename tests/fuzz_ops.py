@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import reference
+from fusedrnn import _C, reference
 
 OPS = (
     "activation",
@@ -59,7 +59,7 @@ class Call:
         shapes = {
             "x": (*rows, H if driven else I), "w_ih": (H, I), "w_hh": (H, H), "b_ih": (H,),
             "b_hh": (H,), "h0": states, "s0": states, "g_n": states, "first": states,
-            **dict.fromkeys(("w", "q", "g", "d", "h", "phi", "saved", "series", "delta"), series),
+            **dict.fromkeys(("w", "q", "g", "d", "h", "saved", "series", "delta"), series),
         }  # fmt: skip
         self.schema = getattr(torch.ops.fusedrnn, self.op).default._schema.arguments
         self.arguments: dict[str, Any] = {}
@@ -94,9 +94,8 @@ class Call:
             wanted = self.arguments["wanted"]
             wanted[1] &= self.arguments["w_ih"] is not None
             wanted[6] &= leaky
-            saved = "saved" if "saved" in self.arguments else "phi"
-            if not leaky and name not in ("elu", "softplus"):
-                self.arguments[saved] = None
+            if not leaky and name not in _C.saving_z:
+                self.arguments["saved"] = None
         self.spoilt: list[str] = []
 
     def __str__(self) -> str:
@@ -221,7 +220,7 @@ class Call:
             return ((a["batch"], a["series"].size(-1)),)
         if self.op == "recurrent_product":
             return ((a["delta"].size(-1), a["series"].size(-1)),)
-        series = a.get("h", a.get("saved", a.get("phi", a.get("x"))))
+        series = a.get("h", a.get("saved", a.get("x")))
         size = a["w_hh"].size(0)
         sizes = a["batch_sizes"]
         batch = series.size(1) if sizes is None else int(sizes[0])

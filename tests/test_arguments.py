@@ -234,7 +234,7 @@ def bptt(**changes: Any) -> Any:
         "g": series, "d": None, "g_n": None, "x": torch.randn(5, 3, 4),
         "w_ih": torch.randn(7, 4), "h0": torch.randn(3, 7), "w_hh": torch.randn(7, 7),
         "alpha": torch.full((7,), 0.5), "keep": None, "batch_sizes": None, "h": series.clone(),
-        "phi": series.clone(), "nonlinearity": "tanh", "reverse": False, "wanted": [True] * 7,
+        "saved": series.clone(), "nonlinearity": "tanh", "reverse": False, "wanted": [True] * 7,
     }  # fmt: skip
     return OPS.bptt(*{**arguments, **changes}.values())
 
@@ -242,8 +242,12 @@ def bptt(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"phi": None}, "phi must be given beside alpha, got None"),
-        ({"phi": torch.randn(5, 3, 1)}, "phi must have sizes [5, 3, 7], got [5, 3, 1]"),
+        ({"saved": None}, "saved must be given with alpha, elu and softplus, got None"),
+        (
+            {"saved": None, "alpha": None, "nonlinearity": "elu"},
+            "saved must be given with alpha, elu and softplus, got None",
+        ),
+        ({"saved": torch.randn(5, 3, 1)}, "saved must have sizes [5, 3, 7], got [5, 3, 1]"),
         ({"alpha": None}, "alpha must be given for its gradient, got None"),
         ({"w_ih": None, "x": torch.randn(5, 3, 7)}, "w_ih must be given for its gradient, got Non"),
         ({"w_ih": None}, "x must have sizes [5, 3, 7], got [5, 3, 4]"),
