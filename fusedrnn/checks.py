@@ -40,13 +40,14 @@ def check_types(
     }  # fmt: skip
     if isinstance(alpha, Tensor):
         tensors["alpha"] = alpha
-    for name, tensor in tensors.items():
-        if tensor is None and name not in ("x", "w_hh"):
-            continue
-        got = "None" if tensor is None else type(tensor).__name__
-        check(isinstance(tensor, Tensor), name, "a tensor", got)
-        check(not tensor.is_nested, name, "a dense tensor", "a nested one")
-        check(tensor.layout == torch.strided, name, "a dense tensor", tensor.layout)
+    with torch._C.DisableTorchFunctionSubclass():  # ExpandedWeight has no attributes
+        for name, tensor in tensors.items():
+            if tensor is None and name not in ("x", "w_hh"):
+                continue
+            got = "None" if tensor is None else type(tensor).__name__
+            check(isinstance(tensor, Tensor), name, "a tensor", got)
+            check(not tensor.is_nested, name, "a dense tensor", "a nested one")
+            check(tensor.layout == torch.strided, name, "a dense tensor", tensor.layout)
     names = ", ".join(NONLINEARITIES)
     check(isinstance(nonlinearity, str), "nonlinearity", f"one of {names}", nonlinearity)
     check(isinstance(reverse, int), "reverse", "a bool", type(reverse).__name__)

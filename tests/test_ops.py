@@ -8,6 +8,7 @@ from cases import Case
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
+from fusedrnn import _C
 
 CASES = [
     Case(),
@@ -80,7 +81,7 @@ def composite_arguments(op: str, case: Case) -> tuple:
     if op == "recurrent_product":
         return (one, other, h0, *walk)
     h = series(case).tanh().requires_grad_()
-    saved = h if alpha is not None else None
+    saved = h if alpha is not None or case.nonlinearity in _C.saving_z else None
     given = (one, None, h0, found["x"], found["w_ih"], h0, found["w_hh"], alpha, keep, sizes)
     wanted = [True, True, True, True, h0 is not None, True, alpha is not None]
     return (*given, h, saved, case.nonlinearity, case.reverse, wanted)
