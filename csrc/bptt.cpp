@@ -93,9 +93,10 @@ Tensor previous(const Tensor& series, const OptionalTensor& first, const Optiona
   check_first("first", first, check_series("series", series, keep, batch_sizes), series);
   if (!batch_sizes) {
     const Tensor ends = (first ? *first : at::zeros_like(series.select(0, 0))).unsqueeze(0);
-    return kept(
-        reverse ? at::cat({series.slice(0, 1), ends}) : at::cat({ends, series.slice(0, 0, -1)}),
-        keep);
+    // Not two lists in one conditional: g++ 12 destroys both when cat throws.
+    const Tensor one = reverse ? series.slice(0, 1) : ends;
+    const Tensor other = reverse ? ends : series.slice(0, 0, -1);
+    return kept(at::cat({one, other}), keep);
   }
   const auto [before, after, b] = neighbours(*batch_sizes, series, reverse);
   const Tensor ends = first ? *first : at::zeros_like(series.slice(0, 0, 1));
@@ -109,9 +110,11 @@ Tensor following(const Tensor& series, const OptionalTensor& keep,
   check_series("series", series, keep, batch_sizes);
   const Tensor masked = kept(series, keep);
   const Tensor zeros = at::zeros_like(masked.slice(0, 0, 1));
-  if (!batch_sizes)
-    return reverse ? at::cat({zeros, masked.slice(0, 0, -1)})
-                   : at::cat({masked.slice(0, 1), zeros});
+  if (!batch_sizes) {
+    const Tensor one = reverse ? zeros : masked.slice(0, 1);
+    const Tensor other = reverse ? masked.slice(0, 0, -1) : zeros;
+    return at::cat({one, other});
+  }
   const auto [before, after, b] = neighbours(*batch_sizes, series, reverse);
   const Tensor end = at::full_like(b, 1) * series.sym_size(0);
   return at::cat({masked, zeros}).index_select(0, at::where(after < 0, end, after));
