@@ -13,7 +13,7 @@ import torch
 
 import fusedrnn
 from fusedrnn import charlm, info
-from fusedrnn.__main__ import main
+from fusedrnn.__main__ import main, parser
 
 TINY = ["charlm", *("--chars", "300"), *("--epochs", "1"), *("--hidden", "8"), *("--chunk", "8")]
 
@@ -91,6 +91,18 @@ def test_wrong_option_gets_one_sentence(options, capsys):
     assert out == ""
     assert err.startswith(f"python -m fusedrnn charlm: {WRONG_OPTIONS[options]}")
     assert err.count("\n") == 1
+
+
+LEAST = {"sample": 0, "seed": 0} | dict.fromkeys(
+    ("chars", "hidden", "embedding", "epochs", "context", "batch", "chunk", "streams", "threads"), 1
+)
+
+
+@pytest.mark.parametrize(("option", "least"), LEAST.items())
+def test_the_least_value_of_an_option(option, least):
+    assert vars(parser().parse_args(["charlm", f"--{option}", str(least)]))[option] == least
+    with pytest.raises(SystemExit):
+        parser().parse_args(["charlm", f"--{option}", str(least - 1)])
 
 
 WRONG_TEXTS = {
@@ -188,3 +200,10 @@ def test_cpu_elsewhere_than_on_linux(monkeypatch):
     name, flags = info.cpu()
     assert name
     assert flags == set()
+
+
+@pytest.mark.parametrize(("count", "cores"), [(6, 6), (None, 1)])
+def test_cores_where_a_process_has_no_affinity(count, cores, monkeypatch):
+    monkeypatch.delattr(info.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(info.os, "cpu_count", lambda: count)
+    assert info.usable_cores() == cores

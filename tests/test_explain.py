@@ -150,6 +150,10 @@ def test_cuda() -> None:
 def test_what_is_no_rnn() -> None:
     with pytest.raises(TypeError, match="expected an RNN or an RNNCell, got LSTM"):
         fusedrnn.explain(nn.LSTM(3, 4), torch.zeros(2, 1, 3))
+    model = nn.Sequential(nn.RNN(3, 4))
+    with pytest.raises(TypeError, match="got Sequential"):
+        fusedrnn.explain(model, torch.zeros(2, 1, 3))
+    assert type(model[0]) is nn.RNN
 
 
 def test_hooks_see_nothing_and_parametrizations_are_no_obstacle():

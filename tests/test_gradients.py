@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
 from cases import Case
-from engines import DIFFERENTIATED
+from engines import DIFFERENTIATED, ENGINES
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,7 +73,14 @@ def derivatives(case: Case, rnn, order: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize(
-    "case", [SMALL, SMALL.with_(keep=True, alpha=True, lengths=(3, 1))], ids=str
+    "case",
+    [
+        SMALL,
+        SMALL.with_(keep=True, alpha=True, lengths=(3, 1)),
+        # enough units that some are on each side of a kink, and some where the slope is 0
+        *(Case(nonlinearity=name, alpha=True) for name in reference.NONLINEARITIES),
+    ],
+    ids=str,
 )
 def test_derivatives_of_higher_order(case, order):
     torch.testing.assert_close(
@@ -103,9 +114,42 @@ def test_gradients_match_the_reference(case, dtype):
     )  # fmt: skip
 
 
+def before_a_guard_page(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that ends where a page without read permission begins."""
+    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    end = -(-size // page) * page
+    memory = mmap.mmap(-1, end + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + end), page, 0) == 0
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=end - size)
+    return flat.view(tensor.shape).copy_(tensor.detach())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e.kind == "cpu"], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(keep=True),
+        Case(T=20, B=9, I=17, H=70, dtype=torch.float32),
+        Case(lengths=(5, 3, 3, 1), keep=True, alpha=True),
+        Case(lengths=(5, 3, 3, 1), keep=True, reverse=True, dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_nothing_is_read_past_the_end_of_an_argument(engine, case):
+    """Which would be a segmentation fault."""
+    arguments, flags = case.arguments(), case.flags()
+    arguments = {name: before_a_guard_page(t).requires_grad_() for name, t in arguments.items()}
+    if case.keep:
+        flags["keep"] = before_a_guard_page(flags["keep"])
+    h, h_n = fusedrnn.rnn(**arguments, **flags)
+    torch.autograd.grad(h.sum() + h_n.sum(), list(arguments.values()))
+
+
 @pytest.mark.parametrize("only", ["h", "h_n"])
-def test_a_loss_may_use_one_output_alone(only):
-    case = Case()
+@pytest.mark.parametrize("case", [Case(), Case(T=1), Case(T=1, B=60)], ids=str)
+def test_a_loss_may_use_one_output_alone(case, only):
     tensors = list(case.arguments(requires_grad=True).values())
     found, expected = (
         torch.autograd.grad(function_of(case, rnn)(*tensors)[only == "h_n"].sum(), tensors)

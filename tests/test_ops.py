@@ -167,6 +167,20 @@ def test_bad_arguments_are_named(change, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize("alpha", [0, -0.5, 1.0001, torch.nan])
+def test_alpha_as_a_number_is_above_0_and_at_most_1(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        fusedrnn.rnn(**Case().arguments(), alpha=alpha)
+
+
+@pytest.mark.parametrize("sizes", [[3, 2, 0], [5, 0], [5, -1]])
+def test_batch_sizes_are_positive(sizes):
+    arguments = {**Case().arguments(), "x": torch.randn(5, 4, dtype=torch.float64)}
+    del arguments["h0"]
+    with pytest.raises(RuntimeError, match="batch_sizes must be positive"):
+        fusedrnn.rnn(**arguments, batch_sizes=torch.tensor(sizes))
+
+
 def test_an_unknown_nonlinearity_is_named():
     with pytest.raises(ValueError, match="Unknown nonlinearity 'cosh'. Select from tanh, relu, "):
         fusedrnn.rnn(**Case().arguments(), nonlinearity="cosh")

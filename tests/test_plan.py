@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +43,12 @@ def test_few_rows_are_multiplied_with_the_weights_as_they_lie():
 def test_the_input_of_small_batches_is_multiplied_ahead():
     assert plan_cpu(T=100, B=1, I=64, H=64, threads=1)["project_ahead"]
     assert not plan_cpu(T=100, B=16, I=64, H=64, threads=1)["project_ahead"]
+    assert plan_cpu(T=100, B=1, I=1, H=64, threads=1)["project_ahead"]
     assert not plan_cpu(T=100, B=1, I=0, H=64, threads=1)["project_ahead"]
+
+
+def test_a_step_larger_than_a_chunk_is_multiplied_by_itself():
+    assert plan_cpu(T=100, B=16, I=1, H=2048, threads=2)["chunk"] == 1
 
 
 sizes = st.integers(1, 5000)
@@ -55,3 +63,49 @@ def test_no_plan_exceeds_a_limit(T, B, I, H, threads):
     assert plan["batch_groups"] <= max(B, 1)
     assert plan["hidden_groups"] <= -(-H // 16)
     assert 1 <= plan["chunk"] <= T
+
+
+# ---- all details, which change whenever the model is tuned ----
+
+TABLE_FILE = Path(__file__).with_name("plan_cpu.txt")
+HEAD = """\
+The CPU planner's decisions for B = 1 to 256 (rows) and H = 8 to 2048 (columns): groups of the batch
+x groups of the units; "-": the weights are not packed; "+n": the inputs of n steps are multiplied
+at once. A test compares this table, so that every change of the planner or of its cost model
+shows; `python tests/test_plan.py` rewrites it.
+"""
+BATCHES = (1, 2, 4, 7, 16, 64, 256)
+UNITS = (8, 17, 64, 200, 449, 800, 2048)
+NUMBERS = {"float32": {"number_size": 4, "lanes": 16}, "float64": {"number_size": 8, "lanes": 4}}
+
+
+def decision(**problem: int) -> str:
+    plan = plan_cpu(**problem)
+    groups = f"{plan['batch_groups']}x{plan['hidden_groups']}"
+    ahead = f"+{plan['chunk']}" if plan["project_ahead"] else ""
+    return groups + ("" if plan["pack"] else "-") + ahead
+
+
+def details(dtype: str, inputs: int, T: int, threads: int) -> str:
+    lines = [f"{dtype}, {threads} threads, T={T}, I={'H' if inputs else 0}"]
+    for B in BATCHES:
+        cells = [
+            decision(T=T, B=B, I=inputs * H, H=H, threads=threads, **NUMBERS[dtype]) for H in UNITS
+        ]
+        lines.append(f"{B:4}: " + " ".join(cell.ljust(7) for cell in cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+EVERY = list(itertools.product(NUMBERS, (0, 1), (1, 2, 100), (2, 6, 32)))
+
+
+def table() -> str:
+    return "\n".join([HEAD, *(details(*each) for each in EVERY)])
+
+
+def test_details_are_those_of_the_table():
+    assert table() == TABLE_FILE.read_text(), "`python tests/test_plan.py` writes the table anew"
+
+
+if __name__ == "__main__":
+    TABLE_FILE.write_text(table())

@@ -66,6 +66,13 @@ def test_recurrence_is_driven_by_u(case):
     )
 
 
+@pytest.mark.parametrize("missing", ["b_ih", "b_hh"])
+def test_one_bias_alone(missing):
+    arguments = Case().arguments()
+    del arguments[missing]
+    torch.testing.assert_close(fusedrnn.rnn(**arguments), reference.rnn(**arguments))
+
+
 def test_alpha_may_be_a_number_or_a_scalar_tensor():
     arguments = Case().arguments()
     expected = reference.rnn(**arguments, alpha=0.3)

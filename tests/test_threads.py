@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +100,23 @@ def test_set_num_threads_is_obeyed():
     assert found[0] == found[1]
     more = count.replace("set_num_threads(1)", "set_num_threads(3)")
     assert int(subprocess.check_output([sys.executable, "-c", more])) > int(found[1])
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_thread_keeps_no_scratch_memory_of_a_huge_call():
+    """The matrix is packed into 128 MB; a second call would reuse what the first one left."""
+
+    def call(size: int) -> None:
+        x, w_ih, w_hh = torch.zeros(25, 1, 1), torch.zeros(size, 1), torch.zeros(size, size)
+        fusedrnn.rnn(x, w_ih, w_hh)
+
+    torch.set_num_threads(1)
+    call(64)
+    before = resident_bytes()
+    call(5792)
+    call(5792)
+    assert resident_bytes() - before < 64 << 20
