@@ -1,6 +1,8 @@
 # From a bare clone, with python3 (3.10 to 3.14), g++ and make:
 #   make demo     trains the character model, loop against fusedrnn
 #   make test     runs the tests (SLOW=1: all of them; ARGS="-k name": some)
+#   make mutants  changes 200 lines one at a time and runs the tests that fit; a quarter of an hour
+#                 and more (ARGS="--count 20 --files csrc/checks.h")
 #   make lint     checks formatting, lint and types; `make format` mends
 #   make bench    times fusedrnn against its peers (ARGS="--set wide")
 #   make cuda-build      builds and links the CUDA engine, without a GPU (downloads torch with CUDA)
@@ -23,7 +25,7 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
   bench/probes.cu 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test bench lint format build clean distclean check-tools
+.PHONY: demo test mutants bench lint format build clean distclean check-tools
 .PHONY: cuda-build cuda-resources gpu-check
 
 demo: build
@@ -33,6 +35,9 @@ demo: build
 test: build
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
 	  $(if $(SLOW),,-m "not slow") $(ARGS)
+
+mutants: build
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 bench: build
 	$(BIN)/python bench/bench_rnn.py $(ARGS)

@@ -1,0 +1,103 @@
+"""The mutation tester: how it changes a line, and what it calls killed, survived and no mutant."""
+
+from __future__ import annotations
+
+import mutants
+import pytest
+from mutants import Mutant
+
+
+def mutated(line: str, python: bool) -> set[str]:
+    code = mutants.code_of(line, python)[0]
+    changes = mutants.changes(line, code, python)
+    return {" ".join((line[:a] + new + line[b:]).split()) for a, b, new in changes}
+
+
+@pytest.mark.parametrize(
+    ("line", "some"),
+    [
+        ("if not 0 < alpha <= 1:", ["if not 0 <= alpha <= 1:", "if not (not 0 < alpha <= 1):"]),
+        ("y = a - b * c", ["y = a", "y = b * c", "y = b * c - a", "y = a - b", "y = a + b * c"]),
+        ("x = yes if a and b else no", ["x = yes", "x = no", "x = yes if b else no"]),
+        ("if h is None or x.dim() == 2:", ["if h is not None or x.dim() == 2:"]),
+        ("loss.backward()", ["pass"]),
+        ('raise ValueError("a < b, 1 + 1")  # a < b', []),
+    ],
+)
+def test_a_line_of_python_is_mutated(line, some):
+    found = mutated(line, python=True)
+    assert found >= set(some)
+    assert bool(found) == bool(some)
+
+
+@pytest.mark.parametrize(
+    ("line", "some"),
+    [
+        ("if (n[t] > 0) return;", ["if (n[t] >= 0) return;", "if (!(n[t] > 0)) return;"]),
+        ("return s == 0 || gone(b) || on;", ["return s == 0 || on;", "return s == 0 || gone(b);"]),
+        ("const C* p = adjoint ? last : first;", ["const C* p = last;", "const C* p = first;"]),
+        ("barrier.wait(n - 1);", [";", "barrier.wait(n + 1);", "barrier.wait(n - 2);"]),
+        ("std::vector<C*> list;", []),
+    ],
+)
+def test_a_line_of_cpp_is_mutated(line, some):
+    found = mutated(line, python=False)
+    assert found >= set(some)
+    assert bool(found) == bool(some)
+
+
+def test_the_sample_does_not_depend_on_where_a_line_stands():
+    file = "csrc/checks.h"
+    found = mutants.shuffled([file], seed=1)
+    assert found == mutants.shuffled([file], seed=1)
+    assert found != mutants.shuffled([file], seed=2)
+    moved = [Mutant(m.file, m.line + 9, m.original, m.mutated) for m in found]
+    assert [m.rank(1) for m in moved] == sorted(m.rank(1) for m in moved)
+
+
+def test_explained_mutants_are_mutants_of_the_code():
+    """An explanation of a line that has changed since is to be written anew, or removed."""
+    every = {
+        (mutant.file, mutant.original, text)
+        for file in mutants.files_named(mutants.TESTS)
+        for mutant in mutants.mutants_of(file)
+        for text in ("*", mutant.mutated)
+    }
+    assert set(mutants.equivalents()) <= every
+
+
+def of_alpha(mutated: str, test: str) -> tuple[Mutant, list[str]]:
+    file, original = "fusedrnn/functional.py", "if not 0 < alpha <= 1:"
+    return planted(file, original, mutated, f"tests/test_ops.py::{test}")
+
+
+def of_engine(original: str, mutated: str) -> tuple[Mutant, list[str]]:
+    test = "tests/test_recurrence.py::test_any_strides"
+    return planted("csrc/cpu/engine.cpp", original, mutated, test)
+
+
+def planted(file: str, original: str, mutated: str, test: str) -> tuple[Mutant, list[str]]:
+    lines = [line.strip() for line in (mutants.ROOT / file).read_text().split("\n")]
+    return Mutant(file, lines.index(original) + 1, original, mutated), [test]
+
+
+@pytest.mark.slow
+def test_planted_mutants():
+    if not list(mutants.ROOT.glob("build/temp*/build.ninja")):
+        pytest.skip("needs the objects of `make build`")
+    fits = "test_alpha_as_a_number_is_above_0_and_at_most_1"
+    state, spins = "const C* from = r_.state_[s & 1];", "if (spins < 1000) {"
+    inputs = "for (int i = 0; i < 2; ++i) {"
+    expected = [
+        (of_alpha("if not 0 <= alpha <= 1:", fits), f"tests/test_ops.py::{fits}"),
+        (of_alpha("if not 0 <= alpha <= 1:", "test_an_unknown_nonlinearity_is_named"), None),
+        (of_alpha("if not 0 < alpha <:", fits), ""),
+        (of_engine(state, state.replace("&", "|")), "tests/test_recurrence.py::test_any_strides"),
+        (of_engine(spins, spins.replace("1000", "1001")), None),
+        (of_engine(state, state.replace("1", "one")), ""),
+        (of_engine(inputs, inputs.replace("< 2", "<= 1")), ""),  # the same machine code
+        (of_alpha("if not 0 < alpha <= 1:", fits), None),  # nothing is left of the others
+    ]
+    with mutants.workers(1, timeout=300) as pool:
+        found = [pool.submit(mutants.outcome, *mutant).result()[0] for mutant, _ in expected]
+    assert [text and text.partition("[")[0] for text in found] == [text for _, text in expected]
