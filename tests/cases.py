@@ -26,6 +26,7 @@ class Case:
     bias: bool = True
     h0: bool = True
     dtype: torch.dtype = torch.float64
+    seed: int = 0  # of the numbers in the tensors
 
     def __str__(self) -> str:
         usual = vars(Case())
@@ -41,12 +42,18 @@ class Case:
             [sum(n > t for n in self.lengths) for t in range(longest)], device="cpu"
         )
 
+    @property
+    def names(self) -> list[str]:
+        """Of the arguments that have a gradient."""
+        biases = ["b_ih", "b_hh"] * self.bias
+        return ["x", "w_ih", "w_hh", *biases, *["h0"] * self.h0, *["alpha"] * self.alpha]
+
     def arguments(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Everything that has a gradient, by the name that ``rnn`` calls it.
 
         On torch's default device, and the same numbers on each.
         """
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(self.seed)  # torch.manual_seed takes 1 ms
         rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
         batch = self.B if self.lengths is None else len(self.lengths)
         wide = {"dtype": torch.float64, "device": "cpu"}
@@ -68,7 +75,8 @@ class Case:
 
     def flags(self) -> dict[str, object]:
         rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
-        keep = torch.rand(rows, generator=torch.Generator().manual_seed(1), device="cpu") > 0.3
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        keep = torch.rand(rows, generator=generator, device="cpu") > 0.3
         return {
             "nonlinearity": self.nonlinearity,
             "reverse": self.reverse,
