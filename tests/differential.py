@@ -198,6 +198,7 @@ class Problem:
     def map(self, f: Callable[[Tensor], Tensor]) -> Problem:
         return replace(
             self,
+            flags=dict(self.flags),
             args={k: f(v) if v.is_floating_point() else v for k, v in self.args.items()},
             cotangents=tuple(map(f, self.cotangents)),
             tangents=tuple(map(f, self.tangents)),
@@ -387,6 +388,8 @@ def farthest(trial: Trial, problem: Problem, truths: Sequence[Tensor]) -> list[T
 
         with patch.dict(reference.NONLINEARITIES, {name: rounded}):
             near = problem.map(lambda t, signs=signs: t * (1 + eps * signs(t)))  # type: ignore[misc]
+            if "alpha" in near.flags:
+                near.flags["alpha"] = problem.flags["alpha"] * (1 + eps * (-1) ** phase)
             for i, found in enumerate(run(reference.rnn, trial, near)):
                 farther = (found.double() - truths[i]).abs() > (worst[i] - truths[i]).abs()
                 worst[i] = torch.where(farther, found.double(), worst[i])
