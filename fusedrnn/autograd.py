@@ -53,7 +53,7 @@ _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
         lambda h: _where_positive(h, 1 - h * h, 0),
         lambda h: _where_positive(h, -2 * h, 0),
     ),
-    "hardtanh": (lambda h: (h.abs() < 1).to(h.dtype), torch.zeros_like),
+    "hardtanh": (lambda h: (~(h.abs() >= 1)).to(h.dtype), torch.zeros_like),
     "leaky_relu": (
         lambda h: torch.where(h > 0, torch.ones_like(h), torch.full_like(h, 0.01)),
         torch.zeros_like,
