@@ -6,6 +6,7 @@ Environment variables:
     CUDA_HOME             The toolkit; left out: where nvcc is found, or /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST  Architectures of GPUs, "8.0;9.0"; left out: all from 7.5 on. The builder
                           itself needs no GPU.
+    FUSEDRNN_CHECK=1      CUDA kernels that wait for two seconds print where, and trap.
     DEBUG=1               No optimisation, debug symbols.
     WERROR=1              Warnings are errors.
     SANITIZE              Passed to -fsanitize=, e.g. ``address,undefined``
@@ -128,6 +129,8 @@ cxx_args += ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 cxx_args += ["-Wno-unused-parameter"]  # torch's headers have many
 nvcc_args = [level, "-G" if DEBUG else "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 nvcc_args += ["-Xfatbin=-compress-all"]  # a fifth of the size
+if os.getenv("FUSEDRNN_CHECK") == "1":
+    nvcc_args += ["-DFUSEDRNN_CHECK=4000000000"]  # GPU cycles; see csrc/cuda/exchange.cuh
 link_args = ["-fopenmp"]
 if os.getenv("WERROR") == "1":
     cxx_args += ["-Werror"]

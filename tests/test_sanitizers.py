@@ -81,7 +81,13 @@ def program(sanitizer: str) -> Path:
     return build(sanitizer, "engine", sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 
 
-def build(sanitizer: str, name: str, sources: Sequence[Path], include: Sequence[Path] = ()) -> Path:
+def build(
+    sanitizer: str | None,
+    name: str,
+    sources: Sequence[Path],
+    include: Sequence[Path] = (),
+    flags: Sequence[str] = (),
+) -> Path:
     need_nvcc()
     if shutil.which("setarch") is None:
         pytest.skip("no setarch")
@@ -94,7 +100,7 @@ def build(sanitizer: str, name: str, sources: Sequence[Path], include: Sequence[
         name=f"{name}-{sanitizer}",
         sanitizer=sanitizer,
         include=include,
-        nvcc_flags=NVCC_FLAGS,
+        nvcc_flags=(*NVCC_FLAGS, *flags),
         cxx_flags=["-O1"],
         cpp_sources=[ROOT / "csrc" / "cuda" / "plan.cpp"],
     )
@@ -258,8 +264,8 @@ FORGOTTEN = {
     ),
     "grid-arrive": (
         "exchange.cuh",
-        "unsigned full) {\n  __syncthreads();",
-        "unsigned full) {\n  if (!FORGET) __syncthreads();",
+        "const TimeLimit& limit) {\n  __syncthreads();",
+        "const TimeLimit& limit) {\n  if (!FORGET) __syncthreads();",
         GRID,
     ),
     "grid-release": (
@@ -301,8 +307,8 @@ FORGOTTEN = {
     ),
     "slices-freed": (
         "slices.cuh",
-        "if (ring.round > 0) wait",
-        "if (ring.round > 0 && !FORGET) wait",
+        "if (ring.round > 0)\n          wait",
+        "if (ring.round > 0 && !FORGET)\n          wait",
         SLICES_OF_K.replace("B=70 I=3 H=67", "B=500 I=3 H=5"),  # more groups than buffers
     ),
     "slices-told": (
@@ -313,8 +319,8 @@ FORGOTTEN = {
     ),
     "slices-finished": (
         "slices.cuh",
-        "wait_for_arrivals(finished_ + group, phases >> group & 1);",
-        "if (!FORGET) wait_for_arrivals(finished_ + group, phases >> group & 1);",
+        "wait_for_arrivals(finished_ + group",
+        "if (!FORGET) wait_for_arrivals(finished_ + group",
         SLICES_OF_K,
     ),
     # States that another block writes in the same launch.
@@ -367,3 +373,32 @@ def test_a_forgotten_barrier_is_found(barrier, which):
     result = run(forgetful(), f"{problem} forget={number}")
     assert "ThreadSanitizer: data race" in result.stderr, result.stdout + result.stderr
     assert re.search(r"csrc/cuda/\w+\.cuh:\d+", result.stderr), result.stderr
+
+
+# ---- waits with a time limit ----
+
+
+@functools.cache
+def limited() -> Path:
+    """A check build. The emulated clock advances by 64 a read: a wait ends after three million
+    polls, before the emulator reports a livelock."""
+    return build(
+        None,
+        "limited",
+        [ROOT / "csrc" / "cuda" / "engine.cu", ROOT / "tests" / "forgotten_barriers.cu"],
+        include=[ROOT / "csrc" / "cuda"],
+        flags=["-DFUSEDRNN_CHECK=200000000"],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("regime", "problem"), {"cluster": CLUSTER, "grid": GRID, "slices": SLICES_OF_K}.items()
+)
+def test_a_check_build_names_a_wait_without_end(regime, problem):
+    assert_right(limited(), f"{problem} activation")
+    result = run(limited(), f"{problem} activation stuck")
+    where = rf"no end of the wait for .*\({regime}\), pass 0, .*: step 0, block \d+ of \d+, thread"
+    assert re.search(where, result.stdout), result.stdout + result.stderr
+    assert re.search(r"\btrap\b", result.stdout), result.stdout
+    assert result.returncode == 1

@@ -2,9 +2,46 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 
+#include "params.h"
+
 namespace fusedrnn::cuda {
+
+// Check builds (FUSEDRNN_CHECK: GPU cycles) limit the time that a thread polls: a deadlock prints
+// where the thread waits and ends the kernel with a trap. Release builds have no such limit.
+class TimeLimit {
+ public:
+#ifdef FUSEDRNN_CHECK
+  __device__ TimeLimit(const Params& params, int64_t step, const char* wait)
+      : p_(params), step_(step), wait_(wait) {
+    start_ = clock64();
+  }
+  __device__ void check() const {
+    if (clock64() - start_ > FUSEDRNN_CHECK) give_up(p_, step_, wait_);
+  }
+
+ private:
+  static __device__ __noinline__ void give_up(const Params& p, int64_t step, const char* wait) {
+    printf(
+        "fusedrnn: no end of the wait for %s, pass %d, T %lld, B %lld, H %lld: step %lld, block %d "
+        "of %d, thread %d (teams of %d blocks, %d rows, %d units a block, split %d, %d slices)\n",
+        wait, int(p.problem.pass), (long long)p.problem.T, (long long)p.problem.B,
+        (long long)p.problem.H, (long long)step, int(blockIdx.x), int(gridDim.x), int(threadIdx.x),
+        p.blocks, p.rows, p.units, p.split, p.slices);
+    __trap();
+  }
+
+  const Params& p_;
+  const int64_t step_;
+  const char* const wait_;
+  long long start_;
+#else
+  __device__ TimeLimit(const Params&, int64_t, const char*) {}
+  __device__ void check() const {}
+#endif
+};
 
 // What PTX calls a place in shared memory.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -46,10 +83,12 @@ __device__ __forceinline__ void arrive_after_copies(uint64_t* arrived) {
                : "memory");
 #endif
 }
-__device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned phase) {
+__device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned phase,
+                                                  const TimeLimit& limit) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;
   do {
+    limit.check();
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
         "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n\t"
@@ -71,10 +110,12 @@ __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
       : "memory");
 #endif
 }
-__device__ __forceinline__ void wait_for_bytes(uint64_t* arrived, unsigned phase) {
+__device__ __forceinline__ void wait_for_bytes(uint64_t* arrived, unsigned phase,
+                                               const TimeLimit& limit) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;
   do {
+    limit.check();
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
@@ -136,11 +177,12 @@ __device__ __forceinline__ unsigned read_count(const unsigned* arrived) {
 
 // All blocks of a team, which run at once: `arrived` counts them, over all steps together. Their
 // threads see each other's writes to global memory afterwards, through L2.
-__device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full) {
+__device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full,
+                                             const TimeLimit& limit) {
   __syncthreads();
   if (threadIdx.x == 0) {
     count_arrival(arrived);
-    while (int(read_count(arrived) - full) < 0) continue;
+    while (int(read_count(arrived) - full) < 0) limit.check();
   }
   __syncthreads();
 }

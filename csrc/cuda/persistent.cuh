@@ -261,13 +261,15 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
   // take a later phase for the one that it waits for.
   __device__ __forceinline__ void meet(int64_t s) const {
     if (p.regime == Regime::grid) {
-      grid_barrier(p.counters + team(p), unsigned(s + 1) * unsigned(p.blocks));
+      grid_barrier(p.counters + team(p), unsigned(s + 1) * unsigned(p.blocks),
+                   {p, s, "all blocks of the team (grid)"});
       return;
     }
     copies_done();
     __syncthreads();
     if (p.regime == Regime::cluster)
-      wait_for_bytes(arrivals(p, shared_) + ((s + 1) & 1), unsigned(s >> 1) & 1);
+      wait_for_bytes(arrivals(p, shared_) + ((s + 1) & 1), unsigned(s >> 1) & 1,
+                     {p, s, "states of all peers (cluster)"});
   }
 
   unsigned char* const shared_;

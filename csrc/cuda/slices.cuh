@@ -270,7 +270,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
         // before we have told of it.
         if (pending.group >= 0 && (i == 1 || pending.group == group)) finish(pending, phases);
         if (i == p.slabs) break;
-        wait_for_arrivals(fetched_ + ring.slot, ring.round & 1);
+        wait_for_arrivals(fetched_ + ring.slot, ring.round & 1, {p, s, "fetched states (slices)"});
         if (busy) product.add(states_in(ring), p.e_row, i, p.chunks);
         __syncwarp();
         if (lane == 0) arrive(freed_ + ring.slot);
@@ -315,7 +315,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   __device__ __forceinline__ void finish(Pending& turn, unsigned& phases) const {
     const int group = turn.group, unit = own_unit(), row = group * kGroup + own_row();
-    wait_for_bytes(arrived_ + group, phases >> group & 1);
+    wait_for_bytes(arrived_ + group, phases >> group & 1, {p, turn.s, "sums of peers (slices)"});
     phases ^= 1u << group;
     if (own_row() < turn.count && unit < units) {
       float sum[2] = {};
@@ -357,11 +357,15 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
       const unsigned full = __shfl_sync(~0u, turns, group) * unsigned(p.blocks);
       if (lane == group) ++turns;
       // One look at all counters may do for several turns.
-      while (int(__shfl_sync(~0u, told, group) - full) < 0)
+      const TimeLimit limit(p, s, "all blocks of the team (slices)");
+      while (int(__shfl_sync(~0u, told, group) - full) < 0) {
         if (lane < p.groups) told = read_count(counters_ + lane);
+        limit.check();
+      }
       __syncwarp();
       for (int i = 0; i < p.slabs; ++i) {
-        if (ring.round > 0) wait_for_arrivals(freed_ + ring.slot, ring.round - 1 & 1);
+        if (ring.round > 0)
+          wait_for_arrivals(freed_ + ring.slot, ring.round - 1 & 1, {p, s, "a buffer (slices)"});
         fetch_slab(states_in(ring), i * p.slab * kTile.chunk(), from, count, by_copies);
         if (by_copies)
           arrive_after_copies(fetched_ + ring.slot);
@@ -413,9 +417,10 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
   // To tell is to wait until memory has what was written: each of them has some of the groups.
   __device__ __forceinline__ void tell(int teller) const {
     unsigned phases = 0;
-    each_turn([&](int64_t, int group, int) {
+    each_turn([&](int64_t s, int group, int) {
       if (group % kTellers != teller) return;
-      wait_for_arrivals(finished_ + group, phases >> group & 1);
+      wait_for_arrivals(finished_ + group, phases >> group & 1,
+                        {p, s, "the end of a turn (slices)"});
       phases ^= 1u << group;
       if (threadIdx.x % 32 == 0) count_arrival(counters_ + group);
     });
