@@ -263,11 +263,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cut_of_adjoint", &cut_of_adjoint);
   m.def(
       "use_regime",
-      [](const std::optional<std::string>& name, std::optional<int> tile,
-         std::optional<int> split) {
-        fusedrnn::cuda::wish({regime_named(name), tile, split, std::nullopt, std::nullopt});
+      [](const std::optional<std::string>& name, std::optional<int> tile, std::optional<int> split,
+         std::optional<bool> fuse_input) {
+        fusedrnn::cuda::wish({regime_named(name), tile, split, fuse_input, std::nullopt});
       },
-      py::arg("name"), py::arg("tile") = py::none(), py::arg("split") = py::none());
+      py::arg("name"), py::arg("tile") = py::none(), py::arg("split") = py::none(),
+      py::arg("fuse_input") = py::none());
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -84,9 +84,9 @@ class Engine:
     name: str = ""  # the instruction set, or the device that is pretended
     regime: str | None = None  # None: as the planner chooses; so for
     tile: int | None = None  # its place in kTiles of csrc/cuda/plan.h,
-    split: int | None = None  # and the warps that share the K of their units;
-    fuse_input: bool | None = None  # emulated: whether the input product is part of the step,
-    cut: int | None = None  # and after how many steps the chain is cut
+    split: int | None = None  # the warps that share the K of their units,
+    fuse_input: bool | None = None  # and whether the input product is part of the step;
+    cut: int | None = None  # emulated: after how many steps the chain is cut
 
     def __str__(self) -> str:
         parts = [getattr(self, field.name) for field in fields(self)]
@@ -111,7 +111,7 @@ class Engine:
             finally:
                 library.uninstall()
         else:
-            _C.use_regime(self.regime, self.tile, self.split)
+            _C.use_regime(self.regime, self.tile, self.split, self.fuse_input)
             torch.set_default_device("cuda")
             try:
                 yield

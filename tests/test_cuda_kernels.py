@@ -1,4 +1,4 @@
-"""Every CUDA kernel that ships runs on the emulator, in every regime it is for, and is right.
+"""Every CUDA kernel that ships is right in every regime it is for, on the emulator and on a GPU.
 
 A way through the kernels is a tile, a regime, how many warps share the K of a unit, and whether all
 weights find room in registers. Each test asks for one way, looks whether it was taken, and compares
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ from torch import Tensor
 import fusedrnn
 from fusedrnn import _C, reference
 
-DEVICES = {"tiny": TINY, "h100": {**H100, "clusters": [132, 66, 32, 16, 8]}, "t4": T4}
+GPU = "gpu"  # the one of this machine, in place of a pretend device
+HAS_GPU = torch.cuda.is_available() and _C.has_cuda
+DEVICES = {"tiny": TINY, "h100": {**H100, "clusters": [132, 66, 32, 16, 8]}, "t4": T4, GPU: 0}
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,21 @@ class Way:
     def spilled(self, run: Run) -> bool:
         return -(-run.chunks // run.split) > self.shape.held
 
-    def granted(self, device: str, case: Case, fuse_input: bool | None, adjoint: bool) -> bool:
-        wishes = {"regime": self.regime, "tile": self.tile, "split": self.split}
+    def plan(
+        self,
+        device: str,
+        case: Case,
+        fuse_input: bool | None,
+        adjoint: bool,
+        any_tile: bool = False,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is asked for, and the plan that comes of it."""
+        wishes: dict[str, Any] = {"regime": self.regime}
+        if self.regime != "step" and not any_tile:
+            wishes |= {"tile": self.tile, "split": self.split}
         if fuse_input is not None and not adjoint:
             wishes["fuse_input"] = fuse_input
-        plan = _C.plan_cuda(
+        return wishes, _C.plan_cuda(
             T=case.T,
             B=len(case.lengths or ()) or case.B,
             I=0 if adjoint else case.I,
@@ -78,6 +92,9 @@ class Way:
             device=DEVICES[device],
             **wishes,
         )
+
+    def granted(self, *of: Any) -> bool:
+        wishes, plan = self.plan(*of)
         return {name: plan[name] for name in wishes} == wishes
 
     def device(self, case: Case, fuse_input: bool | None) -> str | None:
@@ -112,13 +129,11 @@ def with_rows_apart(tensor: Tensor, padding: int) -> Tensor:
     return room[..., padding:]
 
 
-def tensors_of(case: Case, x_padding: int) -> list[Tensor]:
+def tensors_of(case: Case) -> list[Tensor]:
     """Arguments, and directions for h and h_n, and for the gradient of each argument."""
     arguments = case.arguments()
     rows = arguments["x"].shape[:-1]
     batch = len(case.lengths) if case.lengths else case.B
-    if x_padding:
-        arguments["x"] = with_rows_apart(arguments["x"], x_padding)
     shapes = [(*rows, case.H), (batch, case.H), *(v.shape for v in arguments.values())]
     generator = torch.Generator().manual_seed(2)
     directions = [torch.randn(s, generator=generator).to(case.dtype) for s in shapes]
@@ -146,22 +161,23 @@ class Trial:
     case: Case
     fuse_input: bool | None = None
     x_padding: int = 0
-    device: str | None = None  # the smallest that can
+    device: str | None = None  # None: the smallest pretend device that can
 
     def __str__(self) -> str:
         """With what the summary of a test run counts (conftest.py) in front."""
+        where = "cuda" if self.device == GPU else "emulated"
         fused = {None: "", True: " fused", False: " separate"}[self.fuse_input]
         padded = f" x_padding={self.x_padding}" if self.x_padding else ""
         device = f" on {self.device}" if self.device else ""
         case = self.case.with_(dtype=torch.float64)
-        return f"emulated:kernels {self.way} {case}{fused}{padded}{device}"
+        return f"{where}:kernels {self.way} {case}{fused}{padded}{device}"
 
     @property
     def tf32(self) -> bool:
         return self.way.regime != "step" and self.way.shape.dtype == "tf32"
 
     def tensors(self) -> list[Tensor]:
-        found = tensors_of(self.case.with_(dtype=self.way.dtype), self.x_padding)
+        found = tensors_of(self.case.with_(dtype=self.way.dtype))
         for tensor in found if self.tf32 else ():
             tensor.copy_(tensor.half())
         return found
@@ -173,15 +189,34 @@ class Trial:
         device = self.device or ("tiny" if step else way.device(self.case, self.fuse_input))
         assert device, f"no device can go this way: {self}"
         tile, split = (None, None) if step else (way.tile, way.split)
-        engine = Engine("emulated", device, way.regime, tile, split, self.fuse_input)
+        kind, watched = (
+            ("cuda", self.planned) if device == GPU else ("emulated", emulated(device).watched)
+        )
+        engine = Engine(kind, device, way.regime, tile, split, self.fuse_input)
+        tensors = self.tensors()
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         try:
             seed = zlib.crc32(str(self).encode())  # each another order of threads
-            with engine.installed(seed), emulated(device).watched() as runs:
-                found = all_passes(fusedrnn.rnn, self.case, self.tensors())
+            with engine.installed(seed), watched() as runs:
+                x, *rest = (t.to(torch.get_default_device()) for t in tensors)
+                if self.x_padding:
+                    x = with_rows_apart(x, self.x_padding)
+                found = all_passes(fusedrnn.rnn, self.case, [x, *rest])
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False
-        return found, runs
+        return [t.cpu() for t in found], runs
+
+    @contextmanager
+    def planned(self) -> Iterator[list[Run]]:
+        """On a GPU nothing records what runs: the planner is asked, of the passes that it knows."""
+        found = []
+        for which in ("activation", "adjoint"):
+            adjoint = which == "adjoint"
+            if not self.way.granted(GPU, self.case, self.fuse_input, adjoint):
+                pytest.skip(f"this GPU cannot go this way: {self}")
+            _, plan = self.way.plan(GPU, self.case, self.fuse_input, adjoint)
+            found.append(Run(which, *(plan[f.name] for f in fields(Run)[1:])))
+        yield found
 
     def check(self) -> list[Run]:
         found, runs = self.run()
@@ -196,7 +231,8 @@ class Trial:
             tensors,
             floor=100 if found[0].dtype == torch.float64 else 4,  # the reference's own rounding
         )
-        assert sorted(r.which for r in runs) == ["activation", "adjoint", "adjoint", "tangent"]
+        if self.device != GPU:
+            assert sorted(r.which for r in runs) == ["activation", "adjoint", "adjoint", "tangent"]
         for r in runs:
             if r.which == "activation":
                 assert self.fuse_input in (None, r.fuse_input)
@@ -239,11 +275,17 @@ def small_cases(way: Way) -> list[Trial]:
     return trials
 
 
+def on_gpu(trials: Sequence[Trial]) -> list[object]:
+    """All of them once more, where there is a GPU."""
+    again = [replace(trial, device=GPU) for trial in trials if HAS_GPU]
+    return [pytest.param(trial, id=str(trial)) for trial in again]
+
+
 def fast_and_slow(trials: list[Trial], fast: Callable[[int], bool]) -> list[object]:
     return [
         pytest.param(t, id=str(t), marks=() if fast(i) else pytest.mark.slow)
         for i, t in enumerate(trials)
-    ]
+    ] + on_gpu(trials)
 
 
 SMALL = [trial for way in (*WAYS, *SLICES) for trial in small_cases(way)]
@@ -252,7 +294,7 @@ SMALL = [trial for way in (*WAYS, *SLICES) for trial in small_cases(way)]
 @pytest.mark.parametrize("trial", fast_and_slow(SMALL, lambda i: i % 4 == 0))
 def test_small(trial):
     for r in trial.check_way():
-        if trial.case.B > 32:  # several groups of rows, one after another
+        if trial.case.B > 32 and trial.device != GPU:  # several groups of rows, one after another
             assert r.rows > trial.way.shape.rows
 
 
@@ -290,19 +332,19 @@ def test_full(trial):
 
 # Slices: all units of a cluster, and the last cluster with fewer; a K of several slabs and of what
 # registers do not hold; rows for several groups, on their own and in teams of several waves.
-@pytest.mark.parametrize(
-    "trial",
-    [
-        pytest.param(Trial(way, case), id=str(Trial(way, case)), marks=marks)
-        for way in SLICES
-        for case, marks in (
-            (Case(T=3, B=3 * way.shape.rows + 1, I=4, H=2 * way.block_units - 3, alpha=True), ()),
-            (Case(T=2, B=5, I=3, H=701, keep=True), pytest.mark.slow),
-            (Case(T=4, B=70, I=3, H=130, h0=False, reverse=True), pytest.mark.slow),
-            (Case(lengths=(5,) * 20 + (3,) * 40 + (1,) * 9, H=129, keep=True), pytest.mark.slow),
-        )
-    ],
-)
+OF_SLICES = [
+    Trial(way, case)
+    for way in SLICES
+    for case in (
+        Case(T=3, B=3 * way.shape.rows + 1, I=4, H=2 * way.block_units - 3, alpha=True),
+        Case(T=2, B=5, I=3, H=701, keep=True),
+        Case(T=4, B=70, I=3, H=130, h0=False, reverse=True),
+        Case(lengths=(5,) * 20 + (3,) * 40 + (1,) * 9, H=129, keep=True),
+    )
+]
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(OF_SLICES, lambda i: i % 4 == 0))
 def test_slices(trial):
     trial.check_way()
 
@@ -318,9 +360,12 @@ SIXTEEN = [
 @pytest.mark.parametrize("trial", fast_and_slow(SIXTEEN, lambda i: SIXTEEN[i].case.H < 200))
 def test_clusters_of_sixteen(trial):
     trial = replace(
-        trial, way=replace(trial.way, spills=trial.case.H > trial.way.held), device="h100"
+        trial,
+        way=replace(trial.way, spills=trial.case.H > trial.way.held),
+        device=trial.device or "h100",
     )
-    assert {r.blocks for r in trial.check_way()} == {16}
+    blocks = {r.blocks for r in trial.check_way()}
+    assert blocks == {16} or trial.device == GPU
 
 
 # ---- weights that registers do not hold ----
@@ -423,7 +468,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("trial", [pytest.param(t, id=str(t)) for t in STEPS])
+@pytest.mark.parametrize("trial", fast_and_slow(STEPS, lambda i: True))
 def test_step(trial):
     assert {r.regime for r in trial.check()} == {"step"}
 
