@@ -5,10 +5,14 @@
 #                 and more (ARGS="--count 20 --files csrc/checks.h")
 #   make lint     checks formatting, lint and types; `make format` mends
 #   make bench    times fusedrnn against its peers (ARGS="--set wide")
-#   make cuda-build      builds and links the CUDA engine, without a GPU (downloads torch with CUDA)
+#   make cuda-build      builds and links the CUDA engine, without a GPU (downloads torch with CUDA,
+#                        the latest or TORCH=2.11.0)
 #   make cuda-resources  writes tests/cuda_resources.txt anew: registers of each CUDA kernel
-#   make gpu-check       on a machine with a GPU: build, tests, sanitizers, benchmark (EMULATED=1:
-#                        tries that script without one)
+#   make gpu-speed       on a machine with a GPU, 200 s: build, smoke tests, benchmark beside cuDNN
+#   make gpu-tune        200 s: latencies, every regime, a sweep of sizes, profiles by ncu
+#   make gpu-truth       240 s: tests, compute-sanitizer, every kernel
+#   make gpu-check       all three, one after another (OUT=folder for what they find; EMULATED=1
+#                        tries them without a GPU)
 #   make clean    removes what was built; `make distclean` also .venv
 # Another interpreter: make PYTHON=python3.12 (after make distclean).
 
@@ -17,7 +21,7 @@ CXX ?= g++
 export CXX
 
 VENV := .venv
-CUDA_VENV := .venv-cuda
+CUDA_VENV := .venv-cuda$(TORCH)
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)  # where torch's build looks for ninja
 
@@ -26,7 +30,7 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
 
 .DEFAULT_GOAL := test
 .PHONY: demo test mutants bench lint format build clean distclean check-tools
-.PHONY: cuda-build cuda-resources gpu-check
+.PHONY: cuda-build cuda-resources gpu-check gpu-speed gpu-tune gpu-truth
 
 demo: build
 	$(BIN)/python -m fusedrnn charlm $(ARGS)
@@ -43,8 +47,12 @@ bench: build
 	$(BIN)/python bench/bench_rnn.py $(ARGS)
 
 # With the torch that is installed, if there is no .venv; nothing is fetched.
-gpu-check: $(if $(EMULATED),build)
-	$(PYTHON) bench/gpu_check.py $(if $(EMULATED),--emulated) $(ARGS)
+gpu-speed gpu-tune gpu-truth: $(if $(EMULATED),build)
+	@$(PYTHON) bench/gpu_check.py $(@:gpu-%=%) $(if $(EMULATED),--emulated) \
+	  $(if $(OUT),--out $(OUT)) $(ARGS)
+
+gpu-check:
+	@$(MAKE) --no-print-directory --keep-going gpu-speed gpu-tune gpu-truth
 
 cuda-resources: $(VENV)/pins
 	$(BIN)/python tests/cuda_resources.py
@@ -56,7 +64,8 @@ cuda-build: $(CUDA_VENV)/torch
 $(CUDA_VENV)/torch:
 	@$(MAKE) --no-print-directory check-tools
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --disable-pip-version-check torch setuptools ninja pybind11
+	$(CUDA_VENV)/bin/python -m pip install --disable-pip-version-check \
+	  torch$(if $(TORCH),==$(TORCH)) setuptools ninja pybind11
 	@touch $@
 
 lint: $(VENV)/pins
@@ -103,4 +112,4 @@ clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 distclean: clean
-	rm -rf $(VENV) $(CUDA_VENV)
+	rm -rf $(VENV) .venv-cuda*

@@ -1,11 +1,19 @@
-"""Builds, links and loads the whole CUDA extension, which needs no GPU: ``make cuda-build``.
+"""Build and load the CUDA extension with the torch of this Python: ``make cuda-build``.
 
-Run by a Python whose torch has CUDA, in a copy of the checkout (build/cuda-build), since what is
-built in place here belongs to another torch.
+    python tests/cuda_build.py [all | gpu | check]
+
+    all    for all architectures, with warnings as errors; needs no GPU
+    gpu    for the GPU of this machine, or for TORCH_CUDA_ARCH_LIST
+    check  the same, where kernels limit the time that they wait (FUSEDRNN_CHECK of setup.py)
+
+Each is built in a copy of the checkout, build/cuda/<which>, because a build in place may belong to
+another torch. A build of the same sources is not repeated.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -14,9 +22,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPY = ROOT / "build" / "cuda-build"
+BUILDS = ROOT / "build" / "cuda"
 
-CHECK = """
+LOAD = """
 import torch, fusedrnn
 from fusedrnn import _C, _ops
 assert _C.has_cuda
@@ -25,31 +33,47 @@ for op in ("activation", "tangent", "adjoint"):
 fusedrnn.RNN(3, 4)(torch.zeros(2, 1, 3))
 print(f"{_C.__file__}: {_ops.build_info()['cuda']}; kernels of all ops are registered for CUDA")
 """
+CAPABILITY = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 
 
-def copy_checkout() -> None:
-    """Times stay as they are, so that a second build finds what has not changed."""
-    built = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+def digest() -> str:
+    """Of everything that is compiled. Not of file times, which may be new in a copied checkout."""
+    found = hashlib.sha256(importlib.metadata.version("torch").encode())
+    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def build(which: str) -> None:
+    copy = BUILDS / which
+    stamp = copy / "built.txt"
+    built = stamp.exists() and stamp.read_text() == digest()
+    stale = () if built else ("csrc", "fusedrnn")
+    for name in stale:
+        shutil.rmtree(copy / name, ignore_errors=True)
+    ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
     for name in ("csrc", "fusedrnn"):
-        shutil.rmtree(COPY / name, ignore_errors=True)
-        shutil.copytree(ROOT / name, COPY / name, ignore=built)
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored, dirs_exist_ok=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / name, COPY / name)
-
-
-def main() -> None:
-    COPY.mkdir(parents=True, exist_ok=True)
-    copy_checkout()
+        shutil.copy2(ROOT / name, copy / name)
+    if built:
+        print(f"{copy}: built before")
+        return
     started = time.monotonic()
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        cwd=COPY,
-        env={**os.environ, "FUSEDRNN_CUDA": "1", "WERROR": "1"},
-        check=True,
-    )
+    environment = {**os.environ, "FUSEDRNN_CUDA": "1"}
+    if which == "all":
+        environment["WERROR"] = "1"
+    elif "TORCH_CUDA_ARCH_LIST" not in environment:
+        said = subprocess.check_output([sys.executable, "-c", CAPABILITY], text=True)
+        environment["TORCH_CUDA_ARCH_LIST"] = said.split()[-1]
+    if which == "check":
+        environment["FUSEDRNN_CHECK"] = "1"
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=copy, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", LOAD], cwd=copy, check=True)
+    stamp.write_text(digest())
     print(f"built in {time.monotonic() - started:.0f} s")
-    subprocess.run([sys.executable, "-c", CHECK], cwd=COPY, check=True)
 
 
 if __name__ == "__main__":
-    main()
+    build(*sys.argv[1:] or ["all"])
