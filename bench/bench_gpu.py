@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Times fusedrnn on a GPU beside cuDNN, CUDA graphs, torch.compile and FlashRNN; measures the
-latencies that its planner counts on. See bench/README.md.
+latencies that its planner counts on. See bench/README.md. gpu_check.py runs some of its groups.
 
 Kernels that are new may hang, or take the device down with them. So the work is done by a child
 process, which says what it is about to do; where it falls silent or dies, it is ended, that is
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ from typing import Any
 
 import torch
 from gpu_cases import TINY_CHECK_STEPS, Case, Run, all_cases, tiny_cases
-from gpu_report import device_facts, nvidia_smi, render, summary
+from gpu_peers import PEERS
+from gpu_report import brief, device_facts, nvidia_smi, render, summary
 from report import environment
 
 # For a checkout that is built but not installed; an installed fusedrnn comes first.
@@ -35,9 +37,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 MARK = "@@"  # before each line that a child means for its parent
 SILENCE = 30.0  # seconds without a word after which a child is taken to hang
+START = 120.0  # before its first word: on a fresh machine `import torch` alone has taken 34 s
 GRACE = 8.0  # seconds after the deadline that the last case may take
 FATAL = 3  # times that a peer may take a child down; then it is left out of everything
-GROUPS = ("probes", "shapes", "regimes", "directions", "compile", "sweep")
+GROUPS = ("probes", *PEERS)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", default="bench/results/gpu", help="a folder (default: %(default)s)")
+    add("--json", type=Path, default=Path("bench/results/gpu.json"), help="(default: %(default)s)")
     add("--budget", type=float, default=300, help="seconds in all (default: %(default)g)")
     add("--groups", default=",".join(GROUPS), help="by comma (default: %(default)s)")
     add(
@@ -86,7 +89,7 @@ def child(options: argparse.Namespace) -> int:
     work = json.loads(options.child)
     cases = cases_of(options)
     device = torch.device(options.device)
-    say("at", task=work["tasks"][0], name="start", phase="libraries", limit=120.0)
+    say("at", task=work["tasks"][0], name="start", phase="libraries", limit=START)
     load_libraries(device)
     say("environment", environment={**environment(1, "several", 0), **device_facts(device)})
     for place, task in enumerate(work["tasks"]):
@@ -191,7 +194,7 @@ def words_of(
         words.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
-    limit = silence
+    limit = START
     while True:
         try:
             word = words.get(timeout=max(0.0, min(limit, deadline + GRACE - time.time())))
@@ -236,6 +239,7 @@ class Foreman:
             [sys.executable, self.script, *self.arguments, "--child", json.dumps(work)],
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         )
         at: dict[str, Any] = {"task": self.tasks[0], "name": "start", "phase": ""}
         try:
@@ -246,6 +250,9 @@ class Foreman:
             how = f"it ended, exit status {process.returncode}"
         except TimeoutError as error:
             how = str(error)
+        process.send_signal(signal.SIGABRT)  # by which Python prints where it is
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3)
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a GPU may linger
             process.wait(5)
@@ -304,11 +311,8 @@ class Foreman:
                     self.without[other]["fusedrnn in a graph"] = note
 
     def save(self) -> None:
-        folder = Path(self.options.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.record.as_json(), indent=1)
-        (folder / "gpu.json").write_text(text + "\n")
-        (folder / "gpu.txt").write_text(render(self.record.as_json()) + "\n")
+        self.options.json.parent.mkdir(parents=True, exist_ok=True)
+        self.options.json.write_text(json.dumps(self.record.as_json(), indent=1) + "\n")
 
 
 def main() -> int:
@@ -324,8 +328,8 @@ def main() -> int:
     foreman = Foreman(options, sys.argv[1:])
     record = foreman.run()
     foreman.save()
-    print(render(record.as_json(), whole=False))
-    return 1 if record.as_json()["summary"]["wrong"] else 0
+    print(f"{render(record.as_json())}\n\n== summary\n{brief(record.as_json())}")
+    return 1 if record.lost or record.as_json()["summary"]["wrong"] else 0
 
 
 if __name__ == "__main__":

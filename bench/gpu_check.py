@@ -1,219 +1,373 @@
 #!/usr/bin/env python3
-"""Everything that only a machine with a GPU can tell, in ten minutes: ``make gpu-check``.
+"""Run what only a GPU can show, in three short parts: ``make gpu-speed``, ``make gpu-tune`` and
+``make gpu-truth``, or all three by ``make gpu-check``.
 
-Builds fusedrnn for this machine's GPU and the torch that is installed, without network, into a
-folder of its own; runs the tests of the CUDA engine, compute-sanitizer's four tools on small cases,
-and bench_gpu.py. Each phase has a time limit, and none stops the next. Results:
+    speed  200 s  build for this GPU, every regime and dtype once, headline shapes beside cuDNN
+    tune   200 s  latencies of the GPU, every regime forced, a sweep of H, ncu for each regime
+    truth  240 s  tests, streams, graphs, compute-sanitizer, every kernel, waits with a time limit
 
-    bench/results/gpu-<device>-<date>/check.json   what each phase came to
-                                      check.txt    what each phase printed
-                                      gpu.txt, gpu.json    by bench_gpu.py
+A part has stages, one after another. A stage has jobs, some at a time: each is a process with a
+time limit, and one that fails, hangs or crashes stops no other. Output goes line by line into
+OUT/<part>.txt, the result of each job into OUT/<part>.jsonl, measurements into
+OUT/<part>-bench.json. The last lines printed are a summary of less than 12,000 characters. The exit
+status is 0 if all jobs succeeded.
 
-The exit status is 0 if every phase succeeded. --emulated runs the same script to its end where
-there is no GPU, on the emulated engine and the smallest cases.
+--emulated runs a part to its end without a GPU, on the emulated engine, with the smallest cases.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
+import csv
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE = ROOT / "build" / "gpu-check" / "site"  # where fusedrnn is installed
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-
-# What a phase gets at most, seconds, as a part of the whole. The benchmark gets all that is left.
-SHARES = {"machine": 0.06, "build": 0.2, "tests": 0.25, "streams": 0.08}
-SHARES.update(dict.fromkeys(TOOLS, 0.08))
-BENCHMARK_LEAST = 60
-STREAMS = ("bptt", "directions", "cuda_graphs")
-
-MACHINE = """
-import json, platform, torch
-facts = {"python": platform.python_version(), "torch": torch.__version__}
-if torch.cuda.is_available():
-    properties = torch.cuda.get_device_properties(0)
-    facts["device"] = properties.name
-    facts["architecture"] = f"{properties.major}.{properties.minor}"
-print(json.dumps(facts))
-"""
+BUILDS = ROOT / "build" / "cuda"  # of tests/cuda_build.py
+SECONDS = {"speed": 200, "tune": 200, "truth": 240}
+EMULATED_FACTOR = 15  # by which an emulated part may take longer
+PRINTED = 11_000  # characters of the summary, at most
+BUDGET = "{seconds}"  # in a command, stands for its time limit, less some time to end in
+SUMMARY = "== summary"  # the lines that a job prints after this one are part of the summary
+REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
+DTYPES = ("float32", "float64", "bfloat16", "float16", "tf32")
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Signals for a job that is out of time, and the seconds to wait after each: the first makes Python
+# print a traceback; the second does so where Python waits for C code (faulthandler).
+ENDINGS = ((signal.SIGINT, 3), (signal.SIGABRT, 3), (signal.SIGKILL, 3))
 
 
 @dataclass
-class Phase:
+class Job:
     name: str
-    command: list[str]
-    limit_seconds: float
+    command: list[object]
+    limit: float  # seconds
+    package: Path = ROOT  # where fusedrnn is imported from
+    environment: dict[str, str] = field(default_factory=dict)
+    summarise: Callable[[list[str]], list[str]] | None = None  # makes a summary of its output
     seconds: float = 0
-    status: int | None = None  # None: it ran out of time, and was ended
-    last_line: str = ""
+    result: str = "no time left"  # ok, FAILED <status> or TOO LONG, once it ran
+    lines: list[str] = field(default_factory=list)  # its output
 
     @property
     def ok(self) -> bool:
-        return self.status == 0
+        return self.result == "ok"
+
+    def under(self, *tool: object) -> Job:
+        self.command = [*tool, *self.command]
+        return self
 
     def __str__(self) -> str:
-        result = "ok" if self.ok else "TOO LONG" if self.status is None else f"FAILED {self.status}"
-        return f"{self.name:<10} {result:<10} {self.seconds:6.1f} s   {self.last_line}"
+        last = next((line for line in reversed(self.lines) if line.strip(" =")), "")
+        return f"{self.name:<24} {self.result:<12} {self.seconds:6.1f} s  {last.strip(' =')[:110]}"
+
+    def summary(self) -> list[str]:
+        """Its own summary; after a failure, also the tests that failed or the last lines."""
+        found = self.lines[self.lines.index(SUMMARY) + 1 :] if SUMMARY in self.lines else []
+        if self.summarise:
+            found = self.summarise(self.lines)
+        if not self.ok and self.lines:
+            listed = [line for line in self.lines if line.startswith(("FAILED ", "ERROR "))]
+            last = [line for line in self.lines if not line.startswith("Extension modules: ")]
+            found += [f"    {line[:160]}" for line in (listed or last)[-6:]]
+        return found
 
 
-class Check:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.end = time.monotonic() + options.seconds
-        self.phases: list[Phase] = []
-        self.machine: dict[str, Any] = {}
-        self.out = Path(options.out or ROOT / "build" / "gpu-check" / "unnamed")
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(SITE),
-            "PIP_NO_INDEX": "1",
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
+@dataclass
+class Stage:
+    name: str
+    at_once: int
+    share: float  # of the part's time, at most
+    jobs: list[Job]
 
-    def left(self) -> float:
-        return self.end - time.monotonic()
 
-    def run(self, name: str, command: Sequence[object], **environment: str) -> str:
-        """One phase; what it printed, which also goes into check.txt."""
-        share = SHARES.get(name)
-        limit = self.left() if share is None else min(self.left(), share * self.options.seconds)
-        phase = Phase(name, [str(word) for word in command], round(max(limit, 5), 1))
-        print(f"{name}: {' '.join(phase.command)}", flush=True)
+class Part:
+    """Runs the stages of a part and keeps their output."""
+
+    def __init__(self, name: str, out: Path, seconds: float, stages: list[Stage]) -> None:
+        self.name, self.out, self.seconds, self.stages = name, out, seconds, stages
+        self.end = time.monotonic() + seconds
+        self.lock = threading.Lock()
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = (out / f"{name}.txt").open("w", buffering=1)  # line by line
+        self.results = (out / f"{name}.jsonl").open("w", buffering=1)
+
+    def say(self, text: str) -> None:
+        with self.lock:
+            print(text, file=self.log)
+            print(text, flush=True)
+
+    def run(self) -> int:
+        for stage in self.stages:
+            end = min(self.end, time.monotonic() + stage.share * self.seconds)
+            with ThreadPoolExecutor(stage.at_once) as pool:
+                list(pool.map(lambda job, end=end: self.run_job(job, end), stage.jobs))
+        print(self.summary(), flush=True)
+        return 0 if all(job.ok for stage in self.stages for job in stage.jobs) else 1
+
+    def run_job(self, job: Job, end: float) -> None:
         started = time.monotonic()
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "check.txt").open("a+") as log:
-            log.write(f"\n==== {name}: {' '.join(phase.command)}\n")
-            log.flush()
-            before = log.tell()
-            phase.status = self.wait(phase, log, {**self.environment, **environment})
-            log.seek(before)
-            printed = log.read()
-        phase.seconds = round(time.monotonic() - started, 1)
-        lines = [line for line in printed.splitlines() if line.strip()]
-        phase.last_line = lines[-1].strip(" =")[:120] if lines else ""
-        self.phases.append(phase)
-        print(phase, flush=True)
-        self.write()
-        return printed
+        limit = min(job.limit, end - started)
+        if limit > 1:
+            self.attend(job, limit)
+        job.seconds = round(time.monotonic() - started, 1)
+        record = {"part": self.name, "job": job.name, "result": job.result, "seconds": job.seconds}
+        with self.lock:
+            print(json.dumps({**record, "summary": job.summary()}), file=self.results)
+        self.say(str(job))
 
-    @staticmethod
-    def wait(phase: Phase, log: IO[str], environment: Mapping[str, str]) -> int | None:
-        folder = SITE.parent  # not ROOT, whose fusedrnn is not the one that was built
-        folder.mkdir(parents=True, exist_ok=True)
+    def attend(self, job: Job, limit: float) -> None:
+        """Run a job, keep its output, and end it if it takes too long."""
+        command = [str(word).replace(BUDGET, f"{max(limit - 15, 1):.0f}") for word in job.command]
+        self.say(f"{job.name}: {' '.join(command)}")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(job.package), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONUNBUFFERED": "1",
+            **job.environment,
+        }
+        BUILDS.mkdir(parents=True, exist_ok=True)  # jobs run there: ROOT has another fusedrnn
+        # A process group of its own, to end children too, but the same session: another one would
+        # survive this script if that is killed, and keep the GPU.
+        group: dict[str, Any] = {"process_group": 0}
+        if sys.version_info < (3, 11):
+            group = {"preexec_fn": os.setpgrp}
         try:
             process = subprocess.Popen(
-                phase.command, cwd=folder, env=dict(environment), stdout=log,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                command, env=environment, cwd=BUILDS, text=True, errors="replace",
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **group,
             )  # fmt: skip
         except OSError as error:
-            log.write(f"{error}\n")
-            return 127
-        try:
-            return process.wait(phase.limit_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # it and its children, which hold the GPU
-            process.wait()
-            return None
-
-    def write(self) -> None:
-        facts = {
-            "machine": self.machine,
-            "emulated": self.options.emulated,
-            "seconds": self.options.seconds,
-            "phases": [{**asdict(phase), "ok": phase.ok} for phase in self.phases],
-        }
-        (self.out / "check.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-    def name_folder(self) -> None:
-        """Results go where the machine's name says, once it is known."""
-        if self.options.out:
+            job.result, job.lines = "FAILED 127", [str(error)]
             return
-        device = "emulated" if self.options.emulated else self.machine.get("device", "unknown")
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        date = datetime.datetime.now().strftime("%Y%m%d-%H%M")
-        named = ROOT / "bench" / "results" / f"gpu-{slug}-{date}"
-        named.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(named, ignore_errors=True)
-        shutil.move(self.out, named)
-        self.out = named
+        listener = threading.Thread(target=self.listen, args=(process, job), daemon=True)
+        listener.start()
+        try:
+            status = process.wait(limit)
+            job.result = f"FAILED {status}" if status else "ok"
+        except subprocess.TimeoutExpired:
+            job.result = "TOO LONG"
+            for ending, patience in ENDINGS:
+                os.killpg(process.pid, ending)
+                try:
+                    process.wait(patience)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # children that outlived it
+        listener.join(2)
 
-    def __call__(self) -> int:
-        emulated = self.options.emulated
-        if not self.options.out:
-            shutil.rmtree(self.out, ignore_errors=True)
-        printed = self.run("machine", [sys.executable, "-c", MACHINE])
-        if self.phases[-1].ok:
-            self.machine = json.loads(printed.splitlines()[-1])
-        self.name_folder()
-        if not emulated and "device" not in self.machine:
-            print("no GPU that torch can use; --emulated tries the script without", file=sys.stderr)
-            return 1
+    def listen(self, process: subprocess.Popen[str], job: Job) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            job.lines.append(line.rstrip("\n"))
+            with self.lock:
+                print(f"{job.name}| {job.lines[-1]}", file=self.log)
 
-        shutil.rmtree(SITE, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-        # CUDA or an error, and for this GPU alone
-        cuda = {"FUSEDRNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": self.machine.get("architecture", "")}
-        self.run("build", [*pip, "--quiet", "--target", SITE, ROOT], **({} if emulated else cuda))
-
-        which = "emulated:tiny:grid and default" if emulated else "cuda:gpu"
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        pytest += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-        files = [ROOT / "tests" / f"test_{name}.py" for name in self.options.tests.split(",")]
-        self.run("tests", [*pytest, "-m", "not slow", "-k", which, *files])
-        # what only a device has: several streams, graphs that are captured
-        files = [ROOT / "tests" / f"test_{name}.py" for name in STREAMS]
-        self.run("streams", [*pytest, "-m", "not slow", *files])
-
-        cases = [sys.executable, ROOT / "tests" / "sanitizer_cases.py"]
-        for tool in TOOLS:
-            sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            # every tensor an allocation of its own, so that its ends are known
-            self.run(
-                tool,
-                [*cases, "emulated"] if emulated else [*sanitizer, *cases],
-                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    def summary(self) -> str:
+        """A line for each stage and job (only for failed ones of many), then the jobs' own."""
+        lines = [f"== {self.name}: {self.out}"]
+        for stage in self.stages:
+            bad = [job for job in stage.jobs if not job.ok]
+            took = max((job.seconds for job in stage.jobs), default=0)
+            lines.append(
+                f"{stage.name:<12} {len(stage.jobs) - len(bad)} of {len(stage.jobs)} ok, "
+                f"the longest {took:.1f} s"
             )
+            lines += map(str, bad if len(stage.jobs) > 20 else stage.jobs)
+        more = [line for stage in self.stages for job in stage.jobs for line in job.summary()]
+        text = "\n".join([*lines, *more])
+        if len(text) > PRINTED:
+            text = f"{text[:PRINTED]}\n... the rest is in {self.name}.jsonl"
+        return text
 
-        budget = BENCHMARK_LEAST if emulated else max(BENCHMARK_LEAST, self.left() - 15)
-        tiny = ["--device", "cpu", "--tiny", "--emulated"] if emulated else []
-        bench = [sys.executable, ROOT / "bench" / "bench_gpu.py", "--out", self.out]
-        self.run("benchmark", [*bench, "--budget", int(budget), *tiny])
 
-        print(f"\n{self.out}")
-        for phase in self.phases:
-            print(phase)
-        return 0 if all(phase.ok for phase in self.phases) else 1
+# The tests of test_cuda_kernels.py in four processes.
+KERNELS = {
+    "block": "test_small and block",
+    "cluster": "test_small and cluster",
+    "grid": "test_small and (grid or slices)",
+    "others": "not test_small",
+}
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
+NCU = (
+    "ncu", "--clock-control", "none", "--kernel-name", "regex:persistent|sliced|fused_step",
+    "--launch-skip", "1", "--launch-count", "1", "--csv", "--page", "raw",
+    *(word for name in ("SpeedOfLight", "LaunchStats", "InstructionStats", "SchedulerStats",
+                               "WarpStateStats")
+      for word in ("--section", name)),
+)  # fmt: skip
+
+
+def ncu_summary(lines: list[str]) -> list[str]:
+    """One line: instructions a step and warp, issue slots used, the longest stalls."""
+    at = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    run = next((line for line in lines if line.startswith("profiled ")), "")
+    if at is None or len(lines) < at + 3:
+        return [f"{run}: no profile"] if run else []
+    header, _, values = csv.reader(lines[at : at + 3])  # between them, the units
+    found: dict[str, float] = {}
+    for name, value in zip(header, values):
+        try:
+            found[name] = float(value.replace(",", ""))
+        except ValueError:  # a name, or nothing
+            continue
+    steps = float(run.split("T=")[1].split()[0]) if "T=" in run else 1
+    if "step" in run.split():  # a launch is a step
+        steps = 1
+    warps = found.get("launch__grid_size", 0) * found.get("launch__block_size", 0) / 32
+    executed = found.get("smsp__inst_executed.sum", found.get("sm__inst_executed.sum", 0))
+    stalls = {
+        name.partition("issue_stalled_")[2].partition("_per_")[0]: value
+        for name, value in found.items()
+        if "issue_stalled_" in name and name.endswith(".ratio")
+    }
+    worst = sorted(stalls.items(), key=lambda item: -item[1])[:5]
+    words = [f"{executed / warps / steps:.0f} instructions a step and warp"] if warps else []
+    words += [
+        f"{name.partition('__')[2].partition('.')[0]} {found[name]:.4g}"
+        for name in found
+        if name.startswith(("smsp__issue_active.", "launch__registers", "gpu__time_duration."))
+    ]
+    words.append("stalls " + ", ".join(f"{name} {value:.2f}" for name, value in worst))
+    return [f"{run}: {'; '.join(words)}"]
+
+
+# ---- the parts
+
+
+class Jobs:
+    """The jobs of all parts. On the emulator they are the same, without the tools for GPUs."""
+
+    def __init__(self, out: Path, emulated: bool, seconds: float) -> None:
+        self.out, self.emulated, self.seconds = out, emulated, seconds
+        self.word = ["--emulated"] if emulated else []
+        self.at_once = 2 if emulated else 8
+
+    def job(self, name: str, command: list[object], share: float, which: str = "gpu") -> Job:
+        """Limited to a share of the part's time; with the fusedrnn of cuda_build.py."""
+        package = ROOT if self.emulated else BUILDS / which
+        return Job(name, [sys.executable, *command], share * self.seconds, package)
+
+    def build(self, which: str) -> Job:
+        command: list[object] = [ROOT / "tests" / "cuda_build.py", which]
+        if self.emulated:  # built by `make`; the first job builds the emulated engine
+            command = ["-c", "import fusedrnn; print(fusedrnn.__file__)"]
+        return self.job(f"build {which}", command, 0.7)
+
+    def smokes(self, which: str) -> list[Job]:
+        script = ROOT / "tests" / "smoke.py"
+        return [
+            self.job(f"{regime} {dtype}", [script, *self.word, regime, dtype], 0.1, which)
+            for regime in REGIMES
+            for dtype in DTYPES
+            if (regime, dtype) != ("slices", "float64")
+        ]
+
+    def tests(self, file: str, name: str, wanted: str = "", emulated: str = "") -> Job:
+        """The tests of a file that pytest's -k selects, in one process."""
+        command: list[object] = ["-m", "pytest", "-v", "-p", "no:cacheprovider"]
+        command += ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "not slow"]
+        if wanted := emulated if self.emulated else wanted:
+            command += ["-k", wanted]
+        return self.job(name, [*command, ROOT / "tests" / f"test_{file}.py"], 0.45)
+
+    def sanitizer(self, tool: str) -> Job:
+        """All small problems under a tool of compute-sanitizer, limited to our kernels.
+
+        initcheck is not limited: it must also see what torch's kernels write.
+        """
+        job = self.job(tool, [ROOT / "tests" / "smoke.py", *self.word], 0.4)
+        # Each tensor is an allocation of its own, so that its ends are known.
+        job.environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        ours = () if tool == "initcheck" else ("--kernel-name", "kns=fusedrnn")
+        return job if self.emulated else job.under(*SANITIZER, "--tool", tool, *ours)
+
+    def bench(self, part: str, groups: str) -> Job:
+        tiny = ["--device", "cpu", "--tiny", "--emulated"] if self.emulated else []
+        words = ["--groups", groups, "--budget", BUDGET, *tiny]
+        script, json_file = ROOT / "bench" / "bench_gpu.py", self.out / f"{part}-bench.json"
+        return self.job(f"measure {groups}", [script, "--json", json_file, *words], 1)
+
+    def profile(self, regime: str) -> Job:
+        script = ROOT / "bench" / "gpu_regimes.py"
+        job = self.job(f"ncu {regime}", [script, *self.word, regime], 0.12)
+        job.summarise = ncu_summary
+        return job if self.emulated else job.under(*NCU)
+
+    def speed(self) -> list[Stage]:
+        return [
+            Stage("build", 1, 0.7, [self.build("gpu")]),
+            Stage("smoke", self.at_once, 0.3, self.smokes("gpu")),
+            Stage("headline", 1, 1, [self.bench("speed", "shapes")]),
+        ]
+
+    def tune(self) -> list[Stage]:
+        return [
+            Stage("build", 1, 0.7, [self.build("gpu")]),
+            Stage("measure", 1, 0.65, [self.bench("tune", "probes,regimes,sweep")]),
+            Stage("ncu", 1, 1, [self.profile(regime) for regime in REGIMES]),
+        ]
+
+    def truth(self) -> list[Stage]:
+        """Tests run the release build, as what ships is to be tested. The check build, in which
+        waits have a time limit, compiles meanwhile; smoke tests run it at the end."""
+        check = self.build("check")
+        check.environment = {"MAX_JOBS": "6"}  # the tests run beside it
+        small, steps = "emulated:tiny:grid and default", "test_step and elu"
+        jobs = [
+            check,
+            self.tests("recurrence", "recurrence", "cuda:gpu", small),
+            self.tests("numerics", "numerics", "cuda:gpu", "emulated:tiny:grid and ends"),
+            self.tests(
+                "gradients", "gradients", "cuda:gpu", "emulated:tiny:block and match and keep"
+            ),
+            self.tests("bptt", "bptt"),
+            self.tests("directions", "directions"),
+            self.tests("cuda_graphs", "graphs"),
+            *map(self.sanitizer, SANITIZERS),
+            self.tests("cuda_large", "large", "cuda:gpu", "emulated and bits and block"),
+            *(
+                self.tests("cuda_kernels", f"kernels {name}", f"cuda:kernels and {which}", steps)
+                for name, which in KERNELS.items()
+            ),
+        ]
+        return [
+            Stage("build", 1, 0.7, [self.build("gpu")]),
+            Stage("tests", self.at_once, 0.8, jobs),
+            Stage("time limits", self.at_once, 1, self.smokes("check")),
+        ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--emulated", action="store_true", help="try the script without a GPU")
-    parser.add_argument("--seconds", type=float, help="in all (default: 570; emulated, 3000)")
-    parser.add_argument("--out", help="a folder for the results")
-    parser.add_argument(
-        "--tests",
-        default="recurrence,numerics,gradients",
-        help="files of tests, by comma (default: %(default)s)",
-    )
+    parser.add_argument("part", choices=SECONDS)
+    parser.add_argument("--emulated", action="store_true", help="try a part without a GPU")
+    parser.add_argument("--seconds", type=float, help="in all, if not as above")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="a folder")
     options = parser.parse_args()
-    options.seconds = options.seconds or (3000 if options.emulated else 570)
-    return Check(options)()
+    seconds = options.seconds or SECONDS[options.part] * (
+        EMULATED_FACTOR if options.emulated else 1
+    )
+    out = options.out.resolve()
+    jobs = Jobs(out, options.emulated, seconds)
+    stages = {"speed": jobs.speed, "tune": jobs.tune, "truth": jobs.truth}[options.part]()
+    return Part(options.part, out, seconds, stages).run()
 
 
 if __name__ == "__main__":

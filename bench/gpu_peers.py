@@ -175,7 +175,13 @@ class FlashRNN(UnbindLoop):
         return states[0, :, :, 0].transpose(0, 1)
 
 
-EVERYWHERE: list[type[Peer]] = [
-    TorchRNN, FusedRNN, GraphedRNN, GraphedFusedRNN, GraphedLoop, TF32RNN, FlashRNN,
-]  # fmt: skip
-COMPILED: list[type[Peer]] = [TorchRNN, FusedRNN, GraphedFusedRNN, GraphedLoop, CompiledShortLoop]
+# By group of cases (gpu_cases.py). Few where time is short.
+CUDNN: list[type[Peer]] = [TorchRNN, FusedRNN, GraphedRNN, GraphedFusedRNN, TF32RNN]
+PEERS: dict[str, list[type[Peer]]] = {
+    "shapes": CUDNN,
+    "regimes": [],  # gpu_regimes.py
+    "sweep": [TorchRNN, FusedRNN],
+    "directions": CUDNN,
+    "others": [*CUDNN, GraphedLoop, FlashRNN],
+    "compile": [TorchRNN, FusedRNN, GraphedFusedRNN, GraphedLoop, CompiledShortLoop],
+}

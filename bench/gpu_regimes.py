@@ -1,10 +1,15 @@
 """Each regime of the CUDA engine forced in turn: what the planner chose between, and how well its
-model knows them. See csrc/cuda/plan.h."""
+model predicts it. See csrc/cuda/plan.h.
+
+    python bench/gpu_regimes.py [--emulated] REGIME    one layer, to be profiled (gpu_check.py)
+"""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +17,16 @@ from gpu_peers import ALONE, tf32
 from measure import distances, is_fatal, take_turns, timer_for
 from peers import FORWARD, Problem, Shape
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
+
+# Of the headline shapes, one for each regime.
+PROFILED = {
+    "step": Shape(64, 64, 1024, 1024),
+    "block": Shape(64, 1, 64, 64),
+    "cluster": Shape(64, 64, 1024, 1024),
+    "grid": Shape(64, 64, 1024, 1024),
+    "slices": Shape(64, 128, 2048, 2048),
+}
 REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
 
 
@@ -86,3 +101,30 @@ def time_regimes(
                 finally:
                     _C.use_regime(None)
     return found
+
+
+def profiled(regime: str, emulated: bool) -> None:
+    """Run the forward pass of a layer twice, in bfloat16: the second time nothing is set up."""
+    from fusedrnn import _C, _ops
+
+    shape = Shape(3, 2, 3, 8) if emulated else PROFILED[regime]
+    problem = Problem.random(
+        shape, torch.bfloat16, cell=False, grad_input=False, threads=1,
+        device=torch.device("cpu" if emulated else "cuda"),
+    ).to(torch.bfloat16)  # fmt: skip
+    w_ih, w_hh, b_ih, b_hh = problem.weights
+    if not emulated:
+        _C.use_regime(regime)
+    with torch.no_grad():
+        for _ in range(2):
+            h, *_ = _ops.activation(
+                problem.x, w_ih, b_ih, b_hh, None, w_hh, None, None, None, "tanh", False
+            )
+    finite = bool(h.isfinite().all())
+    print("profiled", regime, " ".join(f"{name}={size}" for name, size in shape._asdict().items()))
+    if not finite:
+        raise SystemExit("the result is not finite")
+
+
+if __name__ == "__main__":
+    profiled(sys.argv[-1], "--emulated" in sys.argv)
