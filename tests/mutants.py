@@ -2,7 +2,7 @@
 
     python tests/mutants.py --count 200             # after `make build`; two at once
     python tests/mutants.py --files csrc/checks.h --count 50 --seed 1
-    python tests/mutants.py --list --files fusedrnn/vmap.py
+    python tests/mutants.py --only tests/fixed_mutants.txt  # as .ci/run does
 
 Each mutant is compiled and tested in a copy of the checkout. The sample depends on the seed and on
 the text of the lines, so that an edit replaces only the mutants of the edited lines. Mutants that
@@ -48,16 +48,17 @@ TESTS = {
     "csrc/cuda/plan.*": "plan_cuda explain",
     "csrc/cuda/*.cu*": "recurrence gradients",  # on the emulator, which takes minutes to build
     "csrc/bptt.cpp": "gradients ops vmap func derivatives",
-    "csrc/*": "ops recurrence gradients modules",
+    "csrc/*": "arguments ops recurrence gradients modules",
     "fusedrnn/_ops.py": "ops gradients compile export",
     "fusedrnn/autograd.py": "gradients derivatives func autograd_features ops compile",
     "fusedrnn/bptt.py": "bptt gradients",
     "fusedrnn/__main__.py": "cli",
     "fusedrnn/charlm.py": "charlm cli",
+    "fusedrnn/checks.py": "arguments ops modules",
     "fusedrnn/directions.py": "directions modules",
     "fusedrnn/expanded_weights.py": "expanded_weights",
     "fusedrnn/explain.py": "explain",
-    "fusedrnn/functional.py": "recurrence ops modules autocast compile export",
+    "fusedrnn/functional.py": "recurrence ops explain modules autocast export compile",
     "fusedrnn/modules.py": "modules replace autocast export compile",
     "fusedrnn/onnx.py": "onnx",
     "fusedrnn/reference.py": "recurrence gradients",
@@ -90,7 +91,7 @@ class Mutant:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def reason(self, known: dict[tuple[str, str, str], str]) -> str | None:
-        """Why no test can be expected to kill it, according to ``equivalents``."""
+        """Why no test can be expected to kill it."""
         exact = known.get((self.file, self.original, self.mutated))
         return exact or known.get((self.file, self.original, "*"))
 
@@ -221,21 +222,21 @@ def shuffled(files: Iterable[str], seed: int) -> list[Mutant]:
     return sorted(every, key=lambda mutant: (mutant.rank(seed), mutant.line))
 
 
-def equivalents() -> dict[tuple[str, str, str], str]:
-    """By file, line and mutated line: why no test can be expected to fail.
-
-    Records of four lines, an empty one between them: file, ``- line``, ``+ mutated line`` (or
-    ``+ *``, any), and the reason.
-    """
-    found = {}
-    for record in EQUIVALENT.read_text().strip().split("\n\n"):
-        lines = record.split("\n")
+def records(path: Path) -> Iterator[tuple[tuple[str, str, str], str]]:
+    """What a file lists: file, ``- line`` and ``+ mutated line``, then a reason; an empty line."""
+    for record in path.read_text().strip().split("\n\n"):
         if not record.startswith("#"):
-            file, original, mutated, *reason = lines
+            file, original, mutated, *reason = record.split("\n")
             assert (original[:2], mutated[:2]) == ("- ", "+ "), record
-            assert reason, record
-            found[file, original[2:], mutated[2:]] = " ".join(reason)
-    return found
+            yield (file, original[2:], mutated[2:]), " ".join(reason)
+
+
+def listed(path: Path) -> Iterator[Mutant]:
+    for (file, original, mutated), _ in records(path):
+        lines = [line.strip() for line in (ROOT / file).read_text().split("\n")]
+        if original not in lines:
+            raise SystemExit(f"{path.name}: {file} no longer has the line: {original}")
+        yield Mutant(file, lines.index(original) + 1, original, mutated)
 
 
 # ---- a copy of the checkout, in which mutants are compiled and tested ----
@@ -420,20 +421,26 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200, help="of mutants that compile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="+", default=FILES, help="patterns of paths")
+    parser.add_argument("--only", type=Path, metavar="FILE", help="the mutants that it lists")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for the tests of one")
+    parser.add_argument("--workers", type=int, default=2, help="mutants at once")
     parser.add_argument("--list", action="store_true", help="print the sample, and test nothing")
     options = parser.parse_args()
 
-    left = shuffled(files_named(options.files), options.seed)
+    if options.only:
+        left = list(listed(options.only))
+    else:
+        left = shuffled(files_named(options.files), options.seed)
     if options.list:
-        print(*left[: options.count], f"of {len(left)}", sep="\n")
+        for mutant in left[: options.count]:
+            print(f"{mutant.file}\n- {mutant.original}\n+ {mutant.mutated}\n")
         return 0
-    known = equivalents()
+    known = dict(records(EQUIVALENT))
     began = time.monotonic()
     survivors: list[Mutant] = []
     killers: set[str] = set()
     counts: Counter[str] = Counter()
-    with workers(2, options.timeout) as pool:
+    with workers(options.workers, options.timeout) as pool:
         while left and counts.total() < options.count:
             missing = options.count - counts.total()
             batch, left = left[:missing], left[missing:]

@@ -104,6 +104,13 @@ def test_cells(module: type[nn.RNNCell]) -> None:
     assert "T 1, B 100, I 128, H 1024" in fusedrnn.explain(large, torch.zeros(100, 128))
 
 
+def test_larger_cells_are_torch_s_own_with_gradients_than_without() -> None:
+    cell, x = fusedrnn.RNNCell(256, 256), torch.zeros(4, 256)
+    assert "torch's own cell" in fusedrnn.explain(cell, x)
+    with torch.no_grad():
+        assert "torch's own cell" not in fusedrnn.explain(cell, x)
+
+
 def test_why_a_loop_runs_instead() -> None:
     rnn = fusedrnn.RNN(3, 4, dtype=torch.complex64)
     text = fusedrnn.explain(rnn, torch.zeros(2, 1, 3, dtype=torch.complex64))
