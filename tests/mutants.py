@@ -42,7 +42,7 @@ EQUIVALENT = ROOT / "tests" / "equivalent_mutants.txt"
 # The tests for a file, the likeliest to fail first. The first pattern that matches counts.
 TESTS = {
     "csrc/cpu/plan.h": "plan recurrence threads gradients",
-    "csrc/cpu/engine.cpp": "recurrence gradients threads numerics",
+    "csrc/cpu/engine.cpp": "recurrence gradients threads explain numerics",
     "csrc/cpu/*": "recurrence numerics gradients threads",
     "csrc/epilogues.h": "recurrence gradients numerics derivatives",
     "csrc/cuda/plan.*": "plan_cuda explain",
