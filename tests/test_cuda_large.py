@@ -48,9 +48,7 @@ def check(engine: Engine, case: Case, dtype: torch.dtype) -> None:
     with engine.installed():
         tensors = list(case.arguments().values())
         found = results(fusedrnn.rnn, case)(*tensors)
-        # float32: hundreds of terms are added up in another order than torch's
-        slack = 4.0 if dtype == torch.float32 else 2.0
-        assert_as_accurate_as_torch(found, results(reference.rnn, case), tensors, slack)
+        assert_as_accurate_as_torch(found, results(reference.rnn, case), tensors)
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
