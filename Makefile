@@ -8,6 +8,7 @@
 #   make cuda-build      builds and links the CUDA engine, without a GPU (downloads torch with CUDA,
 #                        the latest or TORCH=2.11.0)
 #   make cuda-resources  writes tests/cuda_resources.txt anew: registers of each CUDA kernel
+#   make cuda-step-cost  writes tests/cuda_step_cost.txt anew: instructions of a step, by part
 #   make gpu-speed       on a machine with a GPU, 200 s: build, smoke tests, benchmark beside cuDNN
 #   make gpu-tune        200 s: latencies, every regime, a sweep of sizes, profiles by ncu
 #   make gpu-truth       240 s: tests, compute-sanitizer, every kernel
@@ -30,7 +31,7 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
 
 .DEFAULT_GOAL := test
 .PHONY: demo test mutants bench lint format build clean distclean check-tools
-.PHONY: cuda-build cuda-resources gpu-check gpu-speed gpu-tune gpu-truth
+.PHONY: cuda-build cuda-resources cuda-step-cost gpu-check gpu-speed gpu-tune gpu-truth
 
 demo: build
 	$(BIN)/python -m fusedrnn charlm $(ARGS)
@@ -56,6 +57,9 @@ gpu-check:
 
 cuda-resources: $(VENV)/pins
 	$(BIN)/python tests/cuda_resources.py
+
+cuda-step-cost: $(VENV)/pins
+	$(BIN)/python tests/cuda_step_cost.py
 
 cuda-build: $(CUDA_VENV)/torch
 	$(CUDA_VENV)/bin/python tests/cuda_build.py

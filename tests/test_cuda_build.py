@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import cuda_resources
+import cuda_step_cost
 import pytest
 from cuda_resources import ARCHITECTURES, ROOT, SOURCES, toolkit
 from torch.utils import cpp_extension
@@ -19,11 +19,6 @@ needs_nvcc = pytest.mark.skipif(
     toolkit() is None and os.environ.get("FUSEDRNN_NVCC") != "required", reason="needs nvcc"
 )
 TENSOR_CORES = ("kernels_bf16.cu", "kernels_f16.cu", "kernels_tf32.cu")
-
-
-def nvdisasm() -> str | None:
-    beside = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
-    return shutil.which("nvdisasm", path=f"{beside}:{toolkit()}/bin:{os.environ['PATH']}")
 
 
 @needs_nvcc
@@ -57,7 +52,7 @@ def test_no_kernel_spills(source: str, architecture: str) -> None:
 def test_tensor_cores_multiply(source: str, architecture: str) -> None:
     if architecture == "75" and source != "kernels_f16.cu":
         pytest.skip("tensor cores of 7.5 know float16 alone")
-    disassembler = nvdisasm()
+    disassembler = cuda_step_cost.nvdisasm()
     if disassembler is None:
         pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
     cubin, _ = cuda_resources.compiled(ROOT / "csrc" / "cuda" / source, architecture)
@@ -69,6 +64,22 @@ def test_tensor_cores_multiply(source: str, architecture: str) -> None:
     multiply = {names[k]: body for k, body in kernels.items() if names[k].startswith(kept)}
     assert len(multiply) == (2 + len(kept) - 1) * 3  # tiles, times passes
     assert [name for name, body in multiply.items() if "HMMA" not in body] == []
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", cuda_step_cost.DTYPES)
+@pytest.mark.parametrize("shape", cuda_step_cost.SHAPES, ids=str)
+def test_a_step_costs_what_the_table_says(shape: tuple[int, int, int], dtype: str) -> None:
+    if cuda_step_cost.nvdisasm() is None:
+        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    header, *expected = cuda_step_cost.TABLE.read_text().split("\n\n")
+    if header != cuda_step_cost.header().strip():
+        pytest.skip(f"this is nvcc {cuda_resources.release()}; the table says {header!r}")
+    found = cuda_step_cost.described(cuda_step_cost.cost(dtype, *shape)).strip()
+    assert found in [block.strip() for block in expected], (
+        "a step costs something else than tests/cuda_step_cost.txt says: `make cuda-step-cost`"
+    )
 
 
 @needs_nvcc
