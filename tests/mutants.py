@@ -67,10 +67,11 @@ TESTS = {
     "fusedrnn/*": "cli modules",
 }
 # Sources to compile with a mutated header, of those that include it: others take long and use none
-# of its arithmetic, nor of its checks.
+# of its arithmetic, nor of its checks. All that use an inline function must be among them: the
+# linker keeps one copy, of whichever object comes first.
 SOURCES = {
-    "csrc/epilogues.h": "csrc/cpu/kernels_*.cpp",
-    "csrc/checks.h": "csrc/cpu/recurrence_cpu.cpp",
+    "csrc/epilogues.h": ("csrc/cpu/kernels_*.cpp",),
+    "csrc/checks.h": ("csrc/bptt.cpp", "csrc/cpu/recurrence_cpu.cpp"),
 }
 # What needs neither a GPU nor its emulator.
 FILES = ("csrc/*.h", "csrc/bptt.cpp", "csrc/cpu/*", "csrc/cuda/plan.*", "fusedrnn/*.py")
@@ -272,7 +273,8 @@ class Copy:
         """The objects that depend on a file, by those they replace; None after an error."""
         objects = {}
         for source, command in self.commands.items():
-            chosen = fnmatch.fnmatch(str(source.relative_to(ROOT)), SOURCES.get(file, "*"))
+            name = str(source.relative_to(ROOT))
+            chosen = any(fnmatch.fnmatch(name, pattern) for pattern in SOURCES.get(file, "*"))
             if not chosen or ROOT / file not in includes(source):
                 continue
             built = self.root / f"{source.stem}.o"
