@@ -372,7 +372,7 @@ class RNNCell(nn.RNNCell):
 
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
-_TORCHS: dict[type[nn.Module], type[nn.Module]] = {RNN: nn.RNN, RNNCell: nn.RNNCell}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 # torch.load then reads whole models by default, with weights_only=True. That calls __new__,
 # __init__ and __setstate__ of these classes with whatever the file holds; none runs code from it.
