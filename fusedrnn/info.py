@@ -37,8 +37,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
         built = build_info()
     except ImportError as error:
         return [*lines, ("CPU engine", f"not loaded: {error}")], False
-    compiled = built["isa_compiled"]
-    kernels = ", ".join([compiled] if isinstance(compiled, str) else compiled)
+    kernels = ", ".join(built["isa_compiled"])
     return [
         *lines,
         ("built with", f"torch {built['torch_built']}, compiler {built['compiler']}"),

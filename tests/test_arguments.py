@@ -163,6 +163,14 @@ def test_values_of_alpha_on_meta_are_not_read():
     assert h.shape == (5, 3, 7)
 
 
+@pytest.mark.filterwarnings("ignore:fusedrnn. no kernel for torch.float8_e5m2")
+def test_a_narrower_float_is_a_float():
+    arguments = {k: v.to(torch.float8_e5m2) for k, v in Case().arguments().items()}
+    arguments["w_hh"] = arguments["w_hh"][0]
+    with pytest.raises(RuntimeError, match=r"w_hh must be \[H, H\], got \[7\]"):
+        fusedrnn.rnn(**arguments)
+
+
 def test_modules_name_a_tensor_that_is_not_dense():
     rnn = fusedrnn.RNN(4, 7)
     with pytest.raises(TypeError, match="fusedrnn: x must be a dense tensor, got torch.sparse_coo"):

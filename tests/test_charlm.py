@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -150,13 +151,14 @@ def test_streams_read_the_text_side_by_side():
 
 
 def test_all_forms_train_alike(capsys):
+    began = time.perf_counter()
     for runs in charlm.demonstrate(TINY):
         expected = runs[0].losses
         assert len(expected) == TINY.epochs
         assert expected[-1] < expected[0]
         for run in runs:
             assert run.losses == pytest.approx(expected, abs=1e-10)
-            assert run.seconds > 0
+            assert 0 < run.seconds < time.perf_counter() - began
     report = capsys.readouterr().out
     for word in ["Part 1", "Part 2", "nn.RNN", "times as fast", "continues"]:
         assert word in report
@@ -298,3 +300,7 @@ def test_short_text_is_told(tmp_path: Path):
         charlm.demonstrate(replace(TINY, text=str(file)))
     file.write_text("just enough to train upon it..")
     charlm.demonstrate(replace(TINY, text=str(file)))
+    wide = replace(TINY, text=str(file), context=15)  # two windows
+    charlm.demonstrate(wide)
+    with pytest.raises(CharlmError, match="need 32"):
+        charlm.demonstrate(replace(wide, context=16))

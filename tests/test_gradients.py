@@ -198,6 +198,31 @@ def test_nothing_is_computed_for_what_needs_no_gradient(wanted, products):
     assert sum(calls.names.count(name) for name in ("mm", "addmm", "bmm")) == products
 
 
+class ZerosGiven(TorchDispatchMode):
+    """Names the ops of this library that are given a tensor of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if func.namespace == "fusedrnn" and not all(t.any() for t in tensors):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_no_zeros_stand_for_a_gradient_that_nobody_gives(order):
+    tensors = list(SMALL.arguments(requires_grad=True).values())
+    with ZerosGiven() as zeros:
+        value = function_of(SMALL)(*tensors)[1].sum()
+        for _ in range(order):
+            (gradient,) = torch.autograd.grad(value, tensors[:1], create_graph=True)
+            value = gradient.square().sum()
+    assert not zeros.names
+
+
 def test_one_call_of_the_engine_however_long_the_sequence():
     def ops(T):
         arguments = Case(T=T).arguments(requires_grad=True)

@@ -275,6 +275,11 @@ def test_a_wish_is_granted_where_that_can_be(regime, tile):
             assert granted == expected, (device["name"], wish, found)
 
 
+def test_a_chain_is_cut_before_its_last_step_at_most():
+    for cut in (99, 100, 1000):
+        assert plan(H100, F32, 4, 5, 6, T=100, products=7, adjoint=True, cut=cut)["cut"] == 99
+
+
 def test_a_wish_for_less_leaves_the_rest_to_the_planner():
     assert plan(H100, BF16, 64, 64, 512, regime="step")["regime"] == "step"
     assert plan(H100, BF16, 64, 64, 512, regime="grid")["regime"] == "grid"
@@ -471,6 +476,8 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
         assert not rest.get("packed")
         assert rest["products"] > 0 if rest["adjoint"] else not found["fuse_input"]
     assert found["words"].endswith(f"on {device['name']}")
+    each = f"each with {rows} batch row{'s' * (rows > 1)};"
+    assert (each in found["words"]) == (found["regime"] != "step")
     if found["regime"] == "step":
         assert (units, rows) == (64, 32)  # kStepUnits, kStepRows
         assert found["shared_memory"] == found["counters"] == 0
