@@ -1,7 +1,7 @@
 # From a bare clone, with python3 (3.10 to 3.14), g++ and make:
 #   make demo     trains the character model, loop against fusedrnn
 #   make test     runs the tests (SLOW=1: all of them; ARGS="-k name": some)
-#   make mutants  changes 200 lines one at a time and runs the tests that fit; a quarter of an hour
+#   make mutants  changes 200 lines one at a time and runs the tests that fit; half an hour
 #                 and more (ARGS="--count 20 --files csrc/checks.h")
 #   make lint     checks formatting, lint and types; `make format` mends
 #   make bench    times fusedrnn against its peers (ARGS="--set wide")

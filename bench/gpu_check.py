@@ -204,7 +204,7 @@ KERNELS = {
 }
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
 NCU = (
-    "ncu", "--clock-control", "none", "--kernel-name", "regex:persistent|sliced|fused_step",
+    "ncu", "--clock-control", "none", "--kernel-name", "regex:persistent|plain|sliced|fused_step",
     "--launch-skip", "1", "--launch-count", "1", "--csv", "--page", "raw",
     *(word for name in ("SpeedOfLight", "LaunchStats", "InstructionStats", "SchedulerStats",
                                "WarpStateStats")

@@ -46,12 +46,14 @@ int main(int, char** argv) {
   const Params params = parameters(p, plan, workspace);
   const Tile& tile = kTiles[plan.tile];
   std::printf(
-      "{\"regime\": \"%s\", \"tile_units\": %d, \"tile_rows\": %d, \"slices\": %d, \"blocks\": %d, "
+      "{\"regime\": \"%s\", \"plain\": %d, \"tile_units\": %d, \"tile_rows\": %d, \"slices\": %d, "
+      "\"blocks\": %d, "
       "\"rows\": %d, \"units\": %d, \"state_k\": %d, \"fused\": %d, \"microseconds\": %.3f, "
       "\"threads\": %d, \"shared\": %d}\n",
-      kRegimeNames[int(plan.regime)], tile.units, tile.rows, params.slices, params.blocks,
-      params.rows, params.units, params.state_k, int(plan.fuse_input), plan.microseconds,
-      plan.regime == Regime::slices ? kSliceThreads : kThreads, int(plan.shared.end));
+      kRegimeNames[int(plan.regime)], int(params.plain), tile.units, tile.rows, params.slices,
+      params.blocks, params.rows, params.units, params.state_k, int(plan.fuse_input),
+      plan.microseconds, plan.regime == Regime::slices ? kSliceThreads : kThreads,
+      int(plan.shared.end));
   std::printf("%s\n", in_words(in, plan, h100).c_str());
   for (size_t i = 0; i < sizeof(params); ++i)
     std::printf("%02x", reinterpret_cast<const unsigned char*>(&params)[i]);

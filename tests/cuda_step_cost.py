@@ -16,7 +16,7 @@ inputs find them in L2. Polls of a flag in the slices regime count as often as t
 
 To compare with a GPU, take the same difference between two lengths with ncu, which counts both:
 
-    ncu --kernel-name regex:'persistent|sliced' --metrics smsp__inst_executed.max,\\
+    ncu --kernel-name regex:'persistent|plain|sliced' --metrics smsp__inst_executed.max,\\
     smsp__inst_executed.sum,smsp__cycles_active.max,sm__cycles_elapsed.max python run.py
 
 `smsp__inst_executed.max` a step is the table's "slots" (of the busiest scheduler), its sum over the
@@ -55,11 +55,12 @@ SCHEDULERS = 4
 # Functions of csrc/cuda, by what they are for; an instruction counts for the innermost of them that
 # it was inlined from. What is not named here is control.
 PARTS = {
-    "inputs": "load_inputs load_x inputs load keep_of far_ahead prefetch_into_l2 copy_async gather",
+    "inputs": "load_inputs load_x inputs load keep_of far_ahead prefetch_into_l2 copy_async gather"
+    " copy_x fetched",
     "product": "multiply add load_states mma load_matrices to_tf32",
     "partial sums": "add_parts each lanes_summed finish",
-    "epilogue": "compute store",
-    "exchange": "send send_to_peer expect expect_bytes meet wait_for_bytes wait_for_arrivals arrive"
+    "epilogue": "compute store activation adjoint with_nonlinearity",
+    "exchange": "send send_to_all send_to_peer expect expect_bytes meet wait_for_arrivals arrive"
     " arrive_after_copies copies_done fetch fetch_slab tell received read_count count_arrival",
     "control": "step",
 }
@@ -79,7 +80,7 @@ def functions(file: str) -> list[str]:
     found, name = [""], ""
     for path in (ROOT / "csrc" / "cuda" / file, ROOT / "csrc" / file):
         for line in path.read_text().splitlines() if path.exists() else ():
-            definition = re.search(r"__(?:device|global)__.*?\b(?!__)(\w+)\(", line)
+            definition = re.search(r"(?:__(?:device|global)__|FUSEDRNN_INLINE).*?\b(?!__)(\w+)\(", line)
             name = definition[1] if definition else name
             name = next((to for text, to in BEGINS.items() if text in line), name)
             found.append(name)
@@ -151,6 +152,8 @@ class Problem:
         tile = f"Mma<__nv_bfloat16, {p['tile_units']}>"
         if not half:
             tile = f"Fma<float, {p['tile_units']}, {p['tile_rows']}>"
+        if p["plain"]:
+            return f"plain<{tile}, activation, {str(p['regime'] == 'cluster').lower()}>"
         return f"persistent<{tile}, activation>"
 
     def block(self) -> sass.Block:

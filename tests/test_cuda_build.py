@@ -60,9 +60,14 @@ def test_tensor_cores_multiply(source: str, architecture: str) -> None:
     functions = re.split(r"^\s*\.section\s+\.text\.(\w+)", code, flags=re.MULTILINE)[1:]
     kernels = dict(zip(functions[::2], functions[1::2]))
     names = cuda_resources.demangled(kernels)
-    kept = ("persistent<", "sliced<") if architecture == "90a" else ("persistent<",)
-    multiply = {names[k]: body for k, body in kernels.items() if names[k].startswith(kept)}
-    assert len(multiply) == (2 + len(kept) - 1) * 3  # tiles, times passes
+    clusters, slices = architecture not in ("75", "80", "86", "89"), architecture == "90a"
+    kept = ("persistent<", "plain<", *["sliced<"] * slices)
+    multiply = {
+        names[k]: body
+        for k, body in kernels.items()
+        if names[k].startswith(kept) and (clusters or "true>" not in names[k])
+    }
+    assert len(multiply) == 2 * 3 + 2 * 2 * (1 + clusters) + 3 * slices  # tiles, times passes
     assert [name for name, body in multiply.items() if "HMMA" not in body] == []
 
 

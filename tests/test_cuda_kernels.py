@@ -313,6 +313,45 @@ def test_small_on_an_old_device(trial):
     trial.check_way()
 
 
+# What plain.cuh is for: no resets, no leak, no more rows than a tile has; in a cluster, whole 16
+# bytes of units, and no block without any.
+
+
+def plain_cases(way: Way) -> Iterator[Trial]:
+    rows, per_16 = way.shape.rows, 16 // way.shape.number_size
+    most = way.block_units if way.regime == "block" else way.held
+    for case, fuse_input in (
+        (Case(T=13, B=rows, I=5, H=3 * per_16), True),
+        (Case(T=4, B=2 * rows, I=16, H=5 * per_16, reverse=True), True),
+        (Case(T=5, B=1, I=7, H=9 * per_16, h0=False, nonlinearity="sigmoid"), False),
+        (Case(T=1, B=rows, I=130, H=2 * per_16, reverse=True), True),
+        (Case(T=2, B=2, I=3, H=most // per_16 * per_16, bias=False), False),
+    ):
+        trial = Trial(way, case.with_(H=min(case.H, most // per_16 * per_16)), fuse_input)
+        if way.device(trial.case, fuse_input):
+            yield trial
+    if way.regime == "cluster" and way.block_units <= 64:
+        for H in (16 * per_16, 16 * way.block_units):
+            if H <= way.held:
+                yield Trial(way, Case(T=3, B=rows, I=3, H=H), None, device="h100")
+
+
+PLAIN = [trial for way in WAYS if way.regime in ("block", "cluster") for trial in plain_cases(way)]
+
+
+@pytest.mark.parametrize("trial", fast_and_slow(PLAIN, lambda i: i % 2 == 0))
+def test_plain(trial):
+    if trial.device == GPU:
+        trial.check()
+        return
+    library = emulated(trial.device or trial.way.device(trial.case, trial.fuse_input))
+    before = library.launched()
+    runs = trial.check()
+    plain = sum(n - before[name] for name, n in library.launched().items() if "5plain" in name)
+    # activation, and the adjoint of first derivatives
+    assert plain == 2 * all(r.units * (r.blocks - 1) < trial.case.H for r in runs)
+
+
 # One block's units to the last, and the last block with fewer: all warps are busy.
 
 
@@ -497,20 +536,28 @@ def test_every_kernel_ran():
     ever: dict[str, int] = dict.fromkeys(libraries[0].kernels(), 0)
     taken = set()
     for way in (*WAYS, *SLICES):
-        before = [library.launched() for library in libraries]
-        _, runs = Trial(way, Case(T=2, B=2, I=3, H=9)).run()
-        launched = {
-            name
-            for library, earlier in zip(libraries, before)
-            for name, count in library.launched().items()
-            if count > earlier[name]
-        }
-        expected = {kernel_name(r) for r in runs}
-        assert len(launched) == len(expected) == len(PASSES)
-        assert all(any(e in name for e in expected) for name in launched), (launched, expected)
-        taken |= {(r.regime, r.tile, r.split, r.which) for r in runs}
-        for name in launched:
-            ever[name] += 1
+        for case in (Case(T=2, B=2, I=3, H=9, keep=True), Case(T=2, B=1, I=3, H=min(32, way.block_units))):
+            before = [library.launched() for library in libraries]
+            _, runs = Trial(way, case).run()
+            launched = {
+                name
+                for library, earlier in zip(libraries, before)
+                for name, count in library.launched().items()
+                if count > earlier[name]
+            }
+            expected = {kernel_name(r) for r in runs}
+            plain = {name for name in launched if "5plain" in name}
+            assert len(launched - plain) == len(expected) == len(PASSES) or plain
+            assert all(any(e in name for e in expected) for name in launched), (launched, expected)
+            # activation and adjoint, and for second derivatives the others
+            if case.keep or way.regime not in ("block", "cluster"):
+                assert not plain
+            else:
+                assert len(plain) == len(launched - plain) == 2
+                assert all(f"Lb{int(way.regime == 'cluster')}E" in name for name in plain)
+            taken |= {(r.regime, r.tile, r.split, r.which) for r in runs}
+            for name in launched:
+                ever[name] += 1
     assert len(taken) == (len(WAYS) + len(SLICES)) * len(PASSES)
     for tile, lengths in ((0, (2, 1)), (4, None), (6, None), (8, None)):
         before = libraries[0].launched()
@@ -520,4 +567,5 @@ def test_every_kernel_ran():
     assert [name for name, count in ever.items() if not count] == []
     steps = [name for name in ever if "10fused_step" in name]
     assert len(steps) == 4 * len(PASSES)
-    assert len(ever) == (len(TILES) - 1 + len(SLICES) + 4) * len(PASSES) + 1  # write_numbers
+    kernels = (len(TILES) - 1 + len(SLICES) + 4) * len(PASSES)
+    assert len(ever) == kernels + (len(TILES) - 1) * 2 * 2 + 1  # plain ones, write_numbers

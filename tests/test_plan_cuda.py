@@ -491,7 +491,8 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
     }.get(dtype, (dtype,))
     assert split in tile.splits
     assert units <= tile.block_units // split
-    assert units % 2 == 0  # a thread owns neighbours
+    assert units * tile.number_size % 16 == 0  # what is sent at once
+    assert found["chunks"] % split == 0
     assert rows == B or rows % tile.rows == 0
 
     # of shared memory, at least what the weights need that registers do not hold, and the states
@@ -510,6 +511,14 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
     wide = 8 if dtype == F64 else 4
     needed = spilled + states + partial + 2 * units * wide + (rows * units * wide * bool(carries))
     assert needed <= found["shared_memory"] <= device["shared_memory"]
+    if found["regime"] == "slices":
+        padded = chunks * tile.chunk if tile.mma else min(chunks, 2) * tile.chunk
+        row = padded + 8 if tile.number_size == 2 else -(-padded // 32) * 32 + 8
+        slot = (tile.rows * row + 2 * tile.chunk * tile.mma) * tile.number_size
+        barriers = 8 * (2 * 4 + 2 * 32)  # kMostSlots, kMostGroups
+        carried = groups * tile.rows * units * 4 * bool(carries)
+        slots = found["shared_memory"] - spilled - 2 * units * 4 - barriers - carried - partial
+        assert slots in (2 * slot, 3 * slot, 4 * slot)
 
     # all at once where they wait for each other, or it would be for ever
     at_once = -(-teams // found["waves"])

@@ -152,6 +152,8 @@ EVERY_SHAPE = [
     "T=2 B=10 I=16 h0 bias unfused",
     "T=11 B=2 I=3 h0",  # what is prefetched some steps ahead
     "T=11 B=2 I=16 descending",
+    "T=11 B=1 I=16 H=24 h0 bias plain",
+    "T=11 B=1 I=5 H=40 descending unfused plain",
     "sizes=4,3,3,1 I=3 h0 bias keep alpha apart",
     "sizes=5,5,2,1 I=16 h0 keep descending",
 ]
@@ -200,6 +202,7 @@ WAITING_WAYS = [
     (tile_of("mma_tf32"), 4),
 ]
 WAITING_SHAPES = [
+    "T=5 B=1 I=5 H=24 h0 bias plain",
     "T=4 B=9 I=5 h0 bias keep alpha",
     "sizes=11,9,3,1 I=3 h0 bias keep alpha apart",
     "sizes=11,9,3,1 I=16 h0 keep descending",
@@ -228,6 +231,8 @@ TENSOR, SPLIT = (
     f"block tile={tile_of('mma_bf16')} split={split} T=3 B=2 I=3 H=33 h0" for split in (1, 2)
 )
 CLUSTER = "cluster tile=0 split=1 T=3 B=2 I=3 H=67 h0"
+PLAIN = "block tile=0 split=1 T=3 B=1 I=3 H=36 h0 plain"
+PLAIN_CLUSTER = "cluster tile=0 split=1 T=3 B=1 I=3 H=72 h0 plain"
 GRID = "grid tile=0 split=1 T=3 B=2 I=3 H=67 h0"
 STEP = "step tile=0 split=1 T=3 B=2 I=3 H=67 h0"
 SLICES_OF_K = f"slices tile={len(TILES) - 1} split=1 T=6 B=70 I=3 H=67 h0 unfused"
@@ -258,9 +263,21 @@ FORGOTTEN = {
     ),
     "cluster-step": (
         "persistent.cuh",
-        "if (p.regime == Regime::cluster)\n      wait_for_bytes",
-        "if (p.regime == Regime::cluster && !FORGET)\n      wait_for_bytes",
+        "if (p.regime == Regime::cluster)\n      wait_for_arrivals",
+        "if (p.regime == Regime::cluster && !FORGET)\n      wait_for_arrivals",
         CLUSTER,
+    ),
+    "plain-step": (
+        "plain.cuh",
+        "__syncthreads();\n      if (kCluster)\n",
+        "if (!FORGET) __syncthreads();\n      if (kCluster)\n",
+        PLAIN,
+    ),
+    "plain-cluster-step": (
+        "plain.cuh",
+        "if (kCluster)\n        wait_for_arrivals",
+        "if (kCluster && !FORGET)\n        wait_for_arrivals",
+        PLAIN_CLUSTER,
     ),
     "grid-arrive": (
         "exchange.cuh",
@@ -335,6 +352,8 @@ NO_RACE = {
     ("slabs-end", "adjoint"),
     ("slabs-end", "tangent"),
     ("slices-freed", "adjoint"),
+    ("plain-step", "tangent"),  # for which there is no plain kernel
+    ("plain-cluster-step", "tangent"),
 }
 
 

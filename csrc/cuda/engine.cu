@@ -17,11 +17,11 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fusedrnn: ") + what + ": " + cudaGetErrorString(error));
 }
 
-PersistentKernel persistent_kernel(int tile, Pass pass) {
+const TileKernels& tile_kernels(int tile) {
   const TileKernels* const lists[] = {kFmaF32, kFmaF64, kMmaBf16, kMmaF16, kMmaTf32};
   int index = 0;  // among the tiles of the same arithmetic
   while (index < tile && kTiles[tile - index - 1].arithmetic == kTiles[tile].arithmetic) ++index;
-  return lists[int(kTiles[tile].arithmetic)][index].of_pass[int(pass)];
+  return lists[int(kTiles[tile].arithmetic)][index];
 }
 
 PersistentKernel slices_kernel(Arithmetic arithmetic, Pass pass) {
@@ -103,7 +103,7 @@ void count_clusters(Device& device) {
   for (int log2 = 0; log2 < 5; ++log2) device.clusters[log2] = 0;
   device.clusters[0] = device.sms;
   if (device.architecture < 90) return;
-  const auto kernel = reinterpret_cast<const void*>(persistent_kernel(0, Pass::activation));
+  const auto kernel = reinterpret_cast<const void*>(tile_kernels(0).of_pass[0]);
   for (int log2 = 1; log2 < 5; ++log2) {
     Launch launch(int64_t(1) << log2, kThreads, device.shared_memory, nullptr);
     launch.clusters_of(int64_t(1) << log2);
@@ -126,8 +126,7 @@ Device ask(int index) {
   device.name = properties.name;
   // Or an older one that the kernels were compiled for, where the driver made these of their PTX.
   cudaFuncAttributes compiled;
-  check(cudaFuncGetAttributes(
-            &compiled, reinterpret_cast<const void*>(persistent_kernel(0, Pass::activation))),
+  check(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(tile_kernels(0).of_pass[0])),
         "the kernels");
   device.architecture = std::min(properties.major * 10 + properties.minor, compiled.ptxVersion);
   device.sms = properties.multiProcessorCount;
@@ -173,7 +172,7 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.rows = int(plan.rows);
   p.units = int(plan.units);
   p.receivers = int((problem.H + plan.units - 1) / plan.units);
-  p.split = plan.split;
+  while (1 << p.split_log2 < plan.split) ++p.split_log2;
   p.slices = plan.slices;
   p.groups = int((plan.rows + tile.rows - 1) / tile.rows);
   p.slots = plan.slots;
@@ -182,7 +181,7 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.state_k = int(plan.state_chunks) * tile.chunk();
   p.chunks = int(plan.chunks);
   p.e_row = int(plan.shared.e_row);
-  p.e_rows = int(plan.shared.e_rows);
+  p.e_size = int(plan.shared.e_size);
   p.e_offset = int(plan.shared.e);
   const bool carries = problem.alpha || (problem.pass == Pass::adjoint && problem.first.data);
   p.carry_offset = carries ? int(plan.shared.carry) : 0;
@@ -197,6 +196,20 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   for (const Series* series :
        {&problem.in[0], &problem.in[1], &problem.gate, &problem.out[0], &problem.out[1]})
     p.packs = p.packs && (!series->data || fits(*series, problem.H, size, 2 * size));
+  const bool constant = problem.pass != Pass::tangent && !p.offsets && !problem.keep &&
+                        !problem.alpha && !problem.in[1].data && !problem.out[1].data;
+  // To peers states go by 16 bytes.
+  const bool sends = plan.regime == Regime::cluster && problem.H * size % 16 == 0 &&
+                     plan.units * size % 16 == 0 && p.receivers == p.blocks;
+  p.plain = constant && (plan.regime == Regime::block || sends) && plan.rows <= tile.rows &&
+            problem.T > 0 && problem.T < INT32_MAX && (p.packs || !tile.mma());
+  const auto step = [&](const Series& series) {
+    return (problem.descending ? -series.step : series.step) * size;
+  };
+  p.x_step = step(problem.x);
+  p.in_step = step(problem.in[0]);
+  p.gate_step = step(problem.gate);
+  p.out_step = step(problem.out[0]);
   return p;
 }
 
@@ -216,8 +229,12 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
     return;
   }
   const bool slices = plan.regime == Regime::slices;
-  PersistentKernel kernel = slices ? slices_kernel(kTiles[plan.tile].arithmetic, problem.pass)
-                                   : persistent_kernel(plan.tile, problem.pass);
+  const TileKernels& of_tile = tile_kernels(plan.tile);
+  PersistentKernel kernel =
+      slices ? slices_kernel(kTiles[plan.tile].arithmetic, problem.pass)
+             : (!p.plain                         ? of_tile.of_pass
+                : plan.regime == Regime::cluster ? of_tile.plain_cluster
+                                                 : of_tile.plain)[int(problem.pass)];
   const int64_t cluster = plan.regime == Regime::cluster ? plan.blocks : plan.slices;
   allow(reinterpret_cast<const void*>(kernel), device, cluster);
   // Teams whose blocks wait for each other come in as many as run at once; others as SMs get free.

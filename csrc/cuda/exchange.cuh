@@ -29,7 +29,7 @@ class TimeLimit {
         "of %d, thread %d (teams of %d blocks, %d rows, %d units a block, split %d, %d slices)\n",
         wait, int(p.problem.pass), (long long)p.problem.T, (long long)p.problem.B,
         (long long)p.problem.H, (long long)step, int(blockIdx.x), int(gridDim.x), int(threadIdx.x),
-        p.blocks, p.rows, p.units, p.split, p.slices);
+        p.blocks, p.rows, p.units, 1 << p.split_log2, p.slices);
     __trap();
   }
 
@@ -83,6 +83,9 @@ __device__ __forceinline__ void arrive_after_copies(uint64_t* arrived) {
                : "memory");
 #endif
 }
+// The scope is the block, for bytes from peers, too: they lie in this block's own shared memory, of
+// which no cache has an older copy, and the wider scope would have each warp empty its L1. (CUTLASS
+// waits for a cluster's bytes alike.)
 __device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned phase,
                                                   const TimeLimit& limit) {
 #if __CUDA_ARCH__ >= 900
@@ -110,24 +113,8 @@ __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
       : "memory");
 #endif
 }
-__device__ __forceinline__ void wait_for_bytes(uint64_t* arrived, unsigned phase,
-                                               const TimeLimit& limit) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t done;
-  do {
-    limit.check();
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-        "selp.b32 %0, 1, 0, p;\n\t}"
-        : "=r"(done)
-        : "r"(shared_address(arrived)), "r"(phase)
-        : "memory");
-  } while (!done);
-#endif
-}
 
-// Stores 4 or 8 bytes where `peer` has in its shared memory what `place` is in ours, and counts
+// Stores 4, 8 or 16 bytes where `peer` has in its shared memory what `place` is in ours, and counts
 // them there: one hop, and no fence.
 template <class Numbers>
 __device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrived, int peer,
@@ -140,22 +127,26 @@ __device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrive
         : "r"(shared_address(ours)), "r"(peer));
     return address;
   };
-  if constexpr (sizeof(numbers) == 8) {
-    uint64_t word;
-    memcpy(&word, &numbers, 8);
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(
-                     at_peer(place)),
-                 "l"(word), "r"(at_peer(arrived))
-                 : "memory");
-  } else {
-    static_assert(sizeof(numbers) == 4);
-    uint32_t word;
-    memcpy(&word, &numbers, 4);
+  constexpr int kWords = sizeof(numbers) / 4;
+  uint32_t word[kWords];
+  memcpy(word, &numbers, sizeof(numbers));
+  if constexpr (kWords == 4)
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+        "[%5];" ::"r"(at_peer(place)),
+        "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]), "r"(at_peer(arrived))
+        : "memory");
+  else if constexpr (kWords == 2)
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+            at_peer(place)),
+        "r"(word[0]), "r"(word[1]), "r"(at_peer(arrived))
+        : "memory");
+  else
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                      at_peer(place)),
-                 "r"(word), "r"(at_peer(arrived))
+                 "r"(word[0]), "r"(at_peer(arrived))
                  : "memory");
-  }
 #endif
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "persistent.cuh"
+#include "plain.cuh"
 #include "slices.cuh"
 #include "step.cuh"
 
@@ -10,8 +11,11 @@ namespace fusedrnn::cuda {
 
 template <class Product>
 TileKernels tile_kernels() {
-  return {{&persistent<Product, Pass::activation>, &persistent<Product, Pass::tangent>,
-           &persistent<Product, Pass::adjoint>}};
+  return {
+      {&persistent<Product, Pass::activation>, &persistent<Product, Pass::tangent>,
+       &persistent<Product, Pass::adjoint>},
+      {&plain<Product, Pass::activation, false>, nullptr, &plain<Product, Pass::adjoint, false>},
+      {&plain<Product, Pass::activation, true>, nullptr, &plain<Product, Pass::adjoint, true>}};
 }
 
 template <class Product>

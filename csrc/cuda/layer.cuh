@@ -214,7 +214,7 @@ struct Layer {
   __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
                                           const Step& now, bool begins, bool ends, const C* bias,
                                           const C* alpha, C (&carry)[N], const Hand& hand) const {
-    const Chosen<C> phi(q.nonlinearity);
+    const Chosen<S> phi(q.nonlinearity);
     Numbers out[2], handed;
     const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
 #pragma unroll

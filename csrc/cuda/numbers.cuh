@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fusedrnn {
 
@@ -60,10 +61,22 @@ __device__ __forceinline__ __half narrow<__half>(float v) {
   return __float2half_rn(v);
 }
 
+// The hardware's tanh is off by 2^-11 of the result at most, where rounding to bfloat16 is by 2^-9.
+// For float16, with its 2^-12, that would be too much.
+struct HardwareTanh : Tanh {
+  static __device__ __forceinline__ float value(float z) {
+    asm("tanh.approx.f32 %0, %0;" : "+f"(z));
+    return z;
+  }
+};
+template <class S>
+using TanhFor = std::conditional_t<std::is_same_v<S, __nv_bfloat16>, HardwareTanh, Tanh>;
+
 // The nonlinearity that a kernel was launched with. A kernel for each would be nine times as many;
 // the branch is the same for all threads. The two that people use are inline, the others a call.
-template <class V>
+template <class S>
 struct Chosen {
+  using V = Computed<S>;
   Nonlinearity which;
   bool saves_z;
 
@@ -71,7 +84,7 @@ struct Chosen {
       : which(which), saves_z(fusedrnn::saves_z(which)) {}
 
   __device__ __forceinline__ V value(V z) const {
-    if (which == Nonlinearity::tanh) return Tanh::value(z);
+    if (which == Nonlinearity::tanh) return TanhFor<S>::value(z);
     if (which == Nonlinearity::relu) return Relu::value(z);
     return other_value(which, z);
   }
@@ -100,5 +113,16 @@ struct Chosen {
     return saved;
   }
 };
+
+// Calls use with a nonlinearity: with a branch around all that is computed, not within.
+template <class S, class Use>
+__device__ __forceinline__ void with_nonlinearity(Nonlinearity which, const Use& use) {
+  if (which == Nonlinearity::tanh)
+    use(TanhFor<S>{});
+  else if (which == Nonlinearity::relu)
+    use(Relu{});
+  else
+    use(Chosen<S>(which));
+}
 
 }  // namespace fusedrnn::cuda

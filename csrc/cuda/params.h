@@ -17,22 +17,25 @@ struct Params {
   int first_team;           // of this launch
   int blocks, rows, units;  // of a team, of a team, of a block
   int receivers;            // blocks of a team that have units
-  int split;                // warps that share the K of their units
+  int split_log2;           // of the warps that share the K of their units
   int slices, groups;       // slices: of K, of which one has `chunks`; and of a team's rows
   int slots, slab, slabs;   // buffers for states; chunks that one has of a slice; and how many do
   int state_k;              // where inputs follow the states in K
   int chunks;               // of K
-  int e_row, e_rows;        // shared memory: e is [buffers][e_rows][e_row], and where things begin
+  int e_row, e_size;        // shared memory: numbers of a row and of a buffer of e, and what begins
   int e_offset, carry_offset, vectors_offset, partial_offset, arrivals_offset;
   int x_copy;         // bytes by which x can be copied; 0: number by number
   bool state_copies;  // rows of out[0] are whole multiples of 16 bytes
   bool packs;         // all series can be loaded and stored by two numbers
+  bool plain;         // what plain.cuh is for;
+  int64_t x_step, in_step, gate_step, out_step;  // there, bytes from a step to the next
 };
 
 // The kernels of a tile (plan.h), and those of a step, one for each pass.
 using PersistentKernel = void (*)(Params);
 struct TileKernels {
   PersistentKernel of_pass[kPasses];
+  PersistentKernel plain[kPasses], plain_cluster[kPasses];  // plain.cuh; none for tangent
 };
 using StepKernel = void (*)(Params, int64_t);
 struct StepKernels {

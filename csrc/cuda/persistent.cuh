@@ -13,7 +13,8 @@
 namespace fusedrnn::cuda {
 
 template <class Product, Pass pass>
-class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
+class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
+ protected:
   using S = typename Product::Stored;
   static constexpr int N = Product::kPack;
   using Base = Layer<S, pass, N>;
@@ -29,8 +30,8 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
       : Base(params, int64_t(team(params)) * params.rows,
              int64_t(blockIdx.x % params.blocks) * params.units),
         shared_(shared),
-        product_(shared, params.split),
-        e_(reinterpret_cast<S*>(shared + params.e_offset)),
+        product_(shared, params.split_log2),
+        e_(reinterpret_cast<S*>(shared + pinned(params.e_offset))),
         carry_(params.carry_offset ? reinterpret_cast<C*>(shared + params.carry_offset) : nullptr),
         vectors_(reinterpret_cast<C*>(shared + params.vectors_offset)),
         partial_(reinterpret_cast<float*>(shared + params.partial_offset)) {}
@@ -117,7 +118,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     if (p.regime == Regime::cluster) cluster_barrier();
   }
 
- private:
+ protected:
   // ---- before the walk ----
 
   __device__ void hold_weights() {
@@ -131,7 +132,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     w.H = q.H;
     w.I = q.I;
     w.state_k = p.state_k;
-    product_.hold(w, p.chunks);
+    product_.hold(w, p.chunks, p.e_row);
   }
 
   // Static, since it is not inlined: a call with `this` would move the weights out of registers.
@@ -144,7 +145,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     C* const vectors = reinterpret_cast<C*>(shared + p.vectors_offset);
     if (p.regime == Regime::cluster && threadIdx.x == 0)
       for (int b = 0; b < 2; ++b) init_arrivals(arrivals(p, shared) + b);
-    for (int i = threadIdx.x; i < 2 * p.e_rows * p.e_row; i += kThreads) e[i] = narrow<S>(0);
+    for (int i = threadIdx.x; i < 2 * p.e_size; i += kThreads) e[i] = narrow<S>(0);
     layer.prepare(vectors, carry, kThreads);
     __syncthreads();
     if (p.regime == Regime::grid) return;
@@ -156,7 +157,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
         for (int64_t j = threadIdx.x; keep && j < q.H; j += kThreads) {
           const S first = *layer.at(q.first, row, j);
           e[row * p.e_row + j] = first;
-          e[(p.e_rows + row) * p.e_row + j] = first;
+          e[p.e_size + row * p.e_row + j] = first;
         }
       }
     const Step first = layer.step(layer.first_step(0));
@@ -201,7 +202,7 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
 
   // ---- states ----
 
-  __device__ S* buffer(int64_t s) const { return e_ + (s & 1) * p.e_rows * p.e_row; }
+  __device__ S* buffer(int64_t s) const { return e_ + (s & 1) * p.e_size; }
 
   // Grid: the states that a step starts from, out of global memory, and its inputs: of a group of
   // rows, a warp for each.
@@ -268,13 +269,13 @@ class Walk : Layer<typename Product::Stored, pass, Product::kPack> {
     copies_done();
     __syncthreads();
     if (p.regime == Regime::cluster)
-      wait_for_bytes(arrivals(p, shared_) + ((s + 1) & 1), unsigned(s >> 1) & 1,
-                     {p, s, "states of all peers (cluster)"});
+      wait_for_arrivals(arrivals(p, shared_) + ((s + 1) & 1), unsigned(s >> 1) & 1,
+                        {p, s, "states of all peers (cluster)"});
   }
 
   unsigned char* const shared_;
   Product product_;
-  S* const e_;        // [2][e_rows][e_row], in turns
+  S* const e_;        // two buffers, in turns
   C* const carry_;    // [rows][units]
   C* const vectors_;  // bias, then alpha
   float* const partial_;

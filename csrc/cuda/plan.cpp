@@ -75,11 +75,12 @@ Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   Shared shared;
   // Rows begin in different banks: 16 bytes apart for ldmatrix, 32 for loads of two TF32 numbers.
   shared.e_row = !tile.mma() ? padded_k : size == 2 ? padded_k + 8 : round_up(padded_k, 32) + 8;
-  shared.e_rows = plan.regime == Regime::grid ? tile.rows : round_up(plan.rows, tile.rows);
+  const int64_t rows = plan.regime == Regime::grid ? tile.rows : round_up(plan.rows, tile.rows);
+  shared.e_size = rows * shared.e_row + tile.overrun(plan.split);
   const int64_t spilled =
-      std::max<int64_t>(0, ceil_div(plan.chunks, plan.split) - tile.held()) * tile.chunk_bytes();
+      std::max<int64_t>(0, plan.chunks / plan.split - tile.held()) * tile.chunk_bytes();
   shared.e = spilled;
-  shared.carry = shared.e + 2 * shared.e_rows * shared.e_row * size;
+  shared.carry = shared.e + 2 * shared.e_size * size;
   const bool carries = in.leaky || in.pass == Pass::adjoint;
   shared.vectors = shared.carry + round_up(carries ? plan.rows * plan.units * wide : 0, 16);
   shared.partial = shared.vectors + round_up(2 * plan.units * wide, 16);
@@ -94,14 +95,14 @@ Shared shared_memory_of_slices(const Tile& tile, const PlanInput& in, const Plan
   const int64_t groups = ceil_div(plan.rows, tile.rows);
   Shared shared;
   shared.e_row = size == 2 ? slab + 8 : round_up(slab, 32) + 8;  // banks, as above
-  shared.e_rows = tile.rows;
+  shared.e_size = tile.rows * shared.e_row + tile.overrun(1);
   shared.vectors = std::max<int64_t>(0, plan.chunks - tile.held()) * tile.chunk_bytes();
   shared.arrivals = shared.vectors + 2 * plan.units * 4;
   shared.carry = shared.arrivals + 8 * (2 * kMostSlots + 2 * kMostGroups);
   const bool carries = in.leaky || in.pass == Pass::adjoint;
   shared.partial = shared.carry + (carries ? groups * tile.rows * plan.units * 4 : 0);
   shared.e = shared.partial + groups * tile.rows * plan.units * plan.slices * 4;
-  shared.end = shared.e + plan.slots * shared.e_rows * shared.e_row * size;
+  shared.end = shared.e + plan.slots * shared.e_size * size;
   return shared;
 }
 
@@ -113,7 +114,7 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
   const double warp_units = (tile.mma() ? 16 : 4) * tile.units;
   const double busy = std::min(8.0, std::ceil(double(plan.units) / warp_units) * plan.split);
   const double per_scheduler = std::ceil(busy / 4);
-  const double chunks = double(ceil_div(plan.chunks, plan.split));
+  const double chunks = double(plan.chunks / plan.split);
   const double spilled = std::max(0.0, chunks - tile.held());
   const double items = tile.mma() ? 2.0 * tile.units / std::min(plan.split, 2) : 1;
   const double peers = plan.regime == Regime::cluster ? double(plan.blocks) : 0;
@@ -301,14 +302,16 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
         plan.split = split;
         plan.fuse_input = fuse;
         plan.state_chunks = ceil_div(in.H, tile.chunk());
-        plan.chunks = plan.state_chunks + (fuse ? ceil_div(in.I, tile.chunk()) : 0);
+        plan.chunks =
+            round_up(plan.state_chunks + (fuse ? ceil_div(in.I, tile.chunk()) : 0), split);
         const int64_t most_units = tile.block_units(split);
         const auto try_teams = [&](Regime regime, int64_t blocks, int64_t at_once) {
           if (at_once == 0) return;
           plan.regime = regime;
           plan.blocks = blocks;
-          // Spread evenly; in pairs, since a thread owns neighbours.
-          plan.units = std::min(most_units, round_up(ceil_div(in.H, blocks), 2));
+          // Spread evenly, by the 16 bytes that are sent at once.
+          plan.units =
+              std::min(most_units, round_up(ceil_div(in.H, blocks), 16 / tile.number_size()));
           const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
                               agrees(wish.split, split) && agrees_on_input(fuse);
           // As many rows as let all teams run at once; or half of them, in two waves, and so on.
@@ -398,7 +401,7 @@ std::string in_words(const PlanInput& in, const Plan& plan, const Device& device
     count(plan.rows, "batch row");
     words << "; a block keeps " << (plan.slices > 1 ? "a slice of " : "") << "the weights of ";
     count(plan.slices * plan.units, "hidden unit");
-    const bool spills = (plan.chunks + plan.split - 1) / plan.split > tile.held();
+    const bool spills = plan.chunks / plan.split > tile.held();
     words << (spills ? " in registers and shared memory" : " in registers") << " and uses "
           << plan.shared.end / 1024.0 << " KB of shared memory";
   }

@@ -72,6 +72,9 @@ struct Tile {
     if (mma()) return 16 / units;
     return units == 1 ? 28 : number_size() == 8 ? 14 : 32 / units;
   }
+  // Numbers behind the rows of a buffer, which the loads of a product run over: two chunks of each
+  // warp that shares it.
+  constexpr int overrun(int split) const { return mma() ? 2 * split * chunk() : 0; }
   constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
   // of a block, where `split` warps share the K of their units
   constexpr int block_units(int split) const { return (mma() ? 128 / split : 32) * units; }
@@ -101,7 +104,8 @@ constexpr int kSliceSlab = 2;    // each for so many chunks where tensor cores d
 // Where a block's shared memory has what, in bytes, after the weights that registers do not hold.
 struct Shared {
   int64_t e, carry, vectors, partial, arrivals, end;
-  int64_t e_row, e_rows;  // e is [2][e_rows][e_row]; of slices [slots][tile.rows][e_row]
+  int64_t e_row,
+      e_size;  // e is 2 buffers, or the slots of slices, of e_size numbers: rows of e_row
 };
 
 struct Plan {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "exchange.cuh"
 #include "numbers.cuh"
@@ -42,6 +43,20 @@ struct Weights {
   }
 };
 
+// A number that is known when this is compiled.
+template <int n>
+using Number = std::integral_constant<int, n>;
+
+// The same, but a number of this lane's own that came from elsewhere: the compiler keeps it, and
+// does not compute it anew in each step. By all lanes of a warp. Not where it lacks the registers.
+__device__ __forceinline__ int pinned(int v) {
+#if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
+  return __shfl_sync(~0u, v, threadIdx.x % 32);
+#else
+  return v;
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ uint32_t bits(T v) {
   static_assert(sizeof(T) == 4);
@@ -67,6 +82,13 @@ struct Fma {
   static_assert(kSums <= 8);  // so that 8 lanes can own one each
   static constexpr int kItems = 1;
   static constexpr int kPack = 1;
+  // Lanes with the same sums; and by which bits of the lane those of the neighbouring pack of units
+  // differ, and then those of the neighbouring pair of packs.
+  static constexpr int kCopies = 8 / kSums;
+  static constexpr int neighbour(int join) {
+    if (UnitsPerThread == 1) return join ? 2 : 1;
+    return join == 0 ? 4 : UnitsPerThread == 2 ? 1 : 8;
+  }
 
   struct alignas(16) Vector {
     C v[kVector];
@@ -76,8 +98,8 @@ struct Fma {
   const Vector* spilled;  // [chunk][unit][thread] in shared memory
   int lane, warp;
 
-  // `split` is Mma's.
-  __device__ Fma(void* spill, int /*split*/)
+  // The second is Mma's.
+  __device__ Fma(void* spill, int /*split_log2*/)
       : spilled(static_cast<const Vector*>(spill)),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32) {}
@@ -99,7 +121,7 @@ struct Fma {
     return part;
   }
 
-  __device__ void hold(const Weights& weights, int chunks) {
+  __device__ void hold(const Weights& weights, int chunks, int /*e_row*/) {
     const int64_t k = lane / 4 * kVector;
 #pragma unroll
     for (int c = 0; c < kHeld; ++c)
@@ -199,6 +221,8 @@ struct Fma {
   __device__ bool owns(int /*i*/) const { return lane / 4 < kSums; }
   __device__ int unit(int /*i*/) const { return first_unit() + lane / 4 % kSums % UnitsPerThread; }
   __device__ int row(int /*i*/) const { return lane / 4 % kSums / UnitsPerThread; }
+  __device__ int copy() const { return lane / 4 / kSums; }
+  __device__ void settle(int /*rows*/, int /*units*/) {}
 };
 
 // ---- tensor cores ----
@@ -287,23 +311,37 @@ struct Mma {
   static constexpr int kChunk = kTile.chunk();  // two fragments
   static constexpr int kFragment = kChunk / 2;
   static constexpr int kHeld = kTile.held();
+  static_assert(kHeld % 2 == 0);  // multiply
   static constexpr int kRows = 8;
   static constexpr int kItems = 2 * TilesPerWarp;
   static constexpr int kPack = 2;
+  static constexpr int kParts = kItems * 32;  // pairs of sums of a warp
+  static constexpr int kCopies = 1;           // as of Fma
+  static constexpr int neighbour(int join) { return 4 << join; }
 
   uint4 held[kHeld][2][TilesPerWarp];
   const uint4* spilled;  // [chunk][fragment][tile][thread]
-  int lane, warp, split, part;
+  int lane, warp, split_log2, part;
+  int owned = 0;              // bit i: this warp ends with item i
+  int first_state;            // where its loads of states begin
+  int first_part, this_part;  // what the warps of the same units found, and this one
   int turn = 0;
 
-  __device__ Mma(void* spill, int split)
+  __device__ Mma(void* spill, int split_log2)
       : spilled(static_cast<const uint4*>(spill)),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
-        split(split),
-        part(warp % split) {}
+        split_log2(split_log2),
+        part(warp & ((1 << split_log2) - 1)) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if ((i & ((1 << split_log2) - 1)) == part) owned |= 1 << i;
+    owned = pinned(owned);
+    first_part = pinned((warp >> split_log2 << split_log2) * kParts + lane);
+    this_part = pinned(warp * kParts + lane);
+  }
 
-  __device__ int first_unit() const { return warp / split * (16 * TilesPerWarp); }
+  __device__ int first_unit() const { return (warp >> split_log2) * (16 * TilesPerWarp); }
   __device__ bool busy(int units) const { return first_unit() < units; }
 
   // This thread's part of a chunk, whose loads all wait at once.
@@ -336,19 +374,24 @@ struct Mma {
     return part;
   }
 
-  __device__ void hold(const Weights& weights, int chunks) {
+  // Chunks are a multiple of the warps that share them.
+  __device__ void hold(const Weights& weights, int chunks, int e_row) {
+    // In TF32, k and k + 4 of a fragment are neighbours in memory: the weights are permuted alike.
+    first_state = pinned(part * kChunk + (kTf32 ? lane / 4 * e_row + lane % 4 * 2
+                                                : lane % 8 * e_row + lane / 8 * 8));
     uint4* spill = const_cast<uint4*>(spilled) + threadIdx.x;
-    const int64_t stride = int64_t(split) * kChunk, k = int64_t(part) * kChunk;
+    const int64_t stride = int64_t(kChunk) << split_log2, k = int64_t(part) * kChunk;
+    const int mine = chunks >> split_log2;
 #pragma unroll
     for (int c = 0; c < kHeld; ++c)
-      if (c * split + part < chunks) {
+      if (c < mine) {
         const Part loaded = load(weights, first_unit(), k + c * stride);
 #pragma unroll
         for (int f = 0; f < 2; ++f)
 #pragma unroll
           for (int m = 0; m < TilesPerWarp; ++m) held[c][f][m] = loaded.of[f][m];
       }
-    for (int c = kHeld; c * split + part < chunks; ++c) {
+    for (int c = kHeld; c < mine; ++c) {
       const Part loaded = load(weights, first_unit(), k + c * stride);
 #pragma unroll
       for (int f = 0; f < 2; ++f)
@@ -359,82 +402,104 @@ struct Mma {
   }
 
   // A chunk of 8 rows of states, as the B operands of its two fragments.
-  static __device__ __forceinline__ uint4 load_states(const S* e, int e_row, int lane) {
+  static __device__ __forceinline__ uint4 load_states(const S* e) {
     if constexpr (kTf32) {
-      // k and k + 4 of the fragment are neighbours in memory: the weights are permuted alike
-      e += lane / 4 * e_row + lane % 4 * 2;
       const float2 first = *reinterpret_cast<const float2*>(e);
       const float2 second = *reinterpret_cast<const float2*>(e + kFragment);
       return make_uint4(to_tf32(first.x), to_tf32(first.y), to_tf32(second.x), to_tf32(second.y));
     } else {
-      return load_matrices(e + lane % 8 * e_row + lane / 8 * 8);
+      return load_matrices(e);
     }
   }
-
-  __device__ __forceinline__ void multiply(const S* e, int e_row, int chunks, float* partial,
+  __device__ __forceinline__ void multiply(const S* e, int /*e_row*/, int chunks, float* partial,
                                            float (&item)[kItems][kPack]) {
     // Fragments in turns go to two sums, so that a product need not wait for the one before.
     float sum[2][TilesPerWarp][4] = {};
-    e += part * kChunk;
-    const int stride = split * kChunk;
-    const int mine = (chunks - part + split - 1) / split;
-    uint4 ahead[2] = {};
-    if (mine > 0) {
-      ahead[0] = load_states(e, e_row, lane);
-      ahead[1] = load_states(e + min(1, mine - 1) * stride, e_row, lane);
-    }
-#pragma unroll
-    for (int c = 0; c < kHeld; ++c) {
-      if (c >= mine) break;
-      const uint4 b = ahead[c % 2];
-      ahead[c % 2] = load_states(e + min(c + 2, mine - 1) * stride, e_row, lane);
+    const char* from = reinterpret_cast<const char*>(e + first_state);
+    const int stride = kChunk * int(sizeof(S)) << split_log2, mine = chunks >> split_log2;
+    // Loads run ahead by two chunks, beyond the last one, too (Tile::overrun).
+    const auto next = [&] {
+      const uint4 states = load_states(reinterpret_cast<const S*>(from));
+      from += stride;
+      return states;
+    };
+    const auto multiply_by = [&](const uint4& b, const auto& weight) {
 #pragma unroll
       for (int f = 0; f < 2; ++f)
 #pragma unroll
         for (int m = 0; m < TilesPerWarp; ++m)
-          mma(sum[f][m], held[c][f][m], f ? b.z : b.x, f ? b.w : b.y, S{});
-    }
-    for (int c = kHeld; c * split + part < chunks; ++c) {
-      const uint4 b = load_states(e + c * stride, e_row, lane);
+          mma(sum[f][m], weight(f, m), f ? b.z : b.x, f ? b.w : b.y, S{});
+    };
+    uint4 ahead[2] = {next(), next()};
+    const auto all_held = [&] {
 #pragma unroll
-      for (int f = 0; f < 2; ++f)
-#pragma unroll
-        for (int m = 0; m < TilesPerWarp; ++m) {
-          const uint4 a =
-              spilled[(((c - kHeld) * 2 + f) * TilesPerWarp + m) * kThreads + threadIdx.x];
-          mma(sum[f][m], a, f ? b.z : b.x, f ? b.w : b.y, S{});
-        }
-    }
+      for (int c = 0; c < kHeld; ++c) {
+        if (c >= mine) return true;
+        const uint4 b = ahead[c % 2];
+        ahead[c % 2] = next();
+        multiply_by(b, [&](int f, int m) { return held[c][f][m]; });
+      }
+      return false;
+    };
+    if (!all_held())
+      for (int c = kHeld; c < mine; ++c) {
+        const uint4 b = ahead[0];
+        ahead[0] = ahead[1];
+        ahead[1] = next();
+        multiply_by(b, [&](int f, int m) {
+          return spilled[(((c - kHeld) * 2 + f) * TilesPerWarp + m) * kThreads + threadIdx.x];
+        });
+      }
 #pragma unroll
     for (int m = 0; m < TilesPerWarp; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // the tensor core has rows 2t, 2t + 1 of the batch side by side
         item[m * 2 + i % 2][i / 2] = sum[0][m][i] + sum[1][m][i];
-    if (split > 1) add_parts(partial, item);
+    if (split_log2 > 0) add_parts(partial, item);
   }
 
-  // Adds what the warps of the same units found, in the same order in each of them. Two buffers in
-  // turns: when a warp writes one again, all have passed the barrier after reading it.
+  // Adds what the warps of the same units found. Two buffers in turns: when a warp writes one
+  // again, all have passed the barrier after reading it.
   __device__ __forceinline__ void add_parts(float* partial, float (&item)[kItems][kPack]) {
-    constexpr int kSums = kItems * kPack;
-    float* mine = partial + ((turn * kWarps + warp) * kSums) * 32 + lane;
-    turn ^= 1;
+    float2* const parts = reinterpret_cast<float2*>(partial) + turn;
+    turn ^= kWarps * kParts;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) mine[i * 32] = item[i / kPack][i % kPack];
-    asm volatile("bar.sync %0, %1;" ::"r"(warp / split + 1), "r"(split * 32) : "memory");
-    const float* first = mine - part * kSums * 32;
+    for (int i = 0; i < kItems; ++i)
+      parts[this_part + i * 32] = make_float2(item[i][0], item[i][1]);
+    asm volatile("bar.sync %0, %1;" ::"r"((warp >> split_log2) + 1), "r"(32 << split_log2)
+                 : "memory");
 #pragma unroll
-    for (int i = 0; i < kSums; ++i)
-      if (owns(i / kPack)) {
-        float sum = first[i * 32];
-        for (int w = 1; w < split; ++w) sum += first[(w * kSums + i) * 32];
-        item[i / kPack][i % kPack] = sum;
+    for (int i = 0; i < kItems; ++i)
+      if (owns(i)) {
+        const auto add = [&](auto begin, auto end) {
+          float2 found[end - begin];
+#pragma unroll
+          for (int w = begin; w < end; ++w)
+            found[w - begin] = parts[first_part + w * kParts + i * 32];
+#pragma unroll
+          for (int w = begin; w < end; ++w) {
+            item[i][0] += found[w - begin].x;
+            item[i][1] += found[w - begin].y;
+          }
+        };
+        item[i][0] = item[i][1] = 0;
+        add(Number<0>{}, Number<2>{});
+        if (split_log2 > 1) add(Number<2>{}, Number<4>{});
+        if (split_log2 > 2) add(Number<4>{}, Number<8>{});
       }
   }
 
-  __device__ bool owns(int i) const { return i % split == part; }
+  __device__ bool owns(int i) const { return owned >> i & 1; }
   __device__ int unit(int i) const { return first_unit() + i / 2 * 16 + lane / 4 * 2; }
   __device__ int row(int i) const { return lane % 4 * 2 + i % 2; }
+  __device__ int copy() const { return 0; }
+  // A warp no longer owns items of which none of its lanes has the row and unit.
+  __device__ void settle(int rows, int units) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (i % 2 >= rows || first_unit() + i / 2 * 16 >= units) owned &= ~(1 << i);
+    owned = pinned(owned);
+  }
 };
 
 }  // namespace fusedrnn::cuda

@@ -26,7 +26,7 @@ struct SliceMma : Mma<S, 2> {
   static constexpr Tile kTile = Base::kTile;
   float sum[Base::kItems][2];
 
-  __device__ explicit SliceMma(void* weights) : Base(weights, 1) {}
+  __device__ explicit SliceMma(void* weights) : Base(weights, 0) {}
   __device__ __forceinline__ void add(const S* e, int e_row, int /*slab*/, int chunks) {
     Base::multiply(e, e_row, chunks, nullptr, sum);
   }
@@ -66,7 +66,7 @@ struct SliceFma {
   // load from different banks.
   static __device__ int place(int unit) { return unit / 32 * 32 + unit % 8 * 4 + unit / 8 % 4; }
 
-  __device__ void hold(const Weights& from, int chunks) {
+  __device__ void hold(const Weights& from, int chunks, int /*e_row*/) {
     for (int i = threadIdx.x; i < kUnits * chunks * kVectors; i += kThreads) {
       const int unit = i % kUnits, v = i / kUnits;
       Vector loaded;
@@ -212,8 +212,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
       }
     }
     // Rows that are not fetched are multiplied all the same.
-    for (int i = threadIdx.x; i < p.slots * kGroup * p.e_row; i += kSliceThreads)
-      e_[i] = narrow<S>(0);
+    for (int i = threadIdx.x; i < p.slots * p.e_size; i += kSliceThreads) e_[i] = narrow<S>(0);
     Base::prepare(vectors(), carry(), kSliceThreads);
     cluster_barrier();
   }
@@ -243,7 +242,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
       }
     }
   };
-  __device__ S* states_in(const Ring& ring) const { return e_ + ring.slot * kGroup * p.e_row; }
+  __device__ S* states_in(const Ring& ring) const { return e_ + ring.slot * p.e_size; }
 
   // ---- workers ----
 
@@ -298,7 +297,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
     w.units = int(min(int64_t(p.slices) * kOwn, q.H - first));
     w.H = q.H - k0_;
     w.state_k = p.state_k;
-    product.hold(w, p.chunks);
+    product.hold(w, p.chunks, p.e_row);
   }
 
   __device__ static bool finishes(int group) {
@@ -315,7 +314,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   __device__ __forceinline__ void finish(Pending& turn, unsigned& phases) const {
     const int group = turn.group, unit = own_unit(), row = group * kGroup + own_row();
-    wait_for_bytes(arrived_ + group, phases >> group & 1, {p, turn.s, "sums of peers (slices)"});
+    wait_for_arrivals(arrived_ + group, phases >> group & 1, {p, turn.s, "sums of peers (slices)"});
     phases ^= 1u << group;
     if (own_row() < turn.count && unit < units) {
       float sum[2] = {};
@@ -439,7 +438,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
   const int slice_;
   const int64_t k0_;          // where it begins
   unsigned* const counters_;  // of groups: blocks that have told, over all steps together
-  S* const e_;                // [slots][kGroup][e_row]
+  S* const e_;                // [slots], of kGroup rows
   float* const received_;
   // mbarriers: slots with states, slots without, groups with sums, groups that are finished
   uint64_t *const fetched_, *const freed_, *const arrived_, *const finished_;
