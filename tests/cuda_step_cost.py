@@ -80,7 +80,9 @@ def functions(file: str) -> list[str]:
     found, name = [""], ""
     for path in (ROOT / "csrc" / "cuda" / file, ROOT / "csrc" / file):
         for line in path.read_text().splitlines() if path.exists() else ():
-            definition = re.search(r"(?:__(?:device|global)__|FUSEDRNN_INLINE).*?\b(?!__)(\w+)\(", line)
+            definition = re.search(
+                r"(?:__(?:device|global)__|FUSEDRNN_INLINE).*?\b(?!__)(\w+)\(", line
+            )
             name = definition[1] if definition else name
             name = next((to for text, to in BEGINS.items() if text in line), name)
             found.append(name)

@@ -536,7 +536,8 @@ def test_every_kernel_ran():
     ever: dict[str, int] = dict.fromkeys(libraries[0].kernels(), 0)
     taken = set()
     for way in (*WAYS, *SLICES):
-        for case in (Case(T=2, B=2, I=3, H=9, keep=True), Case(T=2, B=1, I=3, H=min(32, way.block_units))):
+        H = min(32, way.block_units)
+        for case in (Case(T=2, B=2, I=3, H=9, keep=True), Case(T=2, B=1, I=3, H=H)):
             before = [library.launched() for library in libraries]
             _, runs = Trial(way, case).run()
             launched = {

@@ -83,9 +83,9 @@ __device__ __forceinline__ void arrive_after_copies(uint64_t* arrived) {
                : "memory");
 #endif
 }
-// The scope is the block, for bytes from peers, too: they lie in this block's own shared memory, of
-// which no cache has an older copy, and the wider scope would have each warp empty its L1. (CUTLASS
-// waits for a cluster's bytes alike.)
+// The scope is the block, also for bytes from peers: they lie in this block's own shared memory,
+// which no cache duplicates. With the scope of the cluster each warp would invalidate its L1
+// (CCTL.IVALL). CUTLASS waits for a cluster's bytes in the same way.
 __device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned phase,
                                                   const TimeLimit& limit) {
 #if __CUDA_ARCH__ >= 900

@@ -61,8 +61,8 @@ __device__ __forceinline__ __half narrow<__half>(float v) {
   return __float2half_rn(v);
 }
 
-// The hardware's tanh is off by 2^-11 of the result at most, where rounding to bfloat16 is by 2^-9.
-// For float16, with its 2^-12, that would be too much.
+// The relative error of the hardware's tanh is at most 2^-11; rounding to bfloat16 adds 2^-9. For
+// float16, which rounds with 2^-12, it would be too large.
 struct HardwareTanh : Tanh {
   static __device__ __forceinline__ float value(float z) {
     asm("tanh.approx.f32 %0, %0;" : "+f"(z));
@@ -114,7 +114,7 @@ struct Chosen {
   }
 };
 
-// Calls use with a nonlinearity: with a branch around all that is computed, not within.
+// Calls `use` with the nonlinearity, so that one branch surrounds everything that is computed.
 template <class S, class Use>
 __device__ __forceinline__ void with_nonlinearity(Nonlinearity which, const Use& use) {
   if (which == Nonlinearity::tanh)

@@ -27,7 +27,7 @@ struct Params {
   int x_copy;         // bytes by which x can be copied; 0: number by number
   bool state_copies;  // rows of out[0] are whole multiples of 16 bytes
   bool packs;         // all series can be loaded and stored by two numbers
-  bool plain;         // what plain.cuh is for;
+  bool plain;         // plain.cuh can run it;
   int64_t x_step, in_step, gate_step, out_step;  // there, bytes from a step to the next
 };
 

@@ -1,8 +1,8 @@
-// The walk of persistent.cuh for the case that most programs train: a dense sequence without resets
-// and leak, one output, and no more rows a team than are multiplied at once; in the block and
-// cluster regimes. What is constant in time is computed before the first step, what moves with time
-// is a pointer that moves by a constant, and no step is special: the states of the last one are
-// sent, too, though nobody multiplies them.
+// A specialisation of the time loop in persistent.cuh for the most common problem: a dense sequence
+// without resets and without a leak, one output, and no more batch rows than one product takes; in
+// the block and cluster regimes. Everything that is constant in time is computed before the loop,
+// pointers advance by a constant stride, and no step is special: the states of the last step are
+// sent, too, although nothing reads them.
 #pragma once
 
 #include "persistent.cuh"
@@ -19,9 +19,9 @@ class PlainWalk : Walk<Product, pass> {
   using typename Base::Numbers, typename Base::Raw;
   static constexpr int N = Product::kPack, kItems = Product::kItems;
 
-  // Lanes put their numbers together to 16 bytes of neighbouring units, in so many exchanges;
+  // The number of shuffles in which lanes gather 16 bytes of neighbouring units.
   static constexpr int kJoins = sizeof(Numbers) == 8 ? 1 : 2;
-  // so many lanes then have the same 16 bytes, and send them to different peers.
+  // The number of lanes that then hold the same 16 bytes. Each sends them to other peers.
   static constexpr int kSenders = Product::kCopies << kJoins;
   static constexpr int kSent = 16 / int(sizeof(S));
 
@@ -32,15 +32,15 @@ class PlainWalk : Walk<Product, pass> {
     Base::hold_weights();
     Base::begin(p, b0, j0, shared_);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    // Nobody but memory knows that this is 0 (it is the alpha of a unit). What is added to it is
-    // kept in registers, where the compiler would ask constant memory for a parameter in each step,
-    // and wait for it; but for the tiles that have no register left.
+    // This is 0 (it is the alpha of a unit), but the compiler cannot know. A parameter to which it
+    // is added stays in a register; otherwise the compiler loads it from constant memory in each
+    // step, at 30 cycles. Tiles of 4 items have no registers left for that.
     const int zero = kItems < 4 ? *reinterpret_cast<volatile int*>(vectors_ + p.units) : 0;
     const int e_row = p.e_row + zero, chunks = p.chunks + zero;
     product_.settle(rows, units);
     const int busy = pinned(product_.busy(units)), nonlinearity = int(q.nonlinearity) + zero;
-    // Where an item's state lies in e, and where the 16 bytes begin that this lane sends; -1 where
-    // there is none.
+    // The place of an item's state in e, and of the 16 bytes that this lane sends; -1 if there is
+    // no such item.
     const int sender = sender_of(lane);
     const int first_peer = pinned(sender ^ (int(blockIdx.x) & (p.blocks - 1)));  // a power of two
     int place[kItems], sent[kItems];
@@ -55,8 +55,9 @@ class PlainWalk : Walk<Product, pass> {
 #pragma unroll
       for (int n = 0; n < N; ++n) bias[i][n] = exists ? vectors_[unit + n] : C(0);
     }
-    // A thread's numbers at the step that it has come to; those of its items follow each other at
-    // fixed distances. Where there is no item, the first of the block stands for it.
+    // Pointers to the current step of this thread's first item; the other items lie at fixed
+    // distances. A thread without an item points to the first item of the block, so that loads need
+    // no branch.
     const char *in = track(q.in[0]), *gate = track(q.gate);
     char* out = track(q.out[0]);
     const bool has_in = q.in[0].data, loads = busy && (!kForward || has_in);
@@ -72,16 +73,16 @@ class PlainWalk : Walk<Product, pass> {
       }
     };
     if (loads) load(false);
-    // A warp copies the inputs of a row; those of the first step are there.
+    // Each warp copies the inputs of one row. `begin` has copied those of the first step.
     const int x_copy = p.x_copy + zero, first_x = lane * (x_copy ? x_copy / int(sizeof(S)) : 1);
     const char* x = track(q.x, warp, first_x);
     const int copied = pinned(warp < rows ? int(q.I) - first_x : 0);
     const int x_place = pinned(warp * e_row + p.state_k + first_x);
-    // So many steps must be left for there to be a next one, for whose inputs this thread cares.
+    // The next step's inputs are loaded while at least so many steps are left, this one included.
     const int with_next_x = pinned(copied > 0 ? 2 : INT32_MAX);
     const int with_next = pinned(loads ? 2 : INT32_MAX);
 
-    // What comes in a step.
+    // Bytes that arrive in a step.
     const int bytes = rows * int(q.H) * int(sizeof(S)) + zero;
     unsigned char* const arrivals = shared_ + (p.arrivals_offset + zero);
     Numbers results[kItems];
@@ -127,7 +128,7 @@ class PlainWalk : Walk<Product, pass> {
             continue;
           }
           const Numbers ins = Base::unpack(now_in[i]), gates = Base::unpack(now_gate[i]);
-          // Nothing came before, be W_hh NaN or not; but ∂L/∂h_n, where that is given.
+          // The first step has no product, even if W_hh is NaN; it has ∂L/∂h_n, if that is given.
           if (!kForward && s == 0)
 #pragma unroll
             for (int n = 0; n < N; ++n)
@@ -174,16 +175,16 @@ class PlainWalk : Walk<Product, pass> {
   }
 
  private:
-  // Lanes that have the same sums compute the same, so that they can share the sends.
+  // All lanes with the same sums compute the state, so that they can share the sends.
   __device__ bool computes(int i) const {
     return (kCluster && Product::kCopies > 1) || product_.owns(i);
   }
 
-  // Whether there is such a row and unit, be its item this thread's or not.
+  // Whether the row and unit of item i exist; the item may belong to another lane.
   __device__ bool row_exists(int i) const {
     return product_.row(i) < rows && product_.unit(i) < units;
   }
-  // Which of the lanes this is that have the same 16 bytes.
+  // The index of a lane among those that hold the same 16 bytes.
   __device__ int sender_of(int lane) const {
     int sender = product_.copy() << kJoins;
     for (int join = 0; join < kJoins; ++join)
@@ -191,7 +192,7 @@ class PlainWalk : Walk<Product, pass> {
     return sender;
   }
 
-  // Where row `row` of the block begins in the first step, at unit (or input) j.
+  // The address of unit (or input) j of the block's row `row` in the first step.
   __device__ char* track(const Series& series, int row, int64_t j) const {
     const int64_t t = q.descending ? q.T - 1 : 0;
     const int64_t place = t * series.step + (b0 + row) * series.row + j;
@@ -201,7 +202,7 @@ class PlainWalk : Walk<Product, pass> {
     return row_exists(0) ? track(series, product_.row(0), j0 + product_.unit(0))
                          : track(series, 0, j0);
   }
-  // From there to item i.
+  // Bytes from the first item to item i.
   __device__ static int64_t distance(const Series& series, int i) {
     return (i % 2 * series.row + i / 2 * 16) * int64_t(sizeof(S));
   }
@@ -210,7 +211,7 @@ class PlainWalk : Walk<Product, pass> {
     return *reinterpret_cast<const Raw*>(from);
   }
 
-  // Every 32nd of a row's inputs, by so many bytes at once, or number by number.
+  // Copies this lane's share of a row's inputs, `bytes` at a time; 0: one number at a time.
   template <int bytes>
   __device__ __forceinline__ void copy_x(S* to, const char* x, int count, bool far) const {
     constexpr int kPer = bytes ? bytes / int(sizeof(S)) : 1;
@@ -229,7 +230,7 @@ class PlainWalk : Walk<Product, pass> {
     }
   }
 
-  // To all blocks of the team; all lanes of a warp together.
+  // Sends to all blocks of the team. All lanes of the warp must call it.
   __device__ __forceinline__ void send_to_all(S* place, bool exists, int first_peer,
                                               const Numbers& numbers,
                                               const uint64_t* arrived) const {
@@ -248,7 +249,7 @@ class PlainWalk : Walk<Product, pass> {
     }
     if (!exists) return;
 #pragma unroll
-    for (int k = 0; k < 16; k += kSenders)  // each block begins elsewhere: never all with the same
+    for (int k = 0; k < 16; k += kSenders)  // each block starts with another peer
       if (k < p.blocks) send_to_peer(place, arrived, k ^ first_peer, words);
   }
 };

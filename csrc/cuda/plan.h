@@ -72,8 +72,8 @@ struct Tile {
     if (mma()) return 16 / units;
     return units == 1 ? 28 : number_size() == 8 ? 14 : 32 / units;
   }
-  // Numbers behind the rows of a buffer, which the loads of a product run over: two chunks of each
-  // warp that shares it.
+  // Numbers behind the rows of a buffer that a product loads and ignores: two chunks for each warp
+  // that shares K.
   constexpr int overrun(int split) const { return mma() ? 2 * split * chunk() : 0; }
   constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
   // of a block, where `split` warps share the K of their units

@@ -43,12 +43,12 @@ struct Weights {
   }
 };
 
-// A number that is known when this is compiled.
+// An integer known at compile time.
 template <int n>
 using Number = std::integral_constant<int, n>;
 
-// The same, but a number of this lane's own that came from elsewhere: the compiler keeps it, and
-// does not compute it anew in each step. By all lanes of a warp. Not where it lacks the registers.
+// Returns v, which the compiler then keeps in a register instead of recomputing it in each step.
+// All lanes of the warp must call it. On architectures where registers are short it does nothing.
 __device__ __forceinline__ int pinned(int v) {
 #if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
   return __shfl_sync(~0u, v, threadIdx.x % 32);
@@ -82,8 +82,8 @@ struct Fma {
   static_assert(kSums <= 8);  // so that 8 lanes can own one each
   static constexpr int kItems = 1;
   static constexpr int kPack = 1;
-  // Lanes with the same sums; and by which bits of the lane those of the neighbouring pack of units
-  // differ, and then those of the neighbouring pair of packs.
+  // How many lanes end with the same sums; and the bit of the lane index in which the owners of
+  // neighbouring packs of units differ (join 0), and those of neighbouring pairs of packs (join 1).
   static constexpr int kCopies = 8 / kSums;
   static constexpr int neighbour(int join) {
     if (UnitsPerThread == 1) return join ? 2 : 1;
@@ -322,9 +322,9 @@ struct Mma {
   uint4 held[kHeld][2][TilesPerWarp];
   const uint4* spilled;  // [chunk][fragment][tile][thread]
   int lane, warp, split_log2, part;
-  int owned = 0;              // bit i: this warp ends with item i
-  int first_state;            // where its loads of states begin
-  int first_part, this_part;  // what the warps of the same units found, and this one
+  int owned = 0;              // bit i: this warp finishes item i
+  int first_state;            // offset of this lane's first load of states
+  int first_part, this_part;  // offsets of the partial sums: of the first warp of these units, own
   int turn = 0;
 
   __device__ Mma(void* spill, int split_log2)
@@ -417,7 +417,7 @@ struct Mma {
     float sum[2][TilesPerWarp][4] = {};
     const char* from = reinterpret_cast<const char*>(e + first_state);
     const int stride = kChunk * int(sizeof(S)) << split_log2, mine = chunks >> split_log2;
-    // Loads run ahead by two chunks, beyond the last one, too (Tile::overrun).
+    // Loads run two chunks ahead, also beyond the last chunk (Tile::overrun).
     const auto next = [&] {
       const uint4 states = load_states(reinterpret_cast<const S*>(from));
       from += stride;
@@ -458,8 +458,8 @@ struct Mma {
     if (split_log2 > 0) add_parts(partial, item);
   }
 
-  // Adds what the warps of the same units found. Two buffers in turns: when a warp writes one
-  // again, all have passed the barrier after reading it.
+  // Adds the partial sums of the warps that share the units. Two buffers in turns: when a warp
+  // writes one again, all have passed the barrier after reading it.
   __device__ __forceinline__ void add_parts(float* partial, float (&item)[kItems][kPack]) {
     float2* const parts = reinterpret_cast<float2*>(partial) + turn;
     turn ^= kWarps * kParts;
@@ -493,7 +493,7 @@ struct Mma {
   __device__ int unit(int i) const { return first_unit() + i / 2 * 16 + lane / 4 * 2; }
   __device__ int row(int i) const { return lane % 4 * 2 + i % 2; }
   __device__ int copy() const { return 0; }
-  // A warp no longer owns items of which none of its lanes has the row and unit.
+  // Gives up the items whose row or unit exists for no lane of this warp.
   __device__ void settle(int rows, int units) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
