@@ -91,11 +91,12 @@ BUILT = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
 def checkout(tmp_path: Path) -> Path:
     """All that is in the repository, and nothing built."""
     copy = tmp_path / "checkout"
-    for name in ("fusedrnn", "csrc", "tests", "bench", "examples", ".ci"):
+    for name in ("fusedrnn", "csrc", "tests", "bench", "examples", ".ci", ".github"):
         shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    shutil.copy(ROOT / ".clang-format", copy)
+    files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml")]
+    names = ("setup.py", "MANIFEST.in", "Makefile", "LICENSE", "CITATION.cff", ".clang-format")
+    for path in (*files, *(ROOT / name for name in names)):
+        shutil.copy(path, copy)
     return copy
 
 
