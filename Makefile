@@ -1,21 +1,21 @@
 # From a bare clone, with python3 (3.10 to 3.14), g++ and make:
-#   make demo     trains the character model, loop against fusedrnn
-#   make test     runs the tests (SLOW=1: all of them; ARGS="-k name": some)
-#   make mutants  changes 200 lines one at a time and runs the tests that fit; half an hour
-#                 and more (ARGS="--count 20 --files csrc/checks.h")
-#   make lint     checks formatting, lint and types; `make format` mends
-#   make bench    times fusedrnn against its peers (ARGS="--set wide")
-#   make cuda-build      builds and links the CUDA engine, without a GPU (downloads torch with CUDA,
+#   make demo     train the character model, once with a loop and once with fusedrnn
+#   make test     run the tests (SLOW=1: all tests; ARGS="-k name": some)
+#   make mutants  change 200 lines, one at a time, and run the relevant tests for each; takes half an
+#                 hour or more (ARGS="--count 20 --files csrc/checks.h")
+#   make lint     check formatting, lint and types; `make format` fixes them where it can
+#   make bench    time fusedrnn against its peers (ARGS="--set wide")
+#   make cuda-build      build and link the CUDA engine without a GPU (downloads torch with CUDA,
 #                        the latest or TORCH=2.11.0)
-#   make cuda-resources  writes tests/cuda_resources.txt anew: registers of each CUDA kernel
-#   make cuda-step-cost  writes tests/cuda_step_cost.txt anew: instructions of a step, by part
-#   make gpu-speed       on a machine with a GPU, 200 s: build, smoke tests, benchmark beside cuDNN
-#   make gpu-tune        200 s: latencies, every regime, a sweep of sizes, profiles by ncu
+#   make cuda-resources  regenerate tests/cuda_resources.txt: registers of each CUDA kernel
+#   make cuda-step-cost  regenerate tests/cuda_step_cost.txt: instructions of a step, by part
+#   make gpu-speed       on a machine with a GPU, 200 s: build, smoke tests, benchmark against cuDNN
+#   make gpu-tune        200 s: latencies, every regime, a sweep of sizes, ncu profiles
 #   make gpu-truth       240 s: tests, compute-sanitizer, every kernel
-#   make gpu-check       all three, one after another (OUT=folder for what they find; EMULATED=1
-#                        tries them without a GPU)
-#   make clean    removes what was built; `make distclean` also .venv
-# Another interpreter: make PYTHON=python3.12 (after make distclean).
+#   make gpu-check       all three, one after another (OUT=folder for the results; EMULATED=1 tries
+#                        them without a GPU)
+#   make clean    remove build outputs; `make distclean` also removes .venv
+# To use another interpreter: make PYTHON=python3.12 (after make distclean).
 
 PYTHON ?= python3
 CXX ?= g++
@@ -36,7 +36,7 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
 demo: build
 	$(BIN)/python -m fusedrnn charlm $(ARGS)
 
-# Workers of one torch thread each (tests/conftest.py), as many as there are cores.
+# One worker per core, 8 at most, with one torch thread each (tests/conftest.py).
 test: build
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
 	  $(if $(SLOW),,-m "not slow") $(ARGS)
@@ -47,7 +47,7 @@ mutants: build
 bench: build
 	$(BIN)/python bench/bench_rnn.py $(ARGS)
 
-# With the torch that is installed, if there is no .venv; nothing is fetched.
+# Uses the installed torch if there is no .venv; downloads nothing.
 gpu-speed gpu-tune gpu-truth: $(if $(EMULATED),build)
 	@$(PYTHON) bench/gpu_check.py $(@:gpu-%=%) $(if $(EMULATED),--emulated) \
 	  $(if $(OUT),--out $(OUT)) $(ARGS)
@@ -64,7 +64,7 @@ cuda-step-cost: $(VENV)/pins
 cuda-build: $(CUDA_VENV)/torch
 	$(CUDA_VENV)/bin/python tests/cuda_build.py
 
-# torch for CUDA, of several GB, in an environment of its own.
+# An environment of its own for the CUDA build of torch, which has several GB.
 $(CUDA_VENV)/torch:
 	@$(MAKE) --no-print-directory check-tools
 	$(PYTHON) -m venv $(CUDA_VENV)
@@ -83,8 +83,8 @@ format: $(VENV)/pins
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Always asked, since ninja knows best what has changed: two seconds when nothing has.
-# Objects stay in build/; `pip install -e .` would compile everything anew each time.
+# Always runs, because ninja decides what has changed; takes two seconds if nothing has.
+# Objects stay in build/; `pip install -e .` would recompile everything each time.
 build: $(VENV)/pins
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 

@@ -1,17 +1,18 @@
-"""Builds fusedrnn._C: ``pip install --no-build-isolation .`` (or ``-e .``), with torch installed.
+"""Build fusedrnn._C: ``pip install --no-build-isolation .`` (or ``-e .``), with torch installed.
 
 Environment variables:
-    FUSEDRNN_CUDA         0: no CUDA engine; 1: an error where it cannot be built. Left out: where
+    FUSEDRNN_CUDA         0: no CUDA engine; 1: fail if it cannot be built. Unset: build it if
                           torch has CUDA and a toolkit of the same major version is found.
-    CUDA_HOME             The toolkit; left out: where nvcc is found, or /usr/local/cuda.
-    TORCH_CUDA_ARCH_LIST  Architectures of GPUs, "8.0;9.0"; left out: all from 7.5 on. The builder
-                          itself needs no GPU.
-    FUSEDRNN_CHECK=1      CUDA kernels that wait for two seconds print where, and trap.
+    CUDA_HOME             The CUDA toolkit. Unset: CUDA_PATH, the toolkit of the nvcc on PATH, or
+                          /usr/local/cuda.
+    TORCH_CUDA_ARCH_LIST  GPU architectures, e.g. "8.0;9.0". Unset: all from 7.5 on. The build
+                          machine needs no GPU.
+    FUSEDRNN_CHECK=1      A CUDA kernel that waits for two seconds prints where, and traps.
     DEBUG=1               No optimisation, debug symbols.
-    WERROR=1              Warnings are errors.
+    WERROR=1              Treat warnings as errors.
     SANITIZE              Passed to -fsanitize=, e.g. ``address,undefined``
-                          (tests/test_sanitizers.py); without the CUDA engine.
-    MAX_JOBS              Compilers at once (torch's own; default: as many as there are cores).
+                          (tests/test_sanitizers.py). Leaves out the CUDA engine.
+    MAX_JOBS              Parallel compilers (read by torch; default: the number of cores).
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from setuptools import setup
 
 
 def find_toolkit() -> Path | None:
-    """Where the CUDA toolkit is. nvcc on PATH may be a link, or a script that stands elsewhere."""
+    """Find the CUDA toolkit.
+
+    nvcc on PATH may be a link, or a wrapper script outside the toolkit, so check for its files.
+    """
     nvcc = shutil.which("nvcc")
     for home in (
         os.getenv("CUDA_HOME"),
@@ -43,7 +47,7 @@ def find_toolkit() -> Path | None:
 
 TOOLKIT = find_toolkit()
 if TOOLKIT is not None:
-    os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch looks when it is imported, in fewer places
+    os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch searches on import, in fewer places
 
 try:
     import torch
@@ -57,10 +61,10 @@ except ImportError:
 try:
     import ninja
 
-    # torch looks for the program on PATH, where a venv that is not activated has none
+    # torch looks for ninja on PATH, which lacks the bin folder of a venv that is not activated
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
 except ImportError:
-    pass  # there may be a ninja of the system's; without any, torch compiles one file at a time
+    pass  # the system may have ninja; without it, torch compiles one file at a time
 
 ROOT = Path(__file__).parent
 DEBUG = os.getenv("DEBUG") == "1"
@@ -73,7 +77,7 @@ def nvcc_says(*question: str) -> str:
 
 
 def why_no_cuda() -> str | None:
-    """Why the CUDA engine is not built; None if it is. Asks for no GPU: builders have none."""
+    """Return why the CUDA engine is not built, or None. A GPU is not required for building."""
     wanted = os.getenv("FUSEDRNN_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"FUSEDRNN_CUDA must be 0 or 1, got {wanted!r}")
@@ -103,9 +107,10 @@ REASON = why_no_cuda()
 if REASON is not None and os.getenv("FUSEDRNN_CUDA") == "1":
     sys.exit(f"FUSEDRNN_CUDA=1, but the CUDA engine cannot be built: {REASON}")
 if REASON is None:
-    # torch's own default is the GPU it sees, and an error where it sees none
+    # torch's own default is the architecture of the visible GPU, and an error without one
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()
-    # 9.0a is the same GPUs, and lets warps hand each other registers (csrc/cuda/slices.cuh)
+    # 9.0a is for the same GPUs, and has setmaxnreg, by which warps release registers to others
+    # (csrc/cuda/slices.cuh)
     architectures = re.sub(r"\b9\.0(?![a+])", "9.0a", architectures)
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     CUDA = f"CUDA {torch.version.cuda}, architectures {architectures.replace(';', ' ')}"
@@ -114,7 +119,7 @@ else:
 
 
 class BuildExtensionAndInfo(BuildExtension):
-    """Also records the torch it was built with, which the package compares on import."""
+    """Also record the torch version of the build, which the package compares on import."""
 
     def run(self) -> None:
         super().run()
@@ -123,12 +128,12 @@ class BuildExtensionAndInfo(BuildExtension):
         (package / "_build_info.py").write_text('"""Written by setup.py."""\n\n' + info)
 
 
-level = "-O0" if DEBUG else "-O1" if SANITIZE else "-O3"  # more takes a sanitizer very long
+level = "-O0" if DEBUG else "-O1" if SANITIZE else "-O3"  # more is very slow with a sanitizer
 cxx_args = [level, "-g" if DEBUG else "-g1" if SANITIZE else "-g0"]
 cxx_args += ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
-cxx_args += ["-Wno-unused-parameter"]  # torch's headers have many
+cxx_args += ["-Wno-unused-parameter"]  # torch's headers cause many
 nvcc_args = [level, "-G" if DEBUG else "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
-nvcc_args += ["-Xfatbin=-compress-all"]  # a fifth of the size
+nvcc_args += ["-Xfatbin=-compress-all"]  # reduces the size to a fifth
 if os.getenv("FUSEDRNN_CHECK") == "1":
     nvcc_args += ["-DFUSEDRNN_CHECK=4000000000"]  # GPU cycles; see csrc/cuda/exchange.cuh
 link_args = ["-fopenmp"]
@@ -151,7 +156,7 @@ setup(
     ext_modules=[
         (CppExtension if REASON else CUDAExtension)(
             "fusedrnn._C",
-            # relative and sorted: the same command every time, so that ninja sees no change
+            # relative and sorted, so that the command stays the same and ninja sees no change
             sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)),
             extra_compile_args={"cxx": cxx_args, "nvcc": nvcc_args},
             extra_link_args=link_args,

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Times fusedrnn on a GPU beside cuDNN, CUDA graphs, torch.compile and FlashRNN; measures the
-latencies that its planner counts on. See bench/README.md. gpu_check.py runs some of its groups.
+"""Time fusedrnn on a GPU against cuDNN, CUDA graphs, torch.compile and FlashRNN, and measure the
+latencies that its planner relies on. See bench/README.md. gpu_check.py runs some of its groups.
 
-Kernels that are new may hang, or take the device down with them. So the work is done by a child
-process, which says what it is about to do; where it falls silent or dies, it is ended, that is
-written down, and another child goes on with the rest.
+New kernels may hang or take the device down. A child process therefore does the work and announces
+each step. If it goes silent or dies, the parent ends it, records the loss, and starts another child
+for the rest.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from gpu_peers import PEERS
 from gpu_report import brief, device_facts, nvidia_smi, render, summary
 from report import environment
 
-# For a checkout that is built but not installed; an installed fusedrnn comes first.
+# For a checkout that is built but not installed; an installed fusedrnn takes precedence.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-MARK = "@@"  # before each line that a child means for its parent
-SILENCE = 30.0  # seconds without a word after which a child is taken to hang
-START = 120.0  # before its first word: on a fresh machine `import torch` alone has taken 34 s
-GRACE = 8.0  # seconds after the deadline that the last case may take
-FATAL = 3  # times that a peer may take a child down; then it is left out of everything
+MARK = "@@"  # starts each line that a child prints for its parent
+SILENCE = 30.0  # seconds of silence after which a child counts as hung
+START = 120.0  # the same before its first message: `import torch` has taken 34 s on a fresh machine
+GRACE = 8.0  # seconds that the last case may run past the deadline
+FATAL = 3  # times that a peer may take a child down before it is left out of everything
 GROUPS = ("probes", *PEERS)
 
 
@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--tiny", action="store_true", help="the smallest shapes, to try the script")
     add("--emulated", action="store_true", help="probes on the emulator: their times mean nothing")
     add("--silence", type=float, default=SILENCE, help=argparse.SUPPRESS)
-    add("--child", help=argparse.SUPPRESS)  # what a child has to do, as JSON
+    add("--child", help=argparse.SUPPRESS)  # the work of a child, as JSON
     options = parser.parse_args(arguments)
     options.groups = options.groups.split(",")
     if unknown := [group for group in options.groups if group not in GROUPS]:
@@ -85,7 +85,7 @@ def say(kind: str, **what: Any) -> None:
 
 
 def child(options: argparse.Namespace) -> int:
-    """Do the tasks, ``"probes"`` or the number of a case, and say what comes of each."""
+    """Do the tasks (``"probes"`` or the index of a case) and report the result of each."""
     work = json.loads(options.child)
     cases = cases_of(options)
     device = torch.device(options.device)
@@ -106,7 +106,7 @@ def child(options: argparse.Namespace) -> int:
             probe(options, without, tell)
         else:
             case = cases[int(task)]
-            # Half of the time goes into checks, captures and warming up.
+            # Checks, captures and warm-up take half of the time.
             share = left / (len(work["tasks"]) - place) / 2
             seconds = min(3.0, max(0.2, 2 * share if case.group == "shapes" else share))
             start = time.perf_counter()
@@ -122,7 +122,7 @@ def child(options: argparse.Namespace) -> int:
 
 
 def load_libraries(device: torch.device) -> None:
-    """cuDNN and cuBLAS: a fresh machine reads them from disk for a while, in silence."""
+    """Load cuDNN and cuBLAS, which a fresh machine reads from disk for a while without output."""
     rnn = torch.nn.RNN(8, 8, device=device)
     output, _ = rnn(torch.zeros(2, 1, 8, device=device))
     output.sum().backward()
@@ -132,7 +132,7 @@ def load_libraries(device: torch.device) -> None:
 
 
 def needed(task: str, cases: list[Case]) -> float:
-    """Seconds without which it is not worth beginning a task."""
+    """Return the seconds that must be left for a task to be worth starting."""
     return 60 if task != "probes" and cases[int(task)].group == "compile" else 0
 
 
@@ -146,7 +146,7 @@ def probe(options: argparse.Namespace, without: dict[str, str], tell: Any) -> No
     with tempfile.TemporaryDirectory() as folder:
         try:
             library = build_emulated() if options.emulated else build(Path(folder))
-        except Exception as error:  # whatever a compiler or an emulator may raise
+        except Exception as error:  # compiler and emulator raise many types
             say("probe", row={"probe": "all", "error": f"not built: {error}"})
             return
         setting = Setting.on_emulator() if options.emulated else Setting.on_gpu()
@@ -159,7 +159,7 @@ def probe(options: argparse.Namespace, without: dict[str, str], tell: Any) -> No
 
 @dataclass
 class Record:
-    """Everything that was found, as it goes into the JSON file."""
+    """All results, as written to the JSON file."""
 
     environment: dict[str, Any] = field(default_factory=dict)
     command: str = ""
@@ -179,17 +179,20 @@ class Record:
 def words_of(
     process: subprocess.Popen[str], silence: float, deadline: float
 ) -> Iterator[dict[str, Any]]:
-    """What a child says, until it ends; TimeoutError when it is silent for too long, or when a
-    case has not ended some time after the deadline."""
+    """Yield a child's messages until it ends.
+
+    Raises TimeoutError if it is silent for too long, or if a case runs more than GRACE seconds
+    past the deadline.
+    """
     words: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def listen() -> None:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(MARK):
-                with contextlib.suppress(ValueError):  # it was ended within a line
+                with contextlib.suppress(ValueError):  # the child was killed within a line
                     words.put(json.loads(line.removeprefix(MARK)))
-            else:  # a library's own words
+            else:  # a library's output
                 sys.stderr.write(line)
         words.put(None)
 
@@ -200,14 +203,14 @@ def words_of(
             word = words.get(timeout=max(0.0, min(limit, deadline + GRACE - time.time())))
         except queue.Empty:
             raise TimeoutError(f"silent for {limit:g} s") from None
-        if word is None or word["kind"] == "end":  # those whom it started may keep its pipe open
+        if word is None or word["kind"] == "end":  # its own children may keep the pipe open
             return
         limit = max(silence, word.get("limit") or 0)
         yield word
 
 
 class Foreman:
-    """Has children do all tasks, one child after another."""
+    """Run all tasks in child processes, one child after another."""
 
     script = __file__
 
@@ -250,17 +253,17 @@ class Foreman:
             how = f"it ended, exit status {process.returncode}"
         except TimeoutError as error:
             how = str(error)
-        process.send_signal(signal.SIGABRT)  # by which Python prints where it is
+        process.send_signal(signal.SIGABRT)  # makes Python print a traceback
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(3)
         process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a GPU may linger
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may linger, waiting for a GPU
             process.wait(5)
         if self.tasks and time.time() < self.deadline:
             self.write_off(at, how)
 
     def hear(self, word: dict[str, Any], at: dict[str, Any]) -> dict[str, Any]:
-        """Note what a child says; returns where it is now."""
+        """Record a message of a child and return where the child is now."""
         kind = word.pop("kind")
         if kind == "environment":
             self.record.environment = self.record.environment or word["environment"]
@@ -281,14 +284,14 @@ class Foreman:
         return at
 
     def write_off(self, at: dict[str, Any], how: str) -> None:
-        """What a child was at when it was lost is left out from now on."""
+        """Leave out what a child was running when it was lost, from now on."""
         task, name, phase = at["task"], at["name"], at["phase"]
         note = f"{phase}: took the process down ({how})"
         where = self.name_of(task)
         self.record.lost.append({"where": where, "name": name, "phase": phase, "how": how})
         print(f"LOST at {where}: {name}, {note}", file=sys.stderr, flush=True)
         times = sum(lost["name"] == name for lost in self.record.lost)
-        if name == "start":  # it may start the next time
+        if name == "start":  # the next child may start
             if times >= FATAL:
                 self.record.not_run += map(self.name_of, self.tasks)
                 self.tasks.clear()
@@ -299,7 +302,8 @@ class Foreman:
                 self.tasks.remove(task)
             self.without[task][name] = note
             return
-        # A loss that names no peer, or one that was left out already, would only come again.
+        # A loss that names no peer is blamed on fusedrnn. If the blamed peer was left out before,
+        # the loss would only recur, so the task is dropped.
         known = {kind.name for kind in self.cases[int(task)].kinds}
         blamed = name if name in known or name.startswith("regime") else "fusedrnn"
         if blamed in self.without[task] and task in self.tasks:
@@ -324,7 +328,7 @@ def main() -> int:
             traceback.print_exc()
             status = 1
         sys.stdout.flush()
-        os._exit(status)  # at once: what a lost device leaves behind may not come to an end
+        os._exit(status)  # at once: after a lost device, a normal exit may hang
     foreman = Foreman(options, sys.argv[1:])
     record = foreman.run()
     foreman.save()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Times fusedrnn beside nn.RNN, Python loops, JAX and ONNX Runtime. See bench/README.md.
+"""Time fusedrnn against nn.RNN, Python loops, JAX and ONNX Runtime. See bench/README.md.
 
-Every peer is first checked against a float64 loop; one that is wrong is not timed. Then all take
-turns in one process, A B C A B C ..., and a ratio is the median of the rounds' ratios to nn.RNN,
-so that whatever else the machine does meets all of them alike.
+Every peer is first checked against a float64 loop; a peer that is wrong is not timed. The peers
+then take turns in one process, A B C A B C ..., and a ratio is the median of the per-round ratios
+to nn.RNN, so that other load on the machine affects all peers alike.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# For a checkout that is built but not installed; an installed fusedrnn comes first.
+# For a checkout that is built but not installed; an installed fusedrnn takes precedence.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-# Sets of shapes. `wide` is drawn from what public code uses (who: the comment), plus corners.
+# Sets of shapes. `wide` has shapes from public code (the comment names the use) and corner cases.
 SETS: dict[str, list[Shape]] = {
     "main": [
         Shape(256, 1, 64, 64),
@@ -58,7 +58,7 @@ SETS: dict[str, list[Shape]] = {
         Shape(1000, 1, 64, 1024),  # reservoir computing
         Shape(8, 1, 2048, 16),
         Shape(64, 2, 16, 1024),
-        Shape(100, 3, 7, 33),  # nothing a multiple of anything
+        Shape(100, 3, 7, 33),  # B, I and H are odd
         Shape(256, 4, 128, 128),
         Shape(128, 8, 128, 256),  # reinforcement learning, one minibatch
         Shape(20, 8, 2048, 64),
@@ -85,7 +85,7 @@ SETS: dict[str, list[Shape]] = {
         for B in (1, 16, 256)
     ],
 }  # fmt: skip
-SECONDS = {"main": 6.0, "wide": 4.0, "cell": 1.5}  # time box of a shape and mode
+SECONDS = {"main": 6.0, "wide": 4.0, "cell": 1.5}  # time box per shape and mode
 
 
 def prepared(
@@ -109,7 +109,7 @@ def measure(
     report: Report,
     options: argparse.Namespace,
 ) -> list[Result]:
-    """Check every peer on one problem, then time those that are right."""
+    """Check every peer on one problem, then time the correct ones."""
     dtype = DTYPES[options.dtype]
     problem = exact.to(dtype)
     ready = prepared(kinds, problem, mode, report)
@@ -123,7 +123,7 @@ def measure(
         result = results[peer.name]
         result.times = times[peer.name]
         if mode == BACKWARD and isinstance(peer, TorchPeer):
-            if not isinstance(peer, CompiledLoop):  # the hooks do not see what it saves
+            if not isinstance(peer, CompiledLoop):  # hooks do not see what it saves
                 result.kept_bytes = kept_bytes(peer)
             if options.memory:
                 result.peak_bytes = peak_growth_in_child(type(peer), exact.shape, options)
@@ -159,13 +159,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--markdown", action="store_true", help="tables in Markdown")
     add("--json", metavar="FILE", help="write everything there")
     add("--plot", metavar="FILE", help="draw the ratios (needs matplotlib)")
-    add("--peak-of", metavar="PEER", help=argparse.SUPPRESS)  # the child of --memory
+    add("--peak-of", metavar="PEER", help=argparse.SUPPRESS)  # for the child process of --memory
     options = parser.parse_args(arguments)
 
     kinds = CELL_PEERS if options.set == "cell" else LAYER_PEERS
     known = {kind.name: kind for kind in kinds}
     if options.peers is None:
-        # Compiling takes longer than all the rest: only on demand.
+        # torch.compile runs only on request: compiling takes longer than all the rest.
         chosen = [name for name in known if name != CompiledLoop.name]
     else:
         chosen = list(known) if options.peers == "all" else options.peers.split(",")
@@ -200,7 +200,7 @@ def problem_for(shape: Shape, options: argparse.Namespace) -> Problem:
 
 
 def run(options: argparse.Namespace) -> Report:
-    """Every shape in every mode, with a line of progress each on stderr."""
+    """Run every shape in every mode, with a line of progress for each on stderr."""
     kinds = options.kinds
     all_kinds = CELL_PEERS if options.set == "cell" else LAYER_PEERS
     setting = environment(options.threads, options.dtype, options.seconds)

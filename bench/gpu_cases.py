@@ -1,4 +1,4 @@
-"""One shape in one precision: every peer checked, then timed, with what the planner predicted."""
+"""Run one shape in one precision: check and time every peer, and record the prediction."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from gpu_regimes import time_regimes
 from measure import PAUSE, Judge, is_fatal, kept_bytes, take_turns, timer_for
 from peers import BACKWARD, FORWARD, MODES, FusedRNN, Peer, Problem, Shape, TorchPeer
 
-CHECK_STEPS = 64  # only these have a gradient at first: what comes after changes no result then
-COMPILE_LIMIT = 180.0  # seconds without a sign of life that compiling a loop may take
+# The checks set the gradient of the output to zero after these steps, so that later steps do not
+# affect the results.
+CHECK_STEPS = 64
+COMPILE_LIMIT = 180.0  # seconds of silence allowed while a loop compiles
 
 
 class Precision(NamedTuple):
@@ -37,7 +39,7 @@ class Precision(NamedTuple):
 PRECISIONS = {
     "bf16": Precision(torch.bfloat16, 2.0**-7),
     "f32": Precision(torch.float32, 2.0**-23),
-    "tf32": Precision(torch.float32, TF32_EPS),  # float32 tensors, TF32 products allowed
+    "tf32": Precision(torch.float32, TF32_EPS),  # float32 tensors, TF32 GEMMs allowed
     "f16": Precision(torch.float16, 2.0**-10),
 }
 
@@ -72,8 +74,8 @@ SHAPES = [
 
 
 def all_cases() -> list[Case]:
-    """In the order of importance: time may end before they do."""
-    compiled = [Shape(16, 16, 128, 256), Shape(16, 64, 1024, 1024)]  # T: the graph is unrolled
+    """Return all cases, most important first: the time may run out."""
+    compiled = [Shape(16, 16, 128, 256), Shape(16, 64, 1024, 1024)]  # small T: unrolled
     both = ("bf16", "f32")
     return [
         *(Case("shapes", shape, p) for p in both for shape in SHAPES),
@@ -94,7 +96,7 @@ TINY_CHECK_STEPS = 4
 
 
 def tiny_cases() -> list[Case]:
-    """The same kinds of cases, so small that a CPU runs them in a moment."""
+    """Return the same kinds of cases, small enough for a CPU to run in a moment."""
     return [
         *(Case("shapes", Shape(6, 2, 3, 8), precision) for precision in ("bf16", "f32")),
         *(Case("others", Shape(6, 2, 3, 8), precision) for precision in ("f16", "tf32")),
@@ -107,18 +109,18 @@ def tiny_cases() -> list[Case]:
 
 @dataclass
 class Found:
-    """What came of one peer."""
+    """The results of one peer."""
 
     failed: str | None = None
-    coarse: bool = False  # computed in less than the precision of the case
+    coarse: bool = False  # computed in lower precision than the case
     check: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # a call, by mode and round
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # per call, by mode and round
     peak_bytes: int | None = None
     kept_bytes: int | None = None
     compile_seconds: float | None = None
 
 
-Tell = Callable[..., None]  # at what peer and phase the work is, and for how long that may take
+Tell = Callable[..., None]  # reports the current peer and phase, and how long it may take
 
 
 class Run:
@@ -155,7 +157,7 @@ class Run:
             for mode in MODES:
                 self.check(exact, mode, peers)
             del exact
-            # From here on all steps have a gradient, in the memory that graphs know.
+            # From here on all steps have a gradient. In place: captured graphs read this memory.
             random = torch.Generator(self.device).manual_seed(1)
             problem.grad[self.check_steps :].normal_(generator=random)
             peers = [peer for peer in peers if not self.found[peer.name].failed]
@@ -165,7 +167,7 @@ class Run:
                 self.weigh(peer)
             chains = self.time_chains(problem)
             predicted = self.predict(problem)
-        peers.clear()  # and their graphs
+        peers.clear()  # frees their graphs, too
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -181,19 +183,19 @@ class Run:
         }
 
     def attempt(self, name: str, phase: str, action: Callable[[], Any], **more: Any) -> Any:
-        """The action's result; None, and noted, where it fails."""
+        """Return the action's result; if it fails, record the error and return None."""
         self.tell(name, phase, **more)
         try:
             return action()
         except Exception as error:
             if is_fatal(error, self.device):
-                raise  # nothing runs on this device any more: a new process goes on
+                raise  # the device is lost to this process; a new process continues
             note = f"{phase}: {type(error).__name__}: {str(error).strip()[:600]}"
             self.found.setdefault(name, Found()).failed = note
             return None
 
     def prepare(self) -> tuple[Problem, Problem, list[Peer]]:
-        """The problem, its first steps in float64, and who can run it."""
+        """Return the problem, its first steps in float64, and the peers that can run it."""
         exact = Problem.random(
             self.case.shape,
             self.precision.dtype,
@@ -203,7 +205,7 @@ class Run:
             device=self.device,
             directions=self.case.directions,
         )
-        if self.case.directions == 2:  # the reverse one begins with the last step
+        if self.case.directions == 2:  # the reverse one starts at the end
             self.check_steps = self.case.shape.T
         exact.grad[self.check_steps :] = 0
         problem = exact.to(self.precision.dtype)
@@ -228,7 +230,7 @@ class Run:
         return None if found.failed else peer
 
     def check(self, exact: Problem, mode: str, peers: list[Peer]) -> None:
-        """The first that runs, nn.RNN, is the measure of the others."""
+        """Check every peer; the first that runs, nn.RNN, is the baseline of the others."""
         judge = None
         for peer in peers:
             phase = f"check {mode}"
@@ -245,7 +247,7 @@ class Run:
         calls = {}
         for peer in peers:
             if mode == ALONE and isinstance(peer, CompiledShortLoop):
-                continue  # its graphs reuse the memory of a forward that is to be kept
+                continue  # its graphs would overwrite the forward that this mode keeps
             call = self.attempt(
                 peer.name, f"ready to time {mode}", functools.partial(call_of, peer, mode)
             )
@@ -259,11 +261,14 @@ class Run:
         if not calls:
             return {}
         pause = 0 if self.device.type == "cuda" else PAUSE
-        seconds = self.seconds / (len(GPU_MODES) + 1)  # the chains are the fourth
+        seconds = self.seconds / (len(GPU_MODES) + 1)  # + 1 for the chains
         return take_turns(calls, seconds, timer_for(self.device), pause)
 
     def weigh(self, peer: Peer) -> None:
-        """Memory. That of a graph is its peer's, and lives as long as the graph."""
+        """Measure memory, except of graphs.
+
+        A graph uses the memory of its peer, which lives as long as the graph.
+        """
         if not isinstance(peer, TorchPeer) or isinstance(peer, CompiledShortLoop):
             return
         found = self.found[peer.name]
@@ -272,8 +277,10 @@ class Run:
             found.peak_bytes = self.attempt(peer.name, "peak memory", lambda: peak_bytes(peer))
 
     def time_chains(self, problem: Problem) -> dict[str, list[float]]:
-        """Seconds of the recurrences alone, as they are inside the layer: no input product, no
-        products after them; of one direction."""
+        """Time the recurrences of one direction alone, as they run inside the layer.
+
+        Neither the input GEMM nor the GEMMs after the backward recurrence are included.
+        """
         if self.found[FusedRNN.name].failed:
             return {}
         from fusedrnn import _ops
@@ -298,7 +305,7 @@ class Run:
             return self.attempt("fusedrnn chains", "time chains", both) or {}
 
     def predict(self, problem: Problem) -> dict[str, Any]:
-        """The planner's word: regime and microseconds a step of each chain, and a sentence."""
+        """Return the planner's regime, µs per step and a sentence for each chain."""
         if self.found[FusedRNN.name].failed:
             return {}
         from fusedrnn.explain import plans
@@ -309,7 +316,7 @@ class Run:
 
 
 def peak_bytes(peer: TorchPeer) -> int:
-    """What one forward+backward allocates at most, beside the inputs and the weights."""
+    """Return the peak allocation of one forward+backward, above the inputs and the weights."""
     peer.forward_backward()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Run what only a GPU can show, in three short parts: ``make gpu-speed``, ``make gpu-tune`` and
+"""Run the checks that need a GPU, in three short parts: ``make gpu-speed``, ``make gpu-tune`` and
 ``make gpu-truth``, or all three by ``make gpu-check``.
 
     speed  200 s  build for this GPU, every regime and dtype once, headline shapes beside cuDNN
     tune   200 s  latencies of the GPU, every regime forced, a sweep of H, ncu for each regime
     truth  240 s  tests, streams, graphs, compute-sanitizer, every kernel, waits with a time limit
 
-A part has stages, one after another. A stage has jobs, some at a time: each is a process with a
-time limit, and one that fails, hangs or crashes stops no other. Output goes line by line into
-OUT/<part>.txt, the result of each job into OUT/<part>.jsonl, measurements into
+A part has stages, one after another. A stage has jobs, several at a time. Each job is a process
+with a time limit; if it fails, hangs or crashes, the others still run. Output goes line by line
+into OUT/<part>.txt, the result of each job into OUT/<part>.jsonl, measurements into
 OUT/<part>-bench.json. The last lines printed are a summary of less than 12,000 characters. The exit
 status is 0 if all jobs succeeded.
 
---emulated runs a part to its end without a GPU, on the emulated engine, with the smallest cases.
+--emulated runs a whole part without a GPU, on the emulated engine, with the smallest cases.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILDS = ROOT / "build" / "cuda"  # of tests/cuda_build.py
+BUILDS = ROOT / "build" / "cuda"  # where tests/cuda_build.py builds
 SECONDS = {"speed": 200, "tune": 200, "truth": 240}
-EMULATED_FACTOR = 15  # by which an emulated part may take longer
+EMULATED_FACTOR = 15  # an emulated part may take this many times as long
 PRINTED = 11_000  # characters of the summary, at most
-BUDGET = "{seconds}"  # in a command, stands for its time limit, less some time to end in
-SUMMARY = "== summary"  # the lines that a job prints after this one are part of the summary
+BUDGET = "{seconds}"  # placeholder in a command for its time limit, less some time to finish
+SUMMARY = "== summary"  # lines that a job prints after this one go into the summary
 REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
 DTYPES = ("float32", "float64", "bfloat16", "float16", "tf32")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# Signals for a job that is out of time, and the seconds to wait after each: the first makes Python
-# print a traceback; the second does so where Python waits for C code (faulthandler).
+# Signals for a job that is out of time, and the seconds to wait after each. The first makes Python
+# print a traceback; the second does so even while Python is in C code (faulthandler).
 ENDINGS = ((signal.SIGINT, 3), (signal.SIGABRT, 3), (signal.SIGKILL, 3))
 
 
@@ -55,9 +55,9 @@ class Job:
     limit: float  # seconds
     package: Path = ROOT  # where fusedrnn is imported from
     environment: dict[str, str] = field(default_factory=dict)
-    summarise: Callable[[list[str]], list[str]] | None = None  # makes a summary of its output
+    summarise: Callable[[list[str]], list[str]] | None = None  # summary of its output
     seconds: float = 0
-    result: str = "no time left"  # ok, FAILED <status> or TOO LONG, once it ran
+    result: str = "no time left"  # then ok, FAILED <status> or TOO LONG
     lines: list[str] = field(default_factory=list)  # its output
 
     @property
@@ -73,7 +73,7 @@ class Job:
         return f"{self.name:<24} {self.result:<12} {self.seconds:6.1f} s  {last.strip(' =')[:110]}"
 
     def summary(self) -> list[str]:
-        """Its own summary; after a failure, also the tests that failed or the last lines."""
+        """Return the job's own summary and, after a failure, the failed tests or the last lines."""
         found = self.lines[self.lines.index(SUMMARY) + 1 :] if SUMMARY in self.lines else []
         if self.summarise:
             found = self.summarise(self.lines)
@@ -93,7 +93,7 @@ class Stage:
 
 
 class Part:
-    """Runs the stages of a part and keeps their output."""
+    """Run the stages of a part and keep their output."""
 
     def __init__(self, name: str, out: Path, seconds: float, stages: list[Stage]) -> None:
         self.name, self.out, self.seconds, self.stages = name, out, seconds, stages
@@ -138,9 +138,9 @@ class Part:
             "PYTHONUNBUFFERED": "1",
             **job.environment,
         }
-        BUILDS.mkdir(parents=True, exist_ok=True)  # jobs run there: ROOT has another fusedrnn
-        # A process group of its own, to end children too, but the same session: another one would
-        # survive this script if that is killed, and keep the GPU.
+        BUILDS.mkdir(parents=True, exist_ok=True)  # jobs run here: ROOT has another fusedrnn
+        # A process group of its own, so that its children can be killed, too. Not a session of its
+        # own: that would survive this script if it is killed, and keep the GPU.
         group: dict[str, Any] = {"process_group": 0}
         if sys.version_info < (3, 11):
             group = {"preexec_fn": os.setpgrp}
@@ -178,7 +178,10 @@ class Part:
                 print(f"{job.name}| {job.lines[-1]}", file=self.log)
 
     def summary(self) -> str:
-        """A line for each stage and job (only for failed ones of many), then the jobs' own."""
+        """Return a line per stage and job, then the jobs' own summaries.
+
+        Of a stage with more than 20 jobs, only the failed ones are listed.
+        """
         lines = [f"== {self.name}: {self.out}"]
         for stage in self.stages:
             bad = [job for job in stage.jobs if not job.ok]
@@ -213,17 +216,17 @@ NCU = (
 
 
 def ncu_summary(lines: list[str]) -> list[str]:
-    """One line: instructions a step and warp, issue slots used, the longest stalls."""
+    """Return one line: instructions per step and warp, issue slots used, the longest stalls."""
     at = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     run = next((line for line in lines if line.startswith("profiled ")), "")
     if at is None or len(lines) < at + 3:
         return [f"{run}: no profile"] if run else []
-    header, _, values = csv.reader(lines[at : at + 3])  # between them, the units
+    header, _, values = csv.reader(lines[at : at + 3])  # the second line has units
     found: dict[str, float] = {}
     for name, value in zip(header, values):
         try:
             found[name] = float(value.replace(",", ""))
-        except ValueError:  # a name, or nothing
+        except ValueError:  # not a number
             continue
     steps = float(run.split("T=")[1].split()[0]) if "T=" in run else 1
     if "step" in run.split():  # a launch is a step
@@ -250,7 +253,7 @@ def ncu_summary(lines: list[str]) -> list[str]:
 
 
 class Jobs:
-    """The jobs of all parts. On the emulator they are the same, without the tools for GPUs."""
+    """The jobs of all parts. Emulated jobs are the same, but without the GPU tools."""
 
     def __init__(self, out: Path, emulated: bool, seconds: float) -> None:
         self.out, self.emulated, self.seconds = out, emulated, seconds
@@ -258,13 +261,13 @@ class Jobs:
         self.at_once = 2 if emulated else 8
 
     def job(self, name: str, command: list[object], share: float, which: str = "gpu") -> Job:
-        """Limited to a share of the part's time; with the fusedrnn of cuda_build.py."""
+        """Make a job that uses cuda_build.py's fusedrnn, limited to a share of the part's time."""
         package = ROOT if self.emulated else BUILDS / which
         return Job(name, [sys.executable, *command], share * self.seconds, package)
 
     def build(self, which: str) -> Job:
         command: list[object] = [ROOT / "tests" / "cuda_build.py", which]
-        if self.emulated:  # built by `make`; the first job builds the emulated engine
+        if self.emulated:  # `make` built it; the first job builds the emulated engine
             command = ["-c", "import fusedrnn; print(fusedrnn.__file__)"]
         return self.job(f"build {which}", command, 0.7)
 
@@ -278,7 +281,7 @@ class Jobs:
         ]
 
     def tests(self, file: str, name: str, wanted: str = "", emulated: str = "") -> Job:
-        """The tests of a file that pytest's -k selects, in one process."""
+        """Make a job that runs the tests of a file selected by pytest's -k, in one process."""
         command: list[object] = ["-m", "pytest", "-v", "-p", "no:cacheprovider"]
         command += ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "not slow"]
         if wanted := emulated if self.emulated else wanted:
@@ -286,12 +289,12 @@ class Jobs:
         return self.job(name, [*command, ROOT / "tests" / f"test_{file}.py"], 0.45)
 
     def sanitizer(self, tool: str) -> Job:
-        """All small problems under a tool of compute-sanitizer, limited to our kernels.
+        """Run all small problems under a tool of compute-sanitizer, limited to our kernels.
 
         initcheck is not limited: it must also see what torch's kernels write.
         """
         job = self.job(tool, [ROOT / "tests" / "smoke.py", *self.word], 0.4)
-        # Each tensor is an allocation of its own, so that its ends are known.
+        # Give each tensor an allocation of its own, so that its bounds are known.
         job.environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         ours = () if tool == "initcheck" else ("--kernel-name", "kns=fusedrnn")
         return job if self.emulated else job.under(*SANITIZER, "--tool", tool, *ours)
@@ -323,10 +326,13 @@ class Jobs:
         ]
 
     def truth(self) -> list[Stage]:
-        """Tests run the release build, as what ships is to be tested. The check build, in which
-        waits have a time limit, compiles meanwhile; smoke tests run it at the end."""
+        """Test the release build, because that is what ships.
+
+        The check build, in which waits have a time limit, compiles at the same time; the smoke
+        tests run with it at the end.
+        """
         check = self.build("check")
-        check.environment = {"MAX_JOBS": "6"}  # the tests run beside it
+        check.environment = {"MAX_JOBS": "6"}  # the tests run at the same time
         small, steps = "emulated:tiny:grid and default", "test_step and elu"
         jobs = [
             check,

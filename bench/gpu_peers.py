@@ -1,4 +1,4 @@
-"""Who runs on a GPU beside the peers of peers.py: CUDA graphs of them, TF32, FlashRNN."""
+"""Peers for the GPU besides those of peers.py: CUDA graphs of them, TF32, FlashRNN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peers import (
 from torch import Tensor
 from torch.nn import functional as F
 
-ALONE = "backward"  # of a forward that has been; the third mode, only here
+ALONE = "backward"  # alone, of one kept forward: a third mode, of the GPU benchmark only
 GPU_MODES = (FORWARD, BACKWARD, ALONE)
 
 TF32_EPS = 2.0**-10
@@ -32,10 +32,10 @@ TF32_EPS = 2.0**-10
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """What torch may do with float32 products, its own and cuDNN's."""
+    """Allow or forbid TF32 in float32 GEMMs, torch's own and cuDNN's."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
-    # not by its flag, which torch's own test modules freeze where they are imported
+    # not through its flag, which torch's own test modules freeze on import
     torch._C._set_cudnn_allow_tf32(allowed)
     try:
         yield
@@ -45,7 +45,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 class TF32RNN(TorchRNN):
-    """What `nn.RNN` does unless told otherwise: float32 tensors, TF32 products."""
+    """`nn.RNN` with torch's default settings: float32 tensors, TF32 GEMMs."""
 
     name = "nn.RNN TF32"
     eps = TF32_EPS
@@ -70,7 +70,7 @@ class TF32RNN(TorchRNN):
 
 
 class Graphed(Peer):
-    """Another peer from a CUDA graph: the same kernels, without Python and launches."""
+    """Another peer in a CUDA graph: the same kernels, without the cost of Python and launches."""
 
     inner: ClassVar[type[TorchPeer]]
 
@@ -118,7 +118,7 @@ class GraphedLoop(Graphed):
 
 
 class CompiledShortLoop(CompiledLoop):
-    """Tells how long compiling took. With `reduce-overhead`, CUDA graphs of its own."""
+    """Also record the compile time. `reduce-overhead` makes torch.compile use CUDA graphs."""
 
     def prepare(self, problem: Problem) -> None:
         super().prepare(problem)
@@ -140,8 +140,10 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 class FlashRNN(UnbindLoop):
-    """Its fused Elman kernel, and an input product like everyone's. It compiles itself for each
-    shape, on first use, after a sleep of up to ten seconds."""
+    """FlashRNN's fused Elman kernel, with the same input GEMM as the other peers.
+
+    It compiles itself on the first use of each shape, after a sleep of up to ten seconds.
+    """
 
     name = "FlashRNN"
     requires = ("flashrnn",)
@@ -154,7 +156,7 @@ class FlashRNN(UnbindLoop):
 
     def prepare(self, problem: Problem) -> None:
         super().prepare(problem)
-        # Its float32 is TF32, always.
+        # FlashRNN always computes float32 in TF32.
         self.eps = TF32_EPS if problem.x.dtype == torch.float32 else 0.0
         function: Any = importlib.import_module("flashrnn")
         while not callable(function):
@@ -175,7 +177,7 @@ class FlashRNN(UnbindLoop):
         return states[0, :, :, 0].transpose(0, 1)
 
 
-# By group of cases (gpu_cases.py). Few where time is short.
+# By group of cases (gpu_cases.py). Groups for which time is short have few peers.
 CUDNN: list[type[Peer]] = [TorchRNN, FusedRNN, GraphedRNN, GraphedFusedRNN, TF32RNN]
 PEERS: dict[str, list[type[Peer]]] = {
     "shapes": CUDNN,

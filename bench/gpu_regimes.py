@@ -1,5 +1,5 @@
-"""Each regime of the CUDA engine forced in turn: what the planner chose between, and how well its
-model predicts it. See csrc/cuda/plan.h.
+"""Force each regime of the CUDA engine in turn, to show the planner's options and how well its
+model predicts them. See csrc/cuda/plan.h.
 
     python bench/gpu_regimes.py [--emulated] REGIME    one layer, to be profiled (gpu_check.py)
 """
@@ -19,7 +19,7 @@ from peers import FORWARD, Problem, Shape
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
-# Of the headline shapes, one for each regime.
+# One headline shape for each regime, with T = 64.
 PROFILED = {
     "step": Shape(64, 64, 1024, 1024),
     "block": Shape(64, 1, 64, 64),
@@ -39,9 +39,12 @@ def time_regimes(
     tell: Callable[..., None],
     without: Mapping[str, str],
 ) -> dict[str, Any]:
-    """By regime and direction: seconds a call, the plan, and how far the results are from those of
-    the regime that the planner chooses. The forward has its input product, the backward is the
-    chain alone."""
+    """Measure each regime, forward and backward.
+
+    The result has, by regime and direction, the seconds per call, the plan, and the distance of the
+    results from those of the regime that the planner chooses. The forward includes the input GEMM;
+    the backward is the recurrence alone.
+    """
     from fusedrnn import _C, _ops
 
     if not _C.has_cuda:
@@ -104,7 +107,7 @@ def time_regimes(
 
 
 def profiled(regime: str, emulated: bool) -> None:
-    """Run the forward pass of a layer twice, in bfloat16: the second time nothing is set up."""
+    """Run the forward pass of a layer in bfloat16 twice; the first does all one-time setup."""
     from fusedrnn import _C, _ops
 
     shape = Shape(3, 2, 3, 8) if emulated else PROFILED[regime]

@@ -1,4 +1,4 @@
-"""What bench_gpu.py found, as tables; and whether it is what was promised."""
+"""Format the results of bench_gpu.py as tables, and compare them with the goals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from report import layout, number
 OURS = ("fusedrnn", "fusedrnn in a graph")
 CUDNN = "nn.RNN"
 
-# Goals on an H100, µs a step forward, by B, I, H and precision.
+# Goals on an H100: µs per step of forward, by B, I, H and precision.
 TARGETS = {
     (1, 64, 64): {"bf16": 0.16, "f32": 0.16},
     (16, 128, 256): {"bf16": 0.35, "f32": 0.4},
@@ -25,14 +25,14 @@ TARGETS = {
     (64, 1024, 1024): {"bf16": 0.8, "f32": 4.0},
     (128, 2048, 2048): {"bf16": 3.0, "f32": 22.0},
 }
-BACKWARD_CHAIN = 1.3  # at most so many times the forward
-OVER_CUDNN = 3.0  # at least so many times as fast, for bf16 and f32, H 264 to 1024, B up to 64
+BACKWARD_CHAIN = 1.3  # at most this many times the forward chain
+OVER_CUDNN = 3.0  # minimum speed-up, for bf16 and f32, H 264 to 1024, B up to 64
 
 Result = dict[str, Any]
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """The GPU and everything between it and us; on a CPU, that there is none."""
+    """Describe the GPU, its driver and its libraries; on a CPU, only that there is none."""
     engine = {"cuda_engine": cuda_engine()}
     if device.type != "cuda":
         return {"gpu": f"none: {device}", **engine}
@@ -53,7 +53,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def nvidia_smi() -> str:
-    """Driver, clocks now and at most, power, temperature."""
+    """Return driver version, current and maximum clock, power and temperature."""
     return output_of(
         "nvidia-smi",
         "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu",
@@ -77,7 +77,7 @@ def output_of(program: str, *arguments: str) -> str:
 
 
 def median_us(seconds: list[float] | None, T: int) -> float:
-    """Microseconds a step; nan where nothing was measured."""
+    """Return microseconds per step; nan if nothing was measured."""
     times = sorted(seconds or [])
     return 1e6 * times[len(times) // 2] / T if times else math.nan
 
@@ -88,7 +88,7 @@ def us(result: Result, peer: str, mode: str) -> float:
 
 
 def us_backward(result: Result, peer: str) -> float:
-    """By difference."""
+    """Return the difference between forward+backward and forward."""
     return us(result, peer, BACKWARD) - us(result, peer, FORWARD)
 
 
@@ -97,7 +97,7 @@ def us_chain(result: Result, mode: str) -> float:
 
 
 def best_peer(result: Result, mode: str) -> tuple[str, float]:
-    """The fastest that is not ours and that is as precise as asked for."""
+    """Return the fastest peer, without fusedrnn, that is as precise as the case requires."""
     times = {
         name: us(result, name, mode)
         for name, found in result["peers"].items()
@@ -111,14 +111,16 @@ def best_peer(result: Result, mode: str) -> tuple[str, float]:
 
 
 def passed(found: dict[str, Any]) -> bool:
-    """Whether every check was passed. A peer in TF32 was given TF32's tolerance: not as precise
-    as float32."""
+    """Return whether every check passed at the precision of the case.
+
+    A peer in TF32 was checked with TF32's tolerance, so it does not count as float32.
+    """
     checks = found["check"].values()
     return bool(checks) and all(check["passed"] for check in checks) and not found["coarse"]
 
 
 def ratio(result: Result, peer: str, mode: str, ours: str = OURS[0]) -> float:
-    """How many times as fast we are."""
+    """Return how many times as fast as `peer` fusedrnn is."""
     return us(result, peer, mode) / us(result, ours, mode)
 
 
@@ -126,11 +128,11 @@ def name_of(result: Result) -> str:
     return ",".join(str(size) for size in result["shape"].values()) + f" {result['precision']}"
 
 
-# ---- the promises
+# ---- the goals
 
 
 def promises(results: list[Result]) -> Iterator[dict[str, Any]]:
-    """Each goal beside what was measured, met or not."""
+    """Yield each goal, the measured value and whether the goal is met."""
 
     def promise(what: str, target: float, found: float, met: bool) -> dict[str, Any]:
         known = None if math.isnan(found) else found
@@ -194,7 +196,7 @@ def mebibytes(count: int | None) -> str:
 
 
 def everyone(results: list[Result]) -> tuple[list[str], list[list[str]]]:
-    """A line a case and peer."""
+    """Return the header and a row per case and peer."""
     header = ["T,B,I,H", "", "who", "fwd", "fwd+bwd", "bwd", "alone", "error", "bound"]
     header += ["peak MiB", "kept MiB", "notes"]
     rows = []
@@ -237,7 +239,7 @@ def probe_rows(probes: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def regime_rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
-    """A line a regime: what it takes, what the planner's model says, and their ratio."""
+    """Return the header and a row per regime: measured and predicted time, and their ratio."""
     header = ["T,B,I,H", "", "regime", "fwd", "predicted", "÷", "error"]
     header += ["chain bwd", "predicted", "÷", "error", "notes"]
     rows = []
@@ -289,7 +291,7 @@ def describe(data: dict[str, Any]) -> list[str]:
 
 
 def render(data: dict[str, Any]) -> str:
-    """In full; `brief` has the rest."""
+    """Render the full tables. `brief` adds the chains with their predictions, and the ratios."""
     results = [result for result in data["results"] if result["group"] != "regimes"]
     regimes = [result for result in data["results"] if result["group"] == "regimes"]
     found = data["summary"]
@@ -328,7 +330,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def brief(data: dict[str, Any]) -> str:
-    """The numbers that matter, in some 8,000 characters."""
+    """Render the most important numbers in about 8,000 characters."""
     of: dict[str, list[Result]] = {}
     for result in data["results"]:
         of.setdefault(result["group"], []).append(result)
@@ -387,7 +389,7 @@ def brief_row(result: Result) -> list[str]:
 
 
 def versus(result: Result, regime: str, way: str) -> str:
-    """What a forced regime takes, and its prediction."""
+    """Return the measured and the predicted time of a forced regime."""
     found = result["regimes"][regime].get(way, {})
     if "failed" in found:
         return "-" if found["failed"].startswith("it cannot") else "FAILED"

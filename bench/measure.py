@@ -1,4 +1,4 @@
-"""Right first, then time, then memory."""
+"""Check results, then measure time and memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from peers import Peer, Problem, TorchPeer, UnbindLoop
 from torch import Tensor
 
-# Wrong: further from the float64 loop than SLACK times the baseline is, plus FLOOR eps of the
-# largest value. The baseline itself must be within sqrt(eps) of the largest value.
+# A peer is wrong if its distance from the float64 loop exceeds SLACK times the baseline's, plus
+# FLOOR eps of the largest value. The baseline itself must be within sqrt(eps) of the largest value.
 SLACK = 4.0
 FLOOR = 8.0
 
 
-MIN_ROUNDS = 5  # fewer have no quartiles worth printing
-TURNS = 16  # rounds that a time box is cut into, where a single call is short enough
+MIN_ROUNDS = 5  # fewer give no meaningful quartiles
+TURNS = 16  # rounds that a time box is divided into, if a single call is short enough
 PAUSE = 0.001  # seconds between turns: thread pools spin for a while after their last task
 
 
@@ -30,7 +30,7 @@ class Check:
     """How far a peer's results are from the float64 loop's, and how far they may be."""
 
     error: float  # of the worst result, in units of its largest value
-    bound: float  # of that same result
+    bound: float  # for the same result
 
     @property
     def passed(self) -> bool:
@@ -38,9 +38,9 @@ class Check:
 
 
 def distances(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Largest error of each result, relative to the largest value of its truth.
+    """Return the largest error of each result, relative to the largest value of its truth.
 
-    A truth of fewer steps is that of the first ones.
+    A truth with fewer steps than the result is compared with the result's first steps.
     """
     if len(results) != len(truth):
         raise ValueError(f"{len(results)} results instead of {len(truth)}")
@@ -53,7 +53,7 @@ def distances(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]
 
 
 class Judge:
-    """Holds the float64 truth of one problem and mode, and the baseline's distance from it."""
+    """The float64 truth of one problem and mode, and the baseline's distance from it."""
 
     def __init__(self, problem: Problem, eps: float, mode: str, baseline: Peer) -> None:
         loop = UnbindLoop()
@@ -75,11 +75,11 @@ class Judge:
         return nans[0] if nans else max(checks, key=lambda check: check.error / check.bound)
 
 
-Timer = Callable[[Callable[[], Any], int], float]  # (call, calls) -> seconds a call
+Timer = Callable[[Callable[[], Any], int], float]  # (call, calls) -> seconds per call
 
 
 def time_calls(call: Callable[[], Any], calls: int) -> float:
-    """Seconds a call, over that many."""
+    """Return the mean seconds per call over `calls` calls."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -87,7 +87,7 @@ def time_calls(call: Callable[[], Any], calls: int) -> float:
 
 
 def time_calls_on_gpu(call: Callable[[], Any], calls: int) -> float:
-    """The same by CUDA events: from the first call's start to the last one's end on the stream."""
+    """Do the same with CUDA events, from the start of the first call to the end of the last."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -102,9 +102,9 @@ def timer_for(device: torch.device) -> Timer:
 
 
 def capture(make: Callable[[], Callable[[], Any]], device: torch.device) -> Callable[[], Any]:
-    """Replays a CUDA graph of the call that `make` returns; without CUDA, that call itself.
+    """Return a replay of a CUDA graph of the call that `make` returns; without CUDA, that call.
 
-    `make` runs on the stream that is captured: a backward runs where its forward ran.
+    `make` runs on the captured stream, because a backward runs on the stream of its forward.
     """
     if device.type != "cuda":
         return make()
@@ -112,7 +112,7 @@ def capture(make: Callable[[], Callable[[], Any]], device: torch.device) -> Call
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         call = make()
-        for _ in range(2):  # what a library sets up on its first call cannot be captured
+        for _ in range(2):  # libraries do setup that cannot be captured on their first call
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -127,7 +127,7 @@ def capture(make: Callable[[], Callable[[], Any]], device: torch.device) -> Call
 
 
 def is_fatal(error: Exception, device: torch.device) -> bool:
-    """Whether the device is lost to this process: a kernel went wrong, not only a call."""
+    """Return whether this process has lost the device: a kernel failed, not only a call."""
     if device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
         return False
     try:
@@ -143,7 +143,7 @@ def take_turns(
     time_calls: Timer = time_calls,
     pause: float = PAUSE,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each, once a round, until the time box is full."""
+    """Return the seconds per call of each, one value per round, until the time box is full."""
     slot = seconds / (TURNS * len(calls))
     repeats = {}
     for name, call in calls.items():
@@ -160,10 +160,10 @@ def take_turns(
         while len(times[order[0]]) < MIN_ROUNDS or time.perf_counter() < end:
             for name in order:
                 time.sleep(pause)
-                if repeats[name] > 1:  # a single long call hardly feels it
+                if repeats[name] > 1:  # a single long call is hardly affected
                     calls[name]()  # wakes its thread pool, and warms the caches
                 times[name].append(time_calls(calls[name], repeats[name]))
-            order.append(order.pop(0))  # so that nobody always follows the same one
+            order.append(order.pop(0))  # so that no call always follows the same one
     finally:
         if collecting:
             gc.enable()
@@ -171,9 +171,11 @@ def take_turns(
 
 
 def kept_bytes(peer: TorchPeer) -> int:
-    """Bytes alive between forward and backward: what autograd saved, and the output. The weights,
-    which live anyway, are not counted."""
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    """Return the bytes alive between forward and backward: what autograd saved, and the output.
+
+    The weights are not counted, because they stay alive anyway.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -188,7 +190,7 @@ def kept_bytes(peer: TorchPeer) -> int:
 
 
 def resident(field_name: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes (Linux)."""
+    """Return VmRSS or VmHWM of this process in bytes (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field_name + ":"):
             return int(line.split()[1]) * 1024
@@ -196,16 +198,16 @@ def resident(field_name: str) -> int:
 
 
 def peak_growth(peer: Peer, problem: Problem) -> int:
-    """By how much the resident set grows at most during one forward+backward (Linux).
+    """Return the peak growth of the resident set during one forward+backward (Linux).
 
-    Honest only in a fresh process: memory freed earlier and not returned would be used again
-    unseen. So the peer is warmed with a problem of one step.
+    This is accurate only in a fresh process: memory that was freed but not returned to the system
+    would be reused unseen. For the same reason the warm-up is a problem of one step.
     """
     peer.prepare(problem.first(1))
     peer.forward_backward()
     peer.prepare(problem)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
     peer.forward_backward()
     return resident("VmHWM") - before

@@ -1,4 +1,4 @@
-"""The problem, and everyone who solves it: nn.RNN, fusedrnn, Python loops, JAX, ONNX Runtime."""
+"""The benchmark problem and its peers: nn.RNN, fusedrnn, Python loops, JAX, ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Shape(NamedTuple):
 
 @dataclass
 class Problem:
-    """One layer's inputs, weights and the gradient that comes back, in float64 unless cast.
+    """One layer's inputs, weights and the gradient of its output, in float64 unless cast.
 
-    Where there are two directions, so are there weights of two, and twice the features in `grad`.
+    With two directions there are twice as many weights, and `grad` has twice the features.
     """
 
     shape: Shape
     x: Tensor  # [T, B, I]
     weights: list[Tensor]  # w_ih [H, I], w_hh [H, H], b_ih [H], b_hh [H]
     grad: Tensor  # [T, B, H], of the output
-    h0: Tensor | None = None  # [B, H]; None is zero, as nn.RNN has it
-    grad_input: bool = False  # whether x's gradient is asked for, too
+    h0: Tensor | None = None  # [B, H]; None means zero, as in nn.RNN
+    grad_input: bool = False  # whether to compute x's gradient, too
     threads: int = 1
 
     @classmethod
@@ -62,7 +62,7 @@ class Problem:
         device: torch.device = CPU,
         directions: int = 1,
     ) -> Problem:
-        """Weights as nn.RNN initialises them; every number is one that `dtype` holds exactly."""
+        """Draw a problem: weights as nn.RNN initialises them, all values exact in `dtype`."""
         T, B, I, H = shape
         random = torch.Generator(device).manual_seed(0)
         bound = 1 / math.sqrt(H)
@@ -99,7 +99,7 @@ class Problem:
         )
 
     def first(self, steps: int) -> Problem:
-        """The first steps alone; at most as many as there are."""
+        """Return the problem of the first steps; of all steps if there are fewer."""
         x, grad = self.x[:steps], self.grad[:steps]
         return replace(self, shape=self.shape._replace(T=x.size(0)), x=x, grad=grad)
 
@@ -108,21 +108,21 @@ class Problem:
         rows = T * B
         if mode == FORWARD:
             return 2 * rows * H * (I + H)
-        # The adjoint's product, dW_hh and dW_ih; dx if asked for.
+        # Besides the forward: the GEMMs of the adjoint, dW_hh and dW_ih; of dx if requested.
         return 2 * rows * H * (2 * I + 3 * H + (I if self.grad_input else 0))
 
 
 class Peer:
-    """One way to run the layer. Results may be in the peer's own arrays, but are finished."""
+    """One way to run the layer. Results may be the peer's own arrays, but must be complete."""
 
     name: ClassVar[str]
-    eps: float = 0.0  # of a peer that computes in less than the problem's precision
-    compile_seconds: float | None = None  # of a peer that tells
+    eps: float = 0.0  # of a peer that computes in lower precision than the problem's
+    compile_seconds: float | None = None  # of a peer that measures it
     requires: ClassVar[tuple[str, ...]] = ()  # modules to import
 
     @classmethod
     def missing(cls) -> str | None:
-        """Why this peer can't run here at all; None if it can."""
+        """Return why this peer cannot run here at all, or None."""
         for module in cls.requires:
             if importlib.util.find_spec(module) is None:
                 return f"{module} is not installed"
@@ -130,18 +130,18 @@ class Peer:
 
     @classmethod
     def declines(cls, problem: Problem, mode: str) -> str | None:
-        """Why this peer leaves out this problem; None if it doesn't. The problem's dtype is set."""
+        """Return why this peer skips the problem, or None. The problem is already in its dtype."""
         return None
 
     def prepare(self, problem: Problem) -> None:
         raise NotImplementedError
 
     def forward(self) -> Any:
-        """The output, [T, B, H], without building a graph."""
+        """Return the output, [T, B, H], without building a graph."""
         raise NotImplementedError
 
     def forward_backward(self) -> tuple[Any, Sequence[Any]]:
-        """The output, and the gradients of the weights (then of h0 and x, where asked for)."""
+        """Return the output and the gradients of the weights (then of h0 and x, if requested)."""
         raise NotImplementedError
 
     def to_torch(self, array: Any) -> Tensor:
@@ -158,7 +158,7 @@ class Peer:
 
 
 class TorchPeer(Peer):
-    """A peer that autograd differentiates: it has only to compute its output."""
+    """A peer that autograd differentiates: a subclass only has to compute the output."""
 
     weights: list[Tensor]
 
@@ -168,7 +168,7 @@ class TorchPeer(Peer):
         self.x = problem.x.detach().requires_grad_(problem.grad_input)
         wanted = list(self.weights)
         self.h0 = None
-        if problem.h0 is not None:  # a cell's state came from the step before: it needs a gradient
+        if problem.h0 is not None:  # a cell's state comes from the step before, so needs a gradient
             self.h0 = problem.h0.detach().requires_grad_()
             wanted.append(self.h0)
         self.wanted = [*wanted, self.x] if problem.grad_input else wanted
@@ -188,7 +188,7 @@ class TorchPeer(Peer):
         return output, torch.autograd.grad(output, self.wanted, self.problem.grad)
 
     def backward_alone(self) -> Callable[[], Any]:
-        """Goes backward through one and the same forward each time it is called."""
+        """Return a call that repeats the backward of a single forward."""
         output = self.output()
         return lambda: torch.autograd.grad(
             output, self.wanted, self.problem.grad, retain_graph=True
@@ -240,14 +240,16 @@ class FusedRNN(ModulePeer):
 def fusedrnn_missing() -> str | None:
     try:
         import fusedrnn  # noqa: F401
-    except ImportError as error:  # not built, or with another torch: the text says what to do
+    except ImportError as error:  # not built, or with another torch: it says what to do
         return str(error)
     return None
 
 
 class UnbindLoop(TorchPeer):
-    """The best plain loop: one input product for all steps, and `unbind`, since the gradient of
-    indexing `u[t]` is a whole zero tensor for each step."""
+    """The best plain loop: one input GEMM for all steps, and `unbind`.
+
+    Indexing `u[t]` instead would give a gradient of the size of `u`, mostly zeros, for each step.
+    """
 
     name = "loop"
 
@@ -288,7 +290,7 @@ class CellLoop(ModulePeer):
 
 class CompiledLoop(UnbindLoop):
     name = "torch.compile"
-    max_T = 32  # the graph is unrolled: compiling takes a second or more a step
+    max_T = 32  # the graph is unrolled: compiling takes a second or more per step
 
     @classmethod
     def declines(cls, problem: Problem, mode: str) -> str | None:
@@ -298,7 +300,7 @@ class CompiledLoop(UnbindLoop):
 
     def prepare(self, problem: Problem) -> None:
         super().prepare(problem)
-        torch.compiler.reset()  # or the eighth shape would quietly run uncompiled
+        torch.compiler.reset()  # otherwise the eighth shape would silently run uncompiled
         self.compiled = torch.compile(self.run, fullgraph=True, dynamic=False)
 
     def output(self) -> Tensor:
@@ -306,7 +308,7 @@ class CompiledLoop(UnbindLoop):
 
 
 class JaxScan(Peer):
-    """`lax.scan` over the projected input, jitted whole; gradients by `jax.vjp`, jitted too."""
+    """`lax.scan` over the projected input, jitted; gradients by `jax.vjp`, jitted with it."""
 
     name = "JAX scan"
     requires = ("jax",)
@@ -318,7 +320,7 @@ class JaxScan(Peer):
         jax.config.update("jax_enable_x64", wide)
         dtype = str(problem.x.dtype).removeprefix("torch.")
 
-        def array(tensor: Tensor) -> Any:  # by way of float32, which holds the small types exactly
+        def array(tensor: Tensor) -> Any:  # through float32, which holds the small types exactly
             return jnp.asarray((tensor if wide else tensor.float()).numpy(), dtype=dtype)
 
         self.x = array(problem.x)
@@ -384,7 +386,7 @@ class OnnxRuntime(Peer):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = problem.threads
         options.inter_op_num_threads = 1
-        # Its threads must not spin on into the next peer's turn.
+        # Keep its threads from spinning into the next peer's turn.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = onnxruntime.InferenceSession(
             self.model(problem).SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -445,7 +447,7 @@ class FusedCell(TorchCell):
         return fusedrnn.RNNCell(I, H)
 
 
-# The first is the baseline of every ratio, the second the one this is all about.
+# The first is the baseline of every ratio, the second is the subject of the benchmark.
 LAYER_PEERS: list[type[Peer]] = [
     TorchRNN, FusedRNN, UnbindLoop, CellLoop, CompiledLoop, JaxScan, OnnxRuntime,
 ]  # fmt: skip

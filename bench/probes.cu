@@ -1,8 +1,9 @@
-// Latencies that decide how a recurrence is laid out on a GPU, each measured by a kernel of its
-// own. Built into a shared library and called by probes.py. Torch-free; the caller owns all
-// memory. Every launcher returns a cudaError_t.
+// Latencies that decide how a recurrence is laid out on a GPU, each measured by its own kernel.
+// Built into a shared library that probes.py calls. Does not use torch; the caller owns all memory.
+// Every launcher returns a cudaError_t.
 //
-// A kernel repeats one thing `n` times and writes out[0] = cycles, out[1] = nanoseconds in all.
+// A kernel repeats one operation `n` times and writes the totals: out[0] = cycles, out[1] =
+// nanoseconds.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -23,7 +24,7 @@ __device__ int64_t cycles() {
   return count;
 }
 
-// Of the calling thread; a kernel has one thread that measures.
+// Times the calling thread; one thread of each kernel writes the result.
 struct Stopwatch {
   __device__ Stopwatch() : first_ns(nanoseconds()), first_cycle(cycles()) {}
   __device__ void stop(int64_t* out) const {
@@ -42,7 +43,8 @@ __global__ void block_barrier(int n, int64_t* out) {
   if (threadIdx.x == 0) watch.stop(out);
 }
 
-// `kChains` independent products in each warp, each waiting for itself; so 1 gives the latency.
+// `kChains` independent chains of mma in each warp. Within a chain, each mma waits for the previous
+// one, so a single chain gives the latency.
 template <int kChains>
 __global__ void tensor_core(int n, int64_t* out, float* sink) {
   float d[kChains][4] = {};
@@ -64,14 +66,14 @@ __global__ void tensor_core(int n, int64_t* out, float* sink) {
   float sum = 0;
 #pragma unroll
   for (int c = 0; c < kChains; ++c) sum += d[c][0] + d[c][1] + d[c][2] + d[c][3];
-  sink[threadIdx.x] = sum;  // before the barrier: the products are finished when the watch stops
+  sink[threadIdx.x] = sum;  // before the barrier, so that all mma finish before the stop
   __syncthreads();
   if (threadIdx.x == 0) watch.stop(out);
 }
 
 // ---- L2
 
-// Walks a ring of indices; each load waits for the one before it and passes by L1.
+// Follows a ring of indices; each load depends on the one before it and bypasses L1.
 __global__ void pointer_chase(int n, int64_t* out, const int32_t* ring, float* sink) {
   int32_t at = 0;
   const Stopwatch watch;
@@ -104,7 +106,7 @@ __device__ int cluster_size() {
   return int(size);
 }
 
-// The same variable in the shared memory of block `rank`.
+// The address of the same variable in the shared memory of block `rank`.
 __device__ uint32_t remote(const void* p, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -130,8 +132,9 @@ __global__ void cluster_barrier(int n, int64_t* out) {
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
 }
 
-// A step of a recurrence in small: each thread writes a word to the next block, all meet, each
-// reads what it got. Two slots, so that one barrier a step is enough.
+// A small model of a recurrence's step: each thread writes a word to the next block, the cluster
+// synchronises, and each thread reads the word that it got. With two slots, one barrier per step is
+// enough.
 __global__ void cluster_exchange(int n, int64_t* out, float* sink) {
   extern __shared__ uint32_t exchanged[];  // [2][threads]
   const int next = (cluster_rank() + 1) % cluster_size();
@@ -161,10 +164,11 @@ __device__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// What one step of a recurrence does in a cluster: every block sends 4 bytes a thread to every
-// block, and goes on when it has everyone's. By plain stores and the cluster's barrier, or by
-// st.async and an mbarrier that counts bytes. Two slots: who sends a second time has everyone's
-// first, which they sent after they had read what was there before.
+// The exchange of one step of a recurrence in a cluster: every block sends 4 bytes per thread to
+// every block, and continues when it has the data of all blocks. It uses plain stores and the
+// cluster's barrier, or st.async and an mbarrier that counts bytes. Two slots are enough: a block
+// that sends its next data has the current data of all blocks, which they sent after they had read
+// the previous data, in the slot that is now overwritten.
 template <bool kAsync>
 __global__ void cluster_gather(int n, int64_t* out, float* sink) {
   extern __shared__ uint32_t gathered[];  // [2][blocks][threads]
@@ -210,9 +214,9 @@ __global__ void cluster_gather(int n, int64_t* out, float* sink) {
   cluster_meet<false>();
 }
 
-// Two blocks send a word to and fro, n round trips: st.async carries it and tells the mbarrier of
-// the block that waits. The message may come before its bytes are announced: the phase cannot end
-// without the announcement, which is also the one arrival that it waits for.
+// Two blocks send a word back and forth, n round trips: st.async carries it and signals the
+// mbarrier of the waiting block. The word may arrive before its bytes are announced (expect_tx):
+// the phase cannot end without the announcement, which is also the one arrival that it expects.
 __global__ void async_ping_pong(int n, int64_t* out, float* sink) {
   __shared__ alignas(8) uint64_t barrier;
   __shared__ alignas(8) uint32_t slot;
@@ -247,10 +251,10 @@ __global__ void async_ping_pong(int n, int64_t* out, float* sink) {
     if (rank == 0) watch.stop(out);
     if (rank == 0) sink[0] = float(value);
   }
-  cluster_meet<false>();  // no block may leave while another writes to its memory
+  cluster_meet<false>();  // a block must not exit while another writes to its memory
 }
 
-// The same with a plain remote store, released, and a loop that reads until the word changes.
+// The same with a plain remote store (release), and a loop that polls until the word changes.
 __global__ void flag_ping_pong(int n, int64_t* out, float* sink) {
   __shared__ uint32_t slot;
   const int rank = cluster_rank();
@@ -302,7 +306,7 @@ __global__ void cooperative_barrier(int n, int64_t* out) {
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
 }
 
-// All blocks count up one word, and read it until all have.
+// All blocks increment one counter and poll it until all have arrived.
 __device__ void meet_at_counter(uint32_t* counter, uint32_t full) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -323,9 +327,9 @@ __global__ void counter_barrier(int n, int64_t* out, uint32_t* counter) {
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
 }
 
-// Each block writes one 8-byte word, a datum and the number of the step, and reads those of all
-// others until they are of this step: data and signal in one hop, and no fence. Two slots: nobody
-// is more than one step ahead.
+// Each block writes one 8-byte word, a value and the step number, and polls the words of all blocks
+// until they are of this step: data and signal in one hop, without a fence. Two slots are enough,
+// because no block is more than one step ahead.
 __global__ void flag_in_data(int n, int64_t* out, uint64_t* words, float* sink) {
   uint32_t value = blockIdx.x;
   const Stopwatch watch;
@@ -353,7 +357,7 @@ __global__ void flag_in_data(int n, int64_t* out, uint64_t* words, float* sink) 
 
 __global__ void nothing() {}
 
-// As many registers as a thread of 256 can have: values that all wait for one another.
+// Uses as many registers as a thread of a 256-thread block can have: all values depend on others.
 __global__ void __launch_bounds__(256, 1) many_registers(int n, float* data) {
   constexpr int kValues = 224;
   extern __shared__ float unused[];
@@ -449,26 +453,26 @@ int probe_cooperative_barrier(int blocks, int threads, int n, int64_t* out, cuda
   return launch(cooperative_barrier, blocks, threads, 1, true, 0, stream, n, out);
 }
 
-// `counter` is 0 at first.
+// `counter` must be 0.
 int probe_counter_barrier(int blocks, int threads, int n, int64_t* out, uint32_t* counter,
                           cudaStream_t stream) {
   return launch(counter_barrier, blocks, threads, 1, true, 0, stream, n, out, counter);
 }
 
-// `words` [2][blocks] are 0 at first.
+// `words` [2][blocks] must be 0.
 int probe_flag_in_data(int blocks, int threads, int n, int64_t* out, uint64_t* words, float* sink,
                        cudaStream_t stream) {
   return launch(flag_in_data, blocks, threads, 1, true, 0, stream, n, out, words, sink);
 }
 
-// `n` empty kernels.
+// Launches `n` empty kernels.
 int probe_launches(int n, cudaStream_t stream) {
   for (int i = 0; i < n; ++i) nothing<<<1, 32, 0, stream>>>();
   return cudaGetLastError();
 }
 
-// How many clusters of 256 threads with `shared` bytes a block the device holds at once, and the
-// registers that a thread of that kernel has.
+// Returns how many clusters of 256-thread blocks, with `shared` bytes per block, the device holds
+// at once, and the registers per thread of that kernel.
 int probe_occupancy(int cluster, int64_t shared, int* clusters, int* registers) {
   const auto kernel = reinterpret_cast<const void*>(&many_registers);
   cudaFuncAttributes attributes{};

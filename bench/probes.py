@@ -1,6 +1,6 @@
-"""Runs the kernels of probes.cu: how long it takes blocks, clusters and grids to meet, and more.
+"""Run the kernels of probes.cu: the latencies of block, cluster and grid barriers, and more.
 
-A row for each: what, nanoseconds and cycles of one repetition, or the error that came instead.
+Each gives a row: its name, and the nanoseconds and cycles of one repetition, or the error.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from measure import capture, is_fatal, timer_for
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cu")
-SHARED = 200 << 10  # bytes that a block of the occupancy probe has
+SHARED = 200 << 10  # bytes per block in the occupancy probe
 THREADS = 256
 Row = dict[str, Any] | None  # None: left out
-LINE = 32  # int32 in a cache line of 128 bytes
+LINE = 32  # int32 elements in a cache line of 128 bytes
 
 
 @dataclass
 class Setting:
-    """How much to run: as much as a GPU makes short work of, or what an emulator can."""
+    """How much to run: enough for a GPU, or little enough for the emulator."""
 
     device: torch.device
-    blocks: int  # of the probes of the whole grid: one for each SM
+    blocks: int  # in the probes of the whole grid: one per SM
     repetitions: int = 4000
     rounds: int = 5
     cluster_sizes: tuple[int, ...] = (2, 4, 8, 16)
@@ -51,7 +51,7 @@ class Setting:
 
 
 def nvcc() -> str | None:
-    """The compiler: on PATH, or where torch finds a toolkit."""
+    """Find the compiler: on PATH, or in the toolkit that torch finds."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     for place in (shutil.which("nvcc"), CUDA_HOME and f"{CUDA_HOME}/bin/nvcc"):
@@ -61,7 +61,7 @@ def nvcc() -> str | None:
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """The launchers of probes.cu, compiled for the GPU that is here."""
+    """Compile the launchers of probes.cu for the GPU of this machine."""
     compiler = nvcc()
     if compiler is None:
         raise FileNotFoundError("no nvcc: neither on PATH nor in CUDA_HOME")
@@ -78,12 +78,12 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 def build_emulated() -> ctypes.CDLL:
-    """The same launchers, for kernels that run on the CPU (tests/emulator)."""
+    """Build the same launchers with kernels that run on the CPU (tests/emulator)."""
     sys.path.append(str(SOURCE.parents[1] / "tests"))
     import cuda_resources  # type: ignore[import-not-found]
     import emulator  # type: ignore[import-not-found]
 
-    cuda_resources.toolkit()  # tells the emulator where it is
+    cuda_resources.toolkit()  # sets CUDA_HOME for the emulator
     path = emulator.build_library([SOURCE], name="probes", arch=90)
     return emulator.Library(path).c
 
@@ -93,7 +93,7 @@ class Probes:
     library: ctypes.CDLL
     setting: Setting
     without: Container[str] = ()  # names of probes to leave out
-    tell: Callable[[str], None] = lambda name: None  # what begins
+    tell: Callable[[str], None] = lambda name: None  # gets the name of each probe that begins
     out: Tensor = field(init=False)
     sink: Tensor = field(init=False)
 
@@ -106,7 +106,7 @@ class Probes:
         return torch.zeros(size, dtype=dtype, device=self.setting.device)
 
     def call(self, launcher: str, *arguments: Any) -> None:
-        """Call a launcher on the current stream; ints are passed as int."""
+        """Call a launcher on the current stream; Python ints are passed as C int."""
         converted = [
             ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
             else ctypes.c_bool(a) if isinstance(a, bool)
@@ -130,11 +130,11 @@ class Probes:
     def kernel(
         self, name: str, launch: Callable[[int], None], *, per: float = 1, **more: Any
     ) -> Row:
-        """Time `launch(n)`, whose kernel writes its cycles and ns; `per`: things a repetition."""
+        """Time `launch(n)`, whose kernel writes cycles and ns; `per`: operations per repetition."""
 
         def row() -> dict[str, Any]:
             n = self.setting.repetitions
-            launch(max(1, n // 10))  # warms the instruction cache and the clock
+            launch(max(1, n // 10))  # warms up the instruction cache and the clock
             found = []
             for _ in range(self.setting.rounds):
                 launch(n)
@@ -151,7 +151,7 @@ class Probes:
         self.tell(name)
         try:
             return {"probe": name, **more, **measure()}
-        except (RuntimeError, AttributeError) as error:  # not here, or not in the emulator
+        except (RuntimeError, AttributeError) as error:  # unsupported by the GPU or the emulator
             if is_fatal(error, self.setting.device):
                 raise
             return {"probe": name, **more, "error": str(error)}
@@ -165,7 +165,7 @@ class Probes:
             yield from filter(None, group())
 
     def warm_up(self) -> None:
-        """A clock that idled takes a while to rise."""
+        """Keep the GPU busy for half a second, because an idle clock takes a while to rise."""
         if self.setting.device.type == "cuda":
             a = torch.ones(4096, 4096, device=self.setting.device, dtype=torch.bfloat16)
             end = time.perf_counter() + 0.5

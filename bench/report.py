@@ -1,4 +1,4 @@
-"""What was found and on what machine: JSON, tables, a plot."""
+"""Report the results and the machine: JSON, tables, a plot."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Result:
     peer: str
     check: Check
     flops: int
-    times: list[float] = field(default_factory=list)  # seconds a call, by round; [] if wrong
+    times: list[float] = field(default_factory=list)  # seconds per call, by round; [] if wrong
     kept_bytes: int | None = None
     peak_bytes: int | None = None
 
@@ -53,7 +53,7 @@ class Result:
         return self.flops / statistics.median(self.times) / 1e9
 
     def ratio_to(self, other: Result) -> Quartiles:
-        """Times as fast as the other, round by round."""
+        """Return how many times as fast as `other` this is, by round."""
         return Quartiles.of([b / a for a, b in zip(self.times, other.times)])
 
     def as_json(self, baseline: Result | None) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Report:
         return list(dict.fromkeys(result.mode for result in self.results))
 
     def timed(self, mode: str) -> dict[Shape, dict[str, Result]]:
-        """By shape and peer; every shape has a row, and a wrong peer has no place in it."""
+        """Return timed results by shape and peer: a row for every shape, without wrong peers."""
         rows: dict[Shape, dict[str, Result]] = {}
         for result in self.results:
             if result.mode == mode:
@@ -107,7 +107,7 @@ class Report:
         return rows
 
     def ratios(self, mode: str, peer: str, other: str) -> dict[Shape, Quartiles]:
-        """How many times as fast as the other a peer is, at the shapes where both ran."""
+        """Return how many times as fast as `other` a peer is, for the shapes where both ran."""
         return {
             shape: row[peer].ratio_to(row[other])
             for shape, row in self.timed(mode).items()
@@ -115,7 +115,7 @@ class Report:
         }
 
     def geometric_means(self, mode: str) -> dict[str, float]:
-        """Of each peer's ratios to the baseline, over the shapes where it ran."""
+        """Return each peer's geometric mean ratio to the baseline, over the shapes where it ran."""
         means = {}
         for peer in self.peers:
             if ratios := self.ratios(mode, peer, self.baseline):
@@ -123,7 +123,7 @@ class Report:
         return means
 
     def losses(self, mode: str) -> dict[str, dict[str, float]]:
-        """The subject's ratio below 1, by peer and shape, worst first."""
+        """Return the subject's ratios below 1, by peer and shape, worst first."""
         found = {}
         for peer in self.peers:
             ratios = self.ratios(mode, self.subject, peer)
@@ -190,7 +190,7 @@ def git_commit() -> str:
 
 
 class Neighbours:
-    """How many cores other processes keep busy, on average since this was made (Linux)."""
+    """Count the cores kept busy by other processes, on average since construction (Linux)."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -198,7 +198,7 @@ class Neighbours:
 
     @staticmethod
     def cpu_seconds() -> float:
-        """Spent so far by the whole machine without this process and its children."""
+        """Return the CPU time of the machine so far, less this process and its children."""
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
         user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[1:8])
         machine = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
@@ -234,7 +234,7 @@ def environment(threads: int, dtype: str, seconds: float) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "commit": git_commit(),
         "command": shlex.join(["python", os.path.relpath(script), *arguments]),
-        "cores_busy_with_other_processes": None,  # known at the end
+        "cores_busy_with_other_processes": None,  # set at the end
     }
 
 
@@ -263,7 +263,7 @@ def number(value: float) -> str:
 
 
 def rows_of(report: Report, mode: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, one a shape: the baseline, the subject in full, then the others."""
+    """Return the header and a row per shape: the baseline, the subject in full, the others."""
     base, ours = report.baseline, report.subject
     table = report.timed(mode)
     ran = {peer for row in table.values() for peer in row}
@@ -355,7 +355,7 @@ def render(report: Report, markdown: bool) -> str:
 
 
 def plot(report: Report, path: str) -> None:
-    """Each peer's ratio to the baseline at each shape; below the line it loses."""
+    """Plot each peer's ratio to the baseline for each shape; below the line it is slower."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-// What this library exports: the op schemas, the one list of them, and the module _C, which tells
-// how it was built and what the planner decides. The kernels register themselves beside their code
-// (cpu/, cuda/); fake kernels and derivatives are in fusedrnn/_ops.py and fusedrnn/autograd.py.
+// The exports of this library: all op schemas, and the module _C, which reports how the library was
+// built and what the planners decide. The kernels are registered next to their code (cpu/, cuda/);
+// fake kernels and derivatives are in fusedrnn/_ops.py and fusedrnn/autograd.py.
 #include <ATen/Context.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,13 +16,13 @@
 #include "cuda/engine.h"
 #endif
 
-// T time steps, B batch rows, H hidden units; [T, B, *] is [N, *] where batch_sizes [T] is given.
+// T time steps, B batch rows, H hidden units; [T, B, *] is [N, *] if batch_sizes [T] is given.
 //   activation: x [T, B, I] (without w_ih: u [T, B, H])      -> h [T, B, H], h_n [B, H], saved
 //   tangent:    w, q [T, B, H], s0 [B, H]                    -> λ [T, B, H], λ_n [B, H], m
 //   adjoint:    g, d [T, B, H], g_n [B, H], all optional     -> δ [T, B, H], ∂h0 [B, H], a
-// The formulas are in epilogues.h, and what is saved: [T, B, H] with alpha and for nonlinearities
-// of which saves_z is true, otherwise empty, and h serves. m and a are empty unless `full`, ∂h0
-// unless `to_h0`.
+// epilogues.h has the formulas and defines `saved`. `saved` is [T, B, H] if alpha is given or if
+// saves_z is true for the nonlinearity; otherwise it is empty and h is used in its place. m and a
+// are empty unless `full`, ∂h0 unless `to_h0`.
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "activation(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor w_hh, "
@@ -37,7 +37,7 @@ TORCH_LIBRARY(fusedrnn, m) {
       "Tensor? keep, Tensor? batch_sizes, str nonlinearity, bool reverse, bool to_h0, bool full) "
       "-> (Tensor, Tensor, Tensor)");
 
-  // What surrounds the recurrences in their derivatives (bptt.cpp).
+  // The parts of the derivatives outside the recurrences (bptt.cpp).
   m.def(
       "bptt(Tensor? g, Tensor? d, Tensor? g_n, Tensor x, Tensor? w_ih, Tensor? h0, Tensor w_hh, "
       "Tensor? alpha, Tensor? keep, Tensor? batch_sizes, Tensor h, Tensor? saved, "
@@ -59,7 +59,7 @@ namespace {
 
 namespace py = pybind11;
 
-// The CPU planner's decision, for tests and for the curious.
+// The CPU planner's decision, for tests and for inspection.
 py::dict plan_cpu(int64_t T, int64_t B, int64_t I, int64_t H, int64_t number_size, int lanes,
                   int tile_rows, int tile_vectors, int threads, int64_t rows_to_pack) {
   const auto plan = fusedrnn::cpu::make_plan(
@@ -111,7 +111,7 @@ fusedrnn::cuda::Device cuda_device(const py::object& device) {
   return result;
 }
 
-// What the CUDA planner is asked. `tf32` None is torch's setting.
+// Builds the input of the CUDA planner. If `tf32` is None, torch's setting applies.
 fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjoint,
                                      const std::string& dtype, int64_t T, int64_t B, int64_t I,
                                      int64_t H, bool leaky, bool packed, int64_t products,
@@ -120,7 +120,7 @@ fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjo
   fusedrnn::cuda::PlanInput in;
   in.pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
   in.storage = fusedrnn::Storage(place_of(dtype, dtypes, "dtype"));
-  // as cuda/recurrence_cuda.h has it
+  // as dtype_on in cuda/recurrence_cuda.h does
   if (in.storage == fusedrnn::Storage::bf16 && on.architecture < 80)
     in.storage = fusedrnn::Storage::f32;
   in.tf32 = in.storage == fusedrnn::Storage::f32 &&
@@ -135,8 +135,8 @@ fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjo
   return in;
 }
 
-// The CUDA planner's decision: `device` is an index or, with or without a GPU, a dict of its
-// properties.
+// The CUDA planner's decision. `device` is an index, or a dict of device properties, which needs no
+// GPU.
 py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
                    int64_t H, bool leaky, bool packed, int64_t products, std::optional<bool> tf32,
                    const std::optional<std::string>& regime, std::optional<int> tile,
@@ -190,7 +190,8 @@ py::list cuda_tiles() {
 }
 
 #ifdef FUSEDRNN_CUDA
-// Where the planner cuts the walk of BPTT, for fusedrnn/bptt.py: of plan_cuda, that alone.
+// The number of steps after which the planner splits the time loop of BPTT (0: no split), for
+// fusedrnn/bptt.py.
 int64_t cut_of_adjoint(const std::string& dtype, int64_t T, int64_t B, int64_t H, bool leaky,
                        int64_t products, int device) {
   const fusedrnn::cuda::Device& on = fusedrnn::cuda::device_properties(device);
@@ -233,8 +234,8 @@ py::dict build_info() {
   return info;
 }
 
-// Whether tensors may have tangents. Compiled code that enters forward mode does not tell
-// torch.autograd.forward_ad.
+// Whether tensors may have tangents. torch.autograd.forward_ad cannot be used for this, because
+// compiled code enters forward mode without updating it.
 bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Backpropagation through time, around the adjoint recurrence: products over all rows at once, in
-// torch's own ops. Composite: they differentiate, batch and trace by what they consist of.
+// Backpropagation through time, except for the adjoint recurrence: GEMMs over all rows, built from
+// torch ops. The ops here are composite: autograd, vmap and tracing work through the ops that they
+// consist of.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
@@ -33,11 +34,11 @@ Tensor kept(const Tensor& series, const OptionalTensor& keep) {
   return keep ? at::where(keep->unsqueeze(-1), series, at::zeros_like(series)) : series;
 }
 
-// batch_sizes, a CPU tensor, beside the series that it tells about.
+// Copies batch_sizes, a CPU tensor, to the device of the series that it describes.
 Tensor beside(const Tensor& batch_sizes, const Tensor& series) {
   const c10::Device device = series.device();
 #ifdef FUSEDRNN_CUDA
-  // which is no op: nobody may look on
+  // to_device is not an op, so it must not be called while tracing or a transform is active.
   const bool watched =
       batch_sizes.key_set().has(c10::DispatchKey::Python) ||
       c10::impl::TorchDispatchModeTLS::any_modes_set() ||
@@ -47,7 +48,7 @@ Tensor beside(const Tensor& batch_sizes, const Tensor& series) {
   return batch_sizes.to(device);
 }
 
-// For packed row (t, b): where rows (t-1, b) and (t+1, b) are, or -1; and b.
+// For packed row (t, b): the indices of rows (t-1, b) and (t+1, b), or -1; and b.
 struct Neighbours {
   Tensor previous, next, b;
 };
@@ -72,7 +73,8 @@ Neighbours neighbours(const Tensor& batch_sizes, const Tensor& series, bool reve
   return reverse ? Neighbours{later, earlier, b} : Neighbours{earlier, later, b};
 }
 
-// A state [B, H] before the first step of the series, as check_series gives B.
+// Checks `first`, the [B, H] state before the first step of the series. `batch` is the B that
+// check_series returned.
 void check_first(const char* name, const OptionalTensor& first,
                  const std::optional<c10::SymInt>& batch, const Tensor& series) {
   if (!first) return;
@@ -80,20 +82,20 @@ void check_first(const char* name, const OptionalTensor& first,
   check_like(name, *first, {batch.value_or(first->sym_size(0)), series.sym_size(-1)}, series);
 }
 
-// The sizes of a series with as many rows as this one, and its own last size.
+// The sizes of `series`, with `size` as the last one.
 at::SymDimVector rows_like(const Tensor& series, const c10::SymInt& size) {
   at::SymDimVector sizes(series.sym_sizes());
   sizes.back() = size;
   return sizes;
 }
 
-// keep[t] series[t-1] for every t, where series[-1] is `first` (or 0): what steps start from.
+// keep[t] series[t-1] for every t, the state that step t starts from; series[-1] is `first` (or 0).
 Tensor previous(const Tensor& series, const OptionalTensor& first, const OptionalTensor& keep,
                 const OptionalTensor& batch_sizes, bool reverse) {
   check_first("first", first, check_series("series", series, keep, batch_sizes), series);
   if (!batch_sizes) {
     const Tensor ends = (first ? *first : at::zeros_like(series.select(0, 0))).unsqueeze(0);
-    // Not two lists in one conditional: g++ 12 destroys both when cat throws.
+    // Not a conditional between two lists: g++ 12 destroys both when cat throws.
     const Tensor one = reverse ? series.slice(0, 1) : ends;
     const Tensor other = reverse ? ends : series.slice(0, 0, -1);
     return kept(at::cat({one, other}), keep);
@@ -120,7 +122,7 @@ Tensor following(const Tensor& series, const OptionalTensor& keep,
   return at::cat({masked, zeros}).index_select(0, at::where(after < 0, end, after));
 }
 
-// keep[t] series[t] of each row's first step t: what h0 meets. `batch` is B.
+// keep[t] series[t] of each row's first step t, the step that starts from h0. `batch` is B.
 Tensor following_first(const Tensor& series, const OptionalTensor& keep,
                        const OptionalTensor& batch_sizes, bool reverse, c10::SymInt batch) {
   const c10::SymInt rows = check_series("series", series, keep, batch_sizes).value_or(batch);
@@ -145,7 +147,7 @@ Tensor recurrent_product(const Tensor& delta, const Tensor& series, const Option
   check_like("delta", delta, rows_like(series, delta.sym_size(-1)), series);
   if (keep || batch_sizes)
     return product_of_rows(delta, previous(series, first, keep, batch_sizes, reverse));
-  // the same without a copy of the series
+  // The same, without copying the series.
   const Tensor deltas = rows(delta), states = rows(series);
   const c10::SymInt end = states.sym_size(0) - *batch;
   const Tensor others = reverse ? deltas.slice_symint(0, 0, end) : deltas.slice_symint(0, *batch);
@@ -162,7 +164,7 @@ using AdjointOp = std::tuple<Tensor, Tensor, Tensor>(const OptionalTensor&, cons
                                                      const OptionalTensor&, const OptionalTensor&,
                                                      c10::string_view, bool, bool, bool);
 
-// Whether nobody can ask for a derivative of what is computed now.
+// Whether no derivative of the result can be requested: no grad mode, transform or dual tensor.
 bool is_final(const Tensor& saved, const Tensor& w_hh, const OptionalTensor& g,
               const OptionalTensor& g_n) {
   const auto dual = [](const Tensor& t) { return t._fw_grad(0).defined(); };
@@ -172,14 +174,15 @@ bool is_final(const Tensor& saved, const Tensor& w_hh, const OptionalTensor& g,
          !dual(saved) && !dual(w_hh) && !(g && dual(*g)) && !(g_n && dual(*g_n));
 }
 
-// φ(z) from what `activation` saved. Softplus as exactly as in epilogues.h: beyond 40 it is z.
+// φ(z) from the `saved` of activation. The threshold of 40, above which softplus is z, makes it as
+// accurate as in epilogues.h.
 Tensor value_of(const Tensor& saved, c10::string_view nonlinearity) {
   if (nonlinearity == "softplus") return at::softplus(saved, 1, 40);
   return nonlinearity == "elu" ? at::elu(saved) : saved;
 }
 
-// The gradients of `activation`'s x, w_ih, b_ih, b_hh, h0, w_hh and alpha, as far as `wanted`, from
-// those of its results h, h_n and saved.
+// The gradients (those `wanted`) of activation's arguments x, w_ih, b_ih, b_hh, h0, w_hh and alpha,
+// from those of its results h, h_n and saved.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
     const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& g_n, const Tensor& x,
     const OptionalTensor& w_ih, const OptionalTensor& h0, const Tensor& w_hh,
@@ -189,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   static const auto adjoint =
       c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::adjoint", "").typed<AdjointOp>();
   const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, to_alpha] = wanted;
-  // What `adjoint` does not check.
+  // Checks that `adjoint` does not do.
   check_first("h0", h0, check_series("h", h, keep, batch_sizes), h);
   check_rank("x", x, batch_sizes.has_value());
   check_like("x", x, rows_like(h, w_ih ? x.sym_size(-1) : h.sym_size(-1)), h);
@@ -200,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
   TORCH_CHECK(w_ih || !to_w_ih, "fusedrnn: w_ih must be given for its gradient, got None");
   TORCH_CHECK(alpha || !to_alpha, "fusedrnn: alpha must be given for its gradient, got None");
   const auto [delta, dh0, a] = [&] {
-    // The kernel at the Autograd key is in Python and costs 5 us: not where it would do nothing.
+    // The Autograd kernel is in Python and costs 5 us, so it is skipped when it would do nothing.
     std::optional<at::AutoDispatchBelowAutograd> below;
     if (is_final(saved ? *saved : h, w_hh, g, g_n)) below.emplace();
     return adjoint.call(g, d, g_n, saved ? *saved : h, w_hh, alpha, keep, batch_sizes, nonlinearity,
@@ -215,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
     const Tensor phi = value_of(*saved, nonlinearity);
     dalpha = rows(a * (phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
   }
-  // Not one tensor twice: people scale gradients in place.
+  // Return separate tensors, because callers may scale gradients in place.
   const Tensor db_hh = !to_b_hh ? Tensor() : to_b_ih ? db.clone() : db;
   return {dx, dw_ih, to_b_ih ? db : Tensor(), db_hh, to_h0 ? dh0 : Tensor(), dw_hh, dalpha};
 }

@@ -1,5 +1,5 @@
-// Checks of the arguments of an op, shared by CPU and CUDA. Each says what was wanted and what
-// came.
+// Argument checks of the ops, shared by CPU and CUDA. Each error message states what the op expects
+// and what it got.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -29,7 +29,7 @@ inline Nonlinearity nonlinearity_named(c10::string_view name) {
 
 // The sizes of a sequence: x is [T, B, size], or packed [N, size] with batch_sizes [T].
 struct Sizes {
-  int64_t T, B, rows;  // rows: N, and 0 where the sequence is not packed
+  int64_t T, B, rows;  // rows: N if the sequence is packed, otherwise 0
 };
 
 inline void check_rank(const char* name, const at::Tensor& x, bool packed) {
@@ -37,7 +37,7 @@ inline void check_rank(const char* name, const at::Tensor& x, bool packed) {
               packed ? " must be [N, size], got " : " must be [T, B, size], got ", x.sym_sizes());
 }
 
-// Beside tensors on meta it may be there, too.
+// batch_sizes is on the CPU; it may be on meta if x is.
 inline void check_batch_sizes_kind(const at::Tensor& batch_sizes, const at::Tensor& x) {
   TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == at::kLong &&
                   (batch_sizes.is_cpu() || (batch_sizes.is_meta() && x.is_meta())) &&
@@ -46,7 +46,7 @@ inline void check_batch_sizes_kind(const at::Tensor& batch_sizes, const at::Tens
               batch_sizes.toString(), " of sizes ", batch_sizes.sym_sizes());
 }
 
-// The sizes of a packed sequence of `rows` rows.
+// Checks batch_sizes against a packed sequence of `rows` rows and returns the sizes.
 inline Sizes check_batch_sizes(const char* name, int64_t rows, const at::Tensor& batch_sizes) {
   const int64_t T = batch_sizes.size(0);
   TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
@@ -56,7 +56,7 @@ inline Sizes check_batch_sizes(const char* name, int64_t rows, const at::Tensor&
     TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
                 "fusedrnn: batch_sizes must be positive and never rise, got ",
                 at::IntArrayRef(sizes, size_t(T)));
-    // before adding, which could overflow
+    // before the addition, which could overflow
     TORCH_CHECK(sizes[t] <= rows - sum, "fusedrnn: batch_sizes sum to more than the ", rows,
                 " rows of packed ", name);
     sum += sizes[t];
@@ -79,7 +79,7 @@ inline Sizes check_sequence(const char* name, const at::Tensor& x,
 
 inline void check_sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef sizes) {
   bool same = tensor.dim() == int64_t(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i)  // deferred where only data can tell
+  for (size_t i = 0; same && i < sizes.size(); ++i)  // deferred if the size depends on data
     same = tensor.sym_size(int64_t(i)).sym_eq(sizes[i]).expect_true(__FILE__, __LINE__);
   TORCH_CHECK(same, "fusedrnn: ", name, " must have sizes ", sizes, ", got ", tensor.sym_sizes());
 }
@@ -102,7 +102,7 @@ inline void check_like(const char* name, const std::optional<at::Tensor>& tensor
   if (tensor) check_like(name, *tensor, sizes, like);
 }
 
-// `series` has one row for each element of keep.
+// keep has one element per row of `series`.
 inline void check_keep(const std::optional<at::Tensor>& keep, const at::Tensor& series) {
   if (!keep) return;
   check_device("keep", *keep, series);
@@ -111,7 +111,8 @@ inline void check_keep(const std::optional<at::Tensor>& keep, const at::Tensor& 
   check_sizes("keep", *keep, series.sym_sizes().slice(0, series.dim() - 1));
 }
 
-// Each in [0, 1]. Only those on a CPU: reading others would wait for their device.
+// Each alpha must be in [0, 1]. Checked only on the CPU: reading values from another device would
+// synchronise with it.
 inline void check_alpha(const std::optional<at::Tensor>& alpha) {
   if (!alpha || !alpha->is_cpu()) return;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, alpha->scalar_type(), "alpha", [&] {
@@ -124,7 +125,7 @@ inline void check_alpha(const std::optional<at::Tensor>& alpha) {
   });
 }
 
-// Whether the values of a tensor can be read here: not those of a fake, wrapped or batched one.
+// Whether the values of a tensor can be read here: false for a fake, wrapped or batched tensor.
 inline bool is_readable(const at::Tensor& tensor) {
   return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView -
              c10::autocast_dispatch_keyset ==
@@ -132,8 +133,8 @@ inline bool is_readable(const at::Tensor& tensor) {
 }
 
 // check_sequence and check_keep for the composite ops (bptt.cpp), whose tensors may be fake,
-// wrapped or batched and of symbolic sizes. B, or nothing if it is among values that cannot be
-// read.
+// wrapped or batched and may have symbolic sizes. Returns B, or nullopt if B is in a batch_sizes
+// whose values cannot be read.
 inline std::optional<c10::SymInt> check_series(const char* name, const at::Tensor& series,
                                                const std::optional<at::Tensor>& keep,
                                                const std::optional<at::Tensor>& batch_sizes) {

@@ -1,6 +1,6 @@
-// The arithmetic of a step, and the only place where it stands. V is one number or a vector of
-// them; each engine brings its V with operators, comparisons, select(), fma(), tanh(), exp() and
-// expm1(). After the includes of an engine, so that V's functions are found.
+// The arithmetic of a step, defined only here. V is a number or a vector of numbers; each engine
+// provides its V with operators, comparisons, select(), fma(), tanh(), exp() and expm1(). Include
+// this file after the headers of the engine, so that V's functions are found.
 //
 // Notation: φ the nonlinearity, z the pre-activation, α the leak, k the state that a step starts
 // from (h[t-1], or 0 where keep is false), p = α φ'(z) the gate.
@@ -16,10 +16,10 @@
 
 namespace fusedrnn {
 
-// Nonlinearities. The slope φ'(z) is computed from what the forward pass saves: from φ(z), which
-// without a leak is the output itself, or, with saves_z, from z, where the rounded φ(z) has lost
-// the slope: elu'(z) = e^z = φ(z) + 1 where φ(z) has become -1; softplus in f16 where φ(z) has
-// become 0. Written so that NaN passes through, as in torch.
+// Nonlinearities. The slope φ'(z) is computed from the value that the forward pass saves. That is
+// φ(z), which without a leak is the output itself. With saves_z it is z, for nonlinearities whose
+// rounded φ(z) loses the slope: elu'(z) = e^z = φ(z) + 1 where φ(z) has become -1; softplus in f16
+// where φ(z) has become 0. NaN propagates, as in torch.
 struct Tanh {
   static constexpr bool saves_z = false;
   template <class V>
@@ -135,7 +135,7 @@ struct Elu {
   }
 };
 
-// Calls f with the nonlinearities in the order of the enum.
+// Calls f with each nonlinearity, in the order of the enum.
 #define FUSEDRNN_FOR_EACH_NONLINEARITY(f) \
   f(Tanh) f(Relu) f(Identity) f(Sigmoid) f(Softplus) f(Retanh) f(Hardtanh) f(LeakyRelu) f(Elu)
 
@@ -154,15 +154,15 @@ FUSEDRNN_INLINE constexpr bool saves_z(Nonlinearity nonlinearity) {
   return kSaveZ >> unsigned(nonlinearity) & 1;
 }
 
-// (1 - α) k. Where α is 1 that is the zero which changes no sum, whatever k is: then nothing is
-// carried, and the results have the bits of those without a leak.
+// (1 - α) k. If α is 1, it is -0.0 whatever k is. Adding -0.0 never changes a sum, so nothing is
+// carried and the results are bitwise those without a leak.
 template <class V>
 FUSEDRNN_INLINE V leftover(V alpha, V k) {
   return select(alpha == V(1), V(-0.0), (V(1) - alpha) * k);
 }
 
-// h = (1 - α) k + α φ(z), and what is saved for the slope. Not k + α (φ(z) - k), which is one
-// product less and cancels where k is large, and overflows.
+// h = (1 - α) k + α φ(z), and the value saved for the slope. The form k + α (φ(z) - k) has one
+// product less, but cancels where k is large, and overflows.
 template <class F, class V>
 FUSEDRNN_INLINE void activation(F f, V z, V k, bool leaky, V alpha, V& h, V& saved) {
   const V phi = f.value(z);
@@ -176,7 +176,7 @@ FUSEDRNN_INLINE V gate(F f, V saved, bool leaky, V alpha) {
   return leaky ? alpha * f.slope(saved) : f.slope(saved);
 }
 
-// m = w + k Wᵀ,  λ = q + p m + (1 - α) k    (acc is k Wᵀ, k the tangent carried over)
+// m = w + k Wᵀ,  λ = q + p m + (1 - α) k    (acc is k Wᵀ; here k is λ[t-1], or 0)
 template <class V>
 FUSEDRNN_INLINE void tangent(V acc, V w, V q, V p, V k, bool leaky, V alpha, V& lambda, V& m) {
   m = w + acc;
@@ -185,7 +185,7 @@ FUSEDRNN_INLINE void tangent(V acc, V w, V q, V p, V k, bool leaky, V alpha, V& 
 }
 
 // a = g + carry + δ' W,  δ = d + p a,  carry = (1 - α) a, which is 0 without a leak
-// (acc is δ' W; δ' and the carry come from the step after, 0 where its keep is false)
+// (acc is δ' W; δ' and the carry come from step t+1 and are 0 where its keep is false)
 template <class V>
 FUSEDRNN_INLINE void adjoint(V acc, V g, V d, V p, V& carry, bool leaky, V alpha, V& a, V& delta) {
   a = g + (carry + acc);

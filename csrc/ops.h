@@ -1,5 +1,5 @@
-// The ops on tensors, shared by CPU and CUDA: checks of the arguments and a Problem made of them,
-// which an engine runs.
+// The ops on tensors, shared by CPU and CUDA. They check the arguments and build a Problem, which
+// an engine runs.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,8 +29,8 @@ inline std::optional<Storage> storage_of(at::ScalarType type) {
   }
 }
 
-// A problem, and the tensors that its pointers need: copies only where the last dimension is not
-// dense already, or where the engine computes in another dtype.
+// A Problem and the tensors that own its memory. A tensor is copied only if its last dimension is
+// not dense or if the engine computes in another dtype.
 class Call {
  public:
   Call(Pass pass, const Tensor& like, at::ScalarType dtype, const Sizes& sizes, int64_t H,
@@ -58,21 +58,21 @@ class Call {
     problem.alpha = vector("alpha", alpha);
   }
 
-  // An optional [T, B, H].
+  // From an optional [T, B, H] tensor.
   Series series(const char* name, const OptionalTensor& tensor) {
     if (!tensor) return {};
     check_like(name, *tensor, c10::fromIntArrayRefSlow(sequence_sizes()), like);
     return series(dense(*tensor));
   }
 
-  // An optional [B, H].
+  // From an optional [B, H] tensor.
   States states(const char* name, const OptionalTensor& tensor) {
     if (!tensor) return {};
     check_like(name, *tensor, {sizes_.B, problem.H}, like);
     return states(dense(*tensor));
   }
 
-  // An optional [H].
+  // From an optional [H] tensor.
   const void* vector(const char* name, const OptionalTensor& tensor) {
     if (!tensor) return nullptr;
     check_like(name, *tensor, {problem.H}, like);
@@ -88,7 +88,7 @@ class Call {
     problem.x = series(this->x);
   }
 
-  // The engine drives the units by u [T, B, H] = x W_ihᵀ, made ahead, instead of x.
+  // Replaces x by u [T, B, H] = x W_ihᵀ, computed beforehand, as the input of the engine.
   void project(const Tensor& u) {
     problem.I = 0;
     problem.w_ih = nullptr;
@@ -96,7 +96,7 @@ class Call {
     problem.in[0] = series(u);
   }
 
-  // Results: memory that the engine writes, or none.
+  // Allocate a result for the engine to write, or an empty tensor if it is not wanted.
   Tensor to(Series& where, bool wanted = true) {
     const Tensor result = new_tensor(wanted, sequence_sizes());
     if (wanted) where = series(result);
@@ -108,7 +108,7 @@ class Call {
     return result;
   }
 
-  // A result in the dtype of the arguments.
+  // Converts a result to the dtype of the arguments.
   Tensor returned(const Tensor& result) const {
     return result.scalar_type() == like.scalar_type() ? result : result.to(like.scalar_type());
   }
@@ -116,7 +116,7 @@ class Call {
   bool is_empty() const { return problem.B == 0 || problem.H == 0; }
 
   Problem problem;
-  Tensor x, w_ih;  // where problem.I > 0
+  Tensor x, w_ih;  // set if problem.I > 0
   const Tensor& like;
 
  private:
@@ -159,8 +159,8 @@ class Call {
 };
 
 // The kernels of the ops. An Engine has
-//   static at::ScalarType dtype(const Tensor& like)  in which it computes what comes like this
-//   static void run(Call&)                           at least one row and one unit
+//   static at::ScalarType dtype(const Tensor& like)  the compute dtype for tensors like this one
+//   static void run(Call&)                           called only if B and H are at least 1
 template <class Engine>
 struct Ops {
   using Results = std::tuple<Tensor, Tensor, Tensor>;
@@ -217,7 +217,7 @@ struct Ops {
   }
 
  private:
-  // What is left of tangent and adjoint, which transpose each other.
+  // The common part of tangent and adjoint, which are transposes of each other.
   static Results linear(Call& call, std::array<const char*, 3> names, const OptionalTensor& in,
                         const OptionalTensor& other, const OptionalTensor& first,
                         const Tensor& saved, bool with_last, bool full) {

@@ -1,8 +1,8 @@
-// One problem for one engine: every pass of an RNN, forward or backward, is a recurrence
+// The interface to the engines: every pass of an RNN, forward or backward, is a recurrence
 //
-//   acc = e[prev] M,    (state, e[t]) = epilogue(acc, state, what each step brings)
+//   acc = e[prev] M,    (state, e[t]) = epilogue(acc, state, inputs of step t)
 //
-// over a matrix M that stays in cache, or on the chip, for all steps. Torch-free: raw pointers,
+// with a matrix M that stays in cache, or on the chip, for all steps. Torch-free: raw pointers,
 // sizes and strides in elements. Included by both engines.
 #pragma once
 
@@ -45,7 +45,8 @@ struct f16 {
 };
 
 // A [T, B, *] tensor whose last dimension is dense: (t, b, j) lies at data[t * step + b * row + j].
-// Packed (Problem::batch_sizes given), rows of all steps follow each other at distance `row`.
+// If packed (Problem::batch_sizes given), the rows of all steps are consecutive, `row` elements
+// apart.
 struct Series {
   void* data = nullptr;
   int64_t step = 0;
@@ -58,17 +59,17 @@ struct States {
   int64_t row = 0;
 };
 
-// Pointers may be null where it says "optional". W_ih [H, I] and W_hh [H, H] are dense in the last
-// dimension, `*_row` elements apart.
+// Pointers marked "optional" may be null. W_ih [H, I] and W_hh [H, H] are dense in the last
+// dimension; their rows are `*_row` elements apart.
 struct Problem {
   Pass pass;
   Nonlinearity nonlinearity;
   Storage storage;
-  int64_t T, B, I, H;                    // I is 0 when no input product is wanted
-  bool descending;                       // walk t from T-1 to 0
-  const int64_t* batch_sizes = nullptr;  // [T], falling; optional
-  const bool* keep = nullptr;            // [T, B] or packed [N], dense: false cuts t from t-1;
-                                         // optional
+  int64_t T, B, I, H;                    // I = 0: no input product
+  bool descending;                       // t runs from T-1 down to 0
+  const int64_t* batch_sizes = nullptr;  // [T], never rising; optional
+  const bool* keep = nullptr;            // [T, B] or packed [N], dense; optional. false: step t
+                                         // starts from 0 instead of from step t-1
 
   const void* w_hh;
   int64_t w_hh_row;
@@ -80,8 +81,8 @@ struct Problem {
 
   Series x;       // activation: [T, B, I], with I > 0
   Series in[2];   // activation: u, -    tangent: w, q    adjoint: g, d     optional
-  Series gate;    // tangent, adjoint: what activation saved, h itself if that was nothing
-  Series out[2];  // activation: h, saved  tangent: λ, w + λ Wᵀ  adjoint: δ, a   second optional
+  Series gate;    // tangent, adjoint: `saved` of activation, or h if `saved` is empty
+  Series out[2];  // activation: h, saved   tangent: λ, m         adjoint: δ, a   second optional
   States first;   // state before the first step: h0, λ0; adjoint: ∂L/∂h_n      optional (0)
   States last;    // each row's state after its last step; adjoint: ∂L/∂h0      optional
 };

@@ -20,7 +20,7 @@ import fusedrnn
 class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.rnn = fusedrnn.RNN(4, 16, batch_first=True)  # "ew" needs the batch first
+        self.rnn = fusedrnn.RNN(4, 16, batch_first=True)  # "ew" needs batch_first
         self.head = nn.Linear(16, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def main(epochs: int = 10) -> tuple[float, float]:
     )
     for _ in range(epochs):
         for inputs, targets in loader:
-            if len(inputs) == 0:  # opacus draws each batch at random
+            if len(inputs) == 0:  # opacus samples each batch, which may be empty
                 continue
             optimizer.zero_grad()
             nn.functional.cross_entropy(private(inputs), targets).backward()

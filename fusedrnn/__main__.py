@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedrnn charlm`` and ``python -m fusedrnn info``."""
+"""Command line: ``python -m fusedrnn charlm`` and ``python -m fusedrnn info``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from . import charlm, info
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, without the usage."""
+    """An argument parser that reports errors in one sentence, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and leave with status 2."""
+        """Print the error and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """An argument type: a whole number, at least ``low`` and at most ``high``."""
+    """Return an argument type: a whole number from ``low`` to ``high``, both included."""
 
     def parse(text: str) -> int:
         try:
@@ -38,7 +38,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """An argument type: a finite number above 0."""
+    """Parse an argument that must be a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -49,7 +49,7 @@ def positive(text: str) -> float:
 
 
 def parser() -> Parser:
-    """The parser of the whole command line."""
+    """Build the parser for the whole command line."""
     top = Parser(
         prog="python -m fusedrnn",
         description="fusedrnn: a fused drop-in replacement for torch.nn.RNN.",
@@ -105,7 +105,7 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command and return the exit status."""
     cli = parser()
     options = vars(cli.parse_args(arguments))
     command = options.pop("command")
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, say `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

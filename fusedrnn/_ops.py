@@ -1,7 +1,7 @@
-"""Loads the extension and tells torch about its ops: fake kernels and derivatives.
+"""Load the extension and register the fake kernels and FLOP formulas of its ops.
 
-The schemas stand in ``csrc/bindings.cpp``, the kernels beside them, the derivatives in
-``fusedrnn/autograd.py``.
+The schemas are in ``csrc/bindings.cpp``, the kernels in ``csrc/cpu`` and ``csrc/cuda``, the
+derivatives in ``fusedrnn/autograd.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if torch.__version__ != _build_info.TORCH_VERSION:
 
 try:
     from . import _C  # type: ignore[attr-defined]  # loading it registers torch.ops.fusedrnn
-except ImportError as error:  # built for another Python, or not to its end
+except ImportError as error:  # built for another Python, or the build did not finish
     raise _not_built(f" for this Python ({error})") from error
 
 activation = torch.ops.fusedrnn.activation.default
@@ -53,7 +53,7 @@ recurrent_product = torch.ops.fusedrnn.recurrent_product.default
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was built, and the instruction set that the CPU engine uses here."""
+    """Return how the extension was built and which instruction set the CPU engine uses here."""
     return {
         "torch_built": _build_info.TORCH_VERSION,
         "cuda": _build_info.CUDA,
@@ -62,18 +62,21 @@ def build_info() -> dict[str, Any]:
 
 
 def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) -> int | torch.SymInt:
-    """B, which a packed sequence tells by its batch_sizes alone."""
+    """Return B. For a packed sequence without ``states``, only ``batch_sizes`` contains it."""
     if states is not None:
         return states.size(0)
     if batch_sizes is None:
         return series.size(1)
     if not isinstance(batch_sizes, FakeTensor) and batch_sizes.device.type == "cpu":
-        return int(batch_sizes[0])  # real, among tensors on meta
+        return int(batch_sizes[0])  # a real tensor, although the others are on meta
     return torch.library.get_ctx().new_dynamic_size()
 
 
 def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None) -> None:
-    """Real kernels check more; but where one tensor is on meta, a fake one runs for all of them."""
+    """Check that all tensors are on the right devices.
+
+    The real kernels check more, but the fake kernel runs instead if any tensor is on meta.
+    """
     for other in others:
         if other is not None and other.device != x.device:
             raise RuntimeError(
@@ -82,7 +85,7 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
     if batch_sizes is None:
         return
     if batch_sizes.dtype != torch.int64:
-        if not isinstance(batch_sizes, FakeTensor):  # torch.export's floats: see `activation`
+        if not isinstance(batch_sizes, FakeTensor):  # float under torch.export: see `activation`
             raise RuntimeError(f"fusedrnn: batch_sizes must be int64, got {batch_sizes.dtype}")
     elif batch_sizes.device.type not in ("cpu", "meta" if x.is_meta else "cpu"):
         raise RuntimeError(f"fusedrnn: batch_sizes must be on cpu, got {batch_sizes.device}")
@@ -90,7 +93,7 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
 
 @torch.library.register_fake("fusedrnn::activation")
 def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse):  # type: ignore[no-untyped-def]
-    if torch.onnx.is_in_onnx_export():  # which would only say that it does not know the op
+    if torch.onnx.is_in_onnx_export():  # its own error only reports an unknown op
         onnx.check(alpha, keep, batch_sizes, nonlinearity)
         raise NotImplementedError(
             "fusedrnn: torch.onnx.export cannot translate a program that torch.export made; "
@@ -100,8 +103,8 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, rev
     size = w_hh.size(0)
     rows: Any = x.shape[:-1]
     if batch_sizes is not None and batch_sizes.dtype != torch.int64:
-        # torch.export is at pack_padded_sequence: by a mistake of torch's, its fake kernel gives
-        # batch_sizes of floats and data of as many rows as there are steps. From here on it is N.
+        # torch.export traces pack_padded_sequence. By a bug in torch, its fake kernel returns
+        # floating-point batch_sizes and data with T rows. From here on the number of rows is N.
         rows = (torch.library.get_ctx().new_dynamic_size(),)
     h = x.new_empty((*rows, size))
     h_n = x.new_empty((_batch(h0, x, batch_sizes), size))
@@ -127,7 +130,7 @@ def _(g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, t
     )
 
 
-# For torch.utils.flop_counter, which hands over shapes in place of tensors.
+# FLOP formulas for torch.utils.flop_counter, which passes shapes instead of tensors.
 
 
 @register_flop_formula(torch.ops.fusedrnn.activation)

@@ -1,7 +1,7 @@
-"""Backpropagation through time, written by hand, and every other derivative.
+"""Derivatives of the engine's ops: hand-written backpropagation through time and all others.
 
-The three ops of the engine (formulas in ``csrc/epilogues.h``), with ``k[t] = keep[t] * h[t-1]``
-the state that a step starts from and ``p = alpha * phi'(z)`` its gate:
+The engine has three ops (formulas in ``csrc/epilogues.h``). ``k[t] = keep[t] * h[t-1]`` is the
+state that step t starts from, and ``p = alpha * phi'(z)`` is its gate:
 
     activation  z[t] = u[t] + k[t] @ W.T
                 h[t] = (1 - alpha) k[t] + alpha phi(z[t])
@@ -10,10 +10,11 @@ the state that a step starts from and ``p = alpha * phi'(z)`` its gate:
     adjoint     a[t] = g[t] + keep[t+1] ((1 - alpha) a[t+1] + delta[t+1] @ W)
                 delta[t] = d[t] + p[t] a[t]
 
-``tangent`` is the derivative of ``activation`` in a direction; ``adjoint`` is the transpose of
-``tangent``. Both are linear in what drives them, so each other's derivative is all they need, and
-three ops give derivatives of every order in both modes. What is not a recurrence is a product over
-all rows at once, or elementwise: plain torch, and so differentiable by itself.
+``tangent`` is the directional derivative of ``activation``; ``adjoint`` is the transpose of
+``tangent``. Both are linear in their driving inputs, so their own derivatives need only these two
+ops again. Three ops therefore give derivatives of every order in both modes. Everything that is not
+a recurrence is a GEMM over all rows or elementwise: plain torch code, which is differentiable
+already.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
-from . import _ops, bptt, vmap  # noqa: F401  (which registers how the ops batch)
+from . import _ops, bptt, vmap  # noqa: F401  (vmap registers the batching rules)
 from ._C import forward_mode, saving_z
 from .streams import transformed
 
@@ -41,8 +42,8 @@ def _where_positive(h: Tensor, yes: Tensor, no: float) -> Tensor:
     return torch.where(h <= 0, torch.full_like(h, no), yes)
 
 
-# phi'(z) as a function of what the forward pass saved, as in csrc/epilogues.h, and the derivative
-# of that function. Only derivatives of second and higher order come here.
+# phi'(z) as a function of the tensor that the forward pass saved, as in csrc/epilogues.h, and the
+# derivative of that function. Used only for derivatives of second and higher order.
 _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "tanh": (lambda h: 1 - h * h, lambda h: -2 * h),
     "relu": (lambda h: _where_positive(h, torch.ones_like(h), 0), torch.zeros_like),
@@ -66,14 +67,14 @@ _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def _value(saved: Tensor, nonlinearity: str) -> Tensor:
-    """phi(z), from what the forward pass saved."""
+    """Compute phi(z) from the tensor that the forward pass saved."""
     if nonlinearity == "softplus":
-        return F.softplus(saved, threshold=40)  # which beyond that is z, in float64 too
+        return F.softplus(saved, threshold=40)  # above 40, softplus(z) == z, in float64 too
     return F.elu(saved) if nonlinearity == "elu" else saved
 
 
 def _slope_of_saved(saved: Tensor, nonlinearity: str) -> Tensor | float:
-    """The derivative by z of what the forward pass saved."""
+    """Return the derivative with respect to z of the tensor that the forward pass saved."""
     return 1.0 if nonlinearity in saving_z else _SLOPES[nonlinearity][0](saved)
 
 
@@ -88,7 +89,7 @@ def _save(ctx: Any, saved: Gradients) -> None:
 
 
 class _Modes(threading.local):
-    """Whether whoever called a Function under torch.func wants gradients, and tangents."""
+    """Whether the caller of a Function under torch.func has gradients and tangents enabled."""
 
     gradients = True
     tangents = True
@@ -98,11 +99,12 @@ _modes = _Modes()
 
 
 def _run(op: Callable[..., Any], *args: Any) -> Any:
-    """The op below the Autograd key, where its kernels are, or torch.func's next level."""
+    """Call the op below the Autograd key: its kernel, or the next level of torch.func."""
     with torch._C._AutoDispatchBelowAutograd():
         if not transformed():
             return op(*args)
-        # A Function's forward runs without gradients. That is for its own level, not for the next.
+        # torch disables gradients in a Function's forward. That must affect its own level only, so
+        # restore the caller's modes for the next level.
         with (
             torch.set_grad_enabled(_modes.gradients),
             forward_ad._set_fwd_grad_enabled(_modes.tangents),
@@ -111,10 +113,11 @@ def _run(op: Callable[..., Any], *args: Any) -> Any:
 
 
 def _jvp(function: Callable[..., Any]) -> Any:
-    """Makes ``function(ctx, saved, *tangents)`` the jvp of a Function.
+    """Make ``function(ctx, saved, *tangents)`` the jvp of a Function.
 
-    torch runs a jvp with forward mode switched off, and at every level of torch.func, though only
-    this one's tangents must not count: switched on again, those are taken off what was saved.
+    torch disables forward mode during a jvp for every level of torch.func, although only the
+    tangents of the current level must be ignored. Therefore enable it again and strip the current
+    level's tangents from the saved tensors.
     """
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -122,7 +125,8 @@ def _jvp(function: Callable[..., Any]) -> Any:
         if not transformed():
             return function(ctx, saved, *tangents)
         with forward_ad._set_fwd_grad_enabled(True):
-            # as forward_ad.unpack_dual does, which compiled code does not tell the level, always 0
+            # The same as forward_ad.unpack_dual, which cannot be used because compiled code does
+            # not set its current level. The level is always 0.
             primals = [t if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in saved]  # type: ignore[attr-defined]
             return function(ctx, primals, *tangents)
 
@@ -130,28 +134,28 @@ def _jvp(function: Callable[..., Any]) -> Any:
 
 
 class _Op(_SingleLevelFunction):
-    """An autograd.Function that stands at the Autograd dispatch key of an op.
+    """An autograd.Function registered as the Autograd kernel of an op.
 
-    So whoever calls the op, eager code, a compiler or a transform of torch.func, meets its
-    derivative. The transforms are above that key, one level at a time: hence what torch.func itself
-    makes of a Function, one of a single level. (Its apply is 10 us faster, too: it does not bind
-    the arguments to a signature.)
+    Every call of the op therefore reaches the derivative: from eager code, a compiler or a
+    transform of torch.func. Transforms are handled above the Autograd key, one level at a time, so
+    the base class is the single-level Function that torch.func itself uses. (Its ``apply`` is also
+    10 us faster, because it does not bind the arguments to a signature.)
     """
 
     op: Callable[..., Any]
 
-    # What compiled autograd asks of every Function, and only torch's own subclass has.
+    # Compiled autograd requires this of every Function, but only torch.autograd.Function has it.
     _compiled_autograd_key = staticmethod(lambda ctx: (ctx._autograd_function_id,))
 
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
-        if transformed():  # and come down to this key at one of its levels: differentiate there
+        if transformed():  # called from one of its levels: differentiate at that level
             _modes.gradients = torch.is_grad_enabled()
             _modes.tangents = forward_ad._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
                 return cls.apply(*args)  # type: ignore[attr-defined]
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if wanted or forward_mode():  # which no_grad does not end
+        if wanted or forward_mode():  # no_grad does not disable forward mode
             return cls.apply(*args)  # type: ignore[attr-defined]
         return _run(cls.op, *args)
 
@@ -241,7 +245,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _gate_tangent(
     saved: Tensor, alpha: Tensor | None, saved_t: Tensor | None, alpha_t: Tensor | None, name: str
 ) -> Tensor | None:
-    """The tangent of ``p = alpha * slope(saved)``."""
+    """Compute the tangent of the gate ``p = alpha * slope(saved)``."""
     slope, curvature = _SLOPES[name]
     p_t = None
     if saved_t is not None:
@@ -251,8 +255,11 @@ def _gate_tangent(
 
 
 class _Linear(_Op):
-    """What tangent and adjoint share: they transpose each other, so their coefficients' gradients,
-    of ``saved``, ``W_hh`` and ``alpha``, are the same function of the two sweeps' results."""
+    """Base class of tangent and adjoint.
+
+    The two are transposes of each other, so the gradients of their coefficients ``saved``, ``W_hh``
+    and ``alpha`` are the same function of the results of both recurrences.
+    """
 
     @staticmethod
     def coefficient_gradients(
@@ -360,7 +367,7 @@ class FusedRNNAdjoint(_Linear):
         saved, w_hh, alpha, keep, batch_sizes, delta, a = primals
         g, d, g_n, saved_t, w_hh_t, alpha_t, *_ = tangents
         walk = (keep, batch_sizes, ctx.reverse)
-        # What a step hands to the one before it changes with W_hh and alpha themselves.
+        # The terms that step t + 1 adds to a[t] also depend on W_hh and alpha directly.
         handed = _add(
             None if w_hh_t is None else delta @ w_hh_t, None if alpha_t is None else -alpha_t * a
         )

@@ -1,13 +1,13 @@
-"""Backpropagation through time, and its products at once with the walk, on CUDA.
+"""Backpropagation through time, whose GEMMs overlap the recurrence on CUDA.
 
-BPTT is a recurrence, which leaves a ``delta`` for each step, and then products of all of these with
-the states and inputs: the gradients. The recurrence often fills few of a GPU's SMs, and products of
-the steps that it has been through need not wait for the others. So where the planner says that it
-pays (``where_to_cut`` in ``csrc/cuda/plan.cpp``), the walk is cut in two, and the products of the
-first part run on a stream of their own, beside the second part.
+BPTT is a recurrence that computes ``delta`` for each step, followed by GEMMs of all deltas with the
+states and inputs, which give the gradients. The recurrence often fills few of a GPU's SMs, and the
+GEMMs of finished steps do not depend on the remaining steps. So where the planner predicts a gain
+(``where_to_cut`` in ``csrc/cuda/plan.cpp``), the sequence is split in two, and the GEMMs of the
+first part run on a side stream while the recurrence of the second part runs.
 
-All memory that passes between the streams is taken and given back on the current one, which has
-then waited for the other; so the allocator need not be told.
+All memory that both streams use is allocated on the current stream, and freed there after it has
+waited for the side stream, so no ``record_stream`` is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _ops, streams
 from ._ops import _C
 
-# For fewer steps, not even the planner is asked.
+# With fewer steps, the planner is not called.
 _MIN_STEPS = 128
 
 
@@ -36,15 +36,15 @@ def _where_to_cut(
     h: Tensor,
     wanted: tuple[bool, ...],
 ) -> int:
-    """After how many steps of the walk; 0: nowhere."""
+    """Return after how many steps of the recurrence to split; 0 means no split."""
     to_x, to_w_ih, _, _, _, to_w_hh, to_alpha = wanted
     if (
         not h.is_cuda
         or streams.watched(g, d, g_n, x, w_ih, w_hh)
-        or torch.is_grad_enabled()  # whoever differentiates this again wants plain ops
+        or torch.is_grad_enabled()  # higher derivatives need differentiable ops
         or torch._C._is_any_autocast_enabled()
         or batch_sizes is not None
-        or w_ih is None  # delta is then the gradient of x, and has to be in one piece
+        or w_ih is None  # delta is then the gradient of x and must be one tensor
         or to_alpha
         or h.size(0) < _MIN_STEPS
         or any(t is not None and torch._C._dispatch_keys(t).has("Batched") for t in (g, d, g_n))
@@ -74,8 +74,16 @@ def bptt(
     reverse: bool,
     wanted: tuple[bool, ...],
 ) -> Any:
-    """The gradients of ``activation``'s x, w_ih, b_ih, b_hh, h0, w_hh and alpha, as far as
-    ``wanted``, from those of its results h, h_n and saved (``d`` is dL/dz by way of the last)."""
+    """Compute the ``wanted`` gradients of ``activation``.
+
+    Args:
+        g, g_n: Gradients of its results ``h`` and ``h_n``.
+        d: The part of dL/dz that comes through its third result, ``saved``.
+        wanted: Which of the gradients of x, w_ih, b_ih, b_hh, h0, w_hh and alpha to compute.
+
+    Returns:
+        These seven gradients.
+    """
     cut = _where_to_cut(g, d, g_n, x, w_ih, w_hh, alpha, batch_sizes, h, wanted)
     if not cut or w_ih is None:
         return _ops.bptt(
@@ -90,7 +98,8 @@ def bptt(
     dw_hh = w_hh.new_empty(w_hh.shape) if to_w_hh else None
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     sums = h.new_empty((2, size), dtype=wide) if to_b_ih or to_b_hh else None
-    # The walk comes from the end of the forward one.
+    # Backward runs in the opposite order to forward: unless ``reverse``, its early part is the end
+    # of the sequence.
     early, late = slice(steps - cut, steps), slice(0, steps - cut)
     if reverse:
         early, late = slice(0, cut), slice(cut, steps)
@@ -114,7 +123,7 @@ def bptt(
         to.addmm_(deltas.flatten(0, -2).t(), states.flatten(0, -2), beta=onto)
 
     def multiply(part: slice, delta: Tensor, onto: int) -> None:
-        """The part's products, added to those of the other part if ``onto`` is 1."""
+        """Run the GEMMs of one part; add to the results of the other part if ``onto`` is 1."""
         rows = delta.flatten(0, 1)
         if dx is not None:
             torch.mm(rows, w_ih, out=dx[part].flatten(0, 1))
@@ -124,7 +133,8 @@ def bptt(
             torch.sum(rows, 0, dtype=wide, out=sums[onto])
         if dw_hh is None:
             return
-        # Steps start from the state of the one before; the first, which is in the late part, h0.
+        # Each step starts from the state of the previous one. The first step, which is in the late
+        # part, starts from h0.
         before = 1 if reverse else -1
         begin, end = max(part.start, -before), min(part.stop, steps - before)
         kept = None if keep is None else keep[begin:end]
@@ -141,12 +151,12 @@ def bptt(
         late_delta, dh0 = walk(late, dh, to_h0)
         with torch.cuda.stream(there):
             multiply(early, delta, 0)
-    finally:  # after an error as well: memory is freed then
+    finally:  # also after an error, since that frees memory in use on the side stream
         here.wait_stream(there)
     multiply(late, late_delta, 1)
 
     db = None if sums is None else sums.sum(0).to(h.dtype)
-    # Not one tensor twice: people scale gradients in place.
+    # Return separate tensors, because callers may scale gradients in place.
     db_hh = db.clone() if db is not None and to_b_ih and to_b_hh else db
     return (
         dx, dw_ih, db if to_b_ih else None, db_hh if to_b_hh else None, dh0 if to_h0 else None,

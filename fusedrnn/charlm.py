@@ -1,13 +1,13 @@
-"""The character model this project began with, fused: ``python -m fusedrnn charlm``.
+"""Train the character model from which this project began: ``python -m fusedrnn charlm``.
 
-Part 1 is the blog post's model. Eight characters predict the next one; `CharLoopModel` walks over
-them with a Python loop, `CharFusedModel` hands the same walk to `fusedrnn.recurrence`.
+Part 1 is the blog post's model. Eight characters predict the next one. `CharLoopModel` runs the
+recurrence in a Python loop, `CharFusedModel` calls `fusedrnn.recurrence`.
 
-Part 2 is its sequence form. Every character predicts the next one and the hidden state lives on
-from chunk to chunk; a Python loop, `torch.nn.RNN` and `fusedrnn.RNN` run it.
+Part 2 is its sequence form. Every character predicts the next one, and the hidden state is carried
+from chunk to chunk. It is run by a Python loop, by `torch.nn.RNN` and by `fusedrnn.RNN`.
 
 In each part all models start from the same weights and see the same batches, so their losses
-agree; only the time differs.
+agree and only the time differs.
 
 Shapes: T steps, B rows, V different characters, N inputs (the embedding), H hidden units.
 """
@@ -33,9 +33,9 @@ from . import RNN, recurrence
 
 
 class CharLoopModel(nn.Module):
-    """The blog post's model: an RNN is two linear layers and an addition, in a loop.
+    """The blog post's model: an RNN of two linear layers and an addition, in a loop.
 
-    For each character c in turn, from a hidden state of zeros::
+    For each character c in turn, starting from a hidden state of zeros::
 
         hidden = tanh(l_hidden(hidden + relu(l_in(e(c)))))
     """
@@ -49,7 +49,7 @@ class CharLoopModel(nn.Module):
         self.l_out = nn.Linear(h, vocab_size)
 
     def forward(self, *cs: Tensor) -> Tensor:
-        """Characters, T tensors of shape [B], to the log probabilities of the next one, [B, V]."""
+        """Map T tensors [B] of characters to the log probabilities of the next one, [B, V]."""
         hidden = self.e.weight.new_zeros(len(cs[0]), self.h)
         for c in cs:
             inp = F.relu(self.l_in(self.e(c)))
@@ -58,23 +58,23 @@ class CharLoopModel(nn.Module):
 
 
 class CharFusedModel(CharLoopModel):
-    """The same parameters and the same function; the loop is one call.
+    """The same model as `CharLoopModel`, with one call in place of the loop.
 
-    A linear layer distributes over the addition. With W and b of l_hidden, and
-    ``v = relu(l_in(e(c)))``::
+    The linear layer distributes over the addition. With the weight W and the bias b of l_hidden,
+    and with ``v = relu(l_in(e(c)))``::
 
         l_hidden(hidden + v)  =  hidden @ W.T + u      where  u = v @ W.T + b = l_hidden(v)
 
-    Nothing in u waits for a hidden state, so it leaves the loop. As it depends on the character
-    alone, it is computed once for each different character of the batch, however often that occurs.
+    u does not depend on the hidden state, so it is computed outside the loop. It depends only on
+    the character, so it is computed once for each distinct character of the batch.
     """
 
     def forward(self, *cs: Tensor) -> Tensor:
-        """Characters, T tensors of shape [B], to the log probabilities of the next one, [B, V]."""
-        different, which = torch.stack(cs).unique(return_inverse=True)  # [D] and, in them, [T, B]
+        """Map T tensors [B] of characters to the log probabilities of the next one, [B, V]."""
+        different, which = torch.stack(cs).unique(return_inverse=True)  # [D], indices [T, B]
         v = F.relu(self.l_in(self.e(different)))  # [D, H]
         u = F.embedding(which, self.l_hidden(v))  # [T, B, H]
-        _, hidden = recurrence(u, None, self.l_hidden.weight)  # from a hidden state of zeros
+        _, hidden = recurrence(u, None, self.l_hidden.weight)  # h0 = None: zeros
         return F.log_softmax(self.l_out(hidden), dim=-1)
 
 
@@ -82,9 +82,10 @@ RNNMaker = Callable[[int, int], nn.RNNBase]
 
 
 class CharSequenceModel(nn.Module):
-    """The sequence form: the RNN is a layer, `torch.nn.RNN` or its drop-in `fusedrnn.RNN`.
+    """The sequence form, whose RNN is a layer: `torch.nn.RNN` or its drop-in `fusedrnn.RNN`.
 
-    ``hidden = tanh(W_ih @ e(c) + b_ih + W_hh @ hidden + b_hh)``, and each hidden state predicts.
+    ``hidden = tanh(W_ih @ e(c) + b_ih + W_hh @ hidden + b_hh)``, and each hidden state predicts the
+    next character.
     """
 
     def __init__(self, vocab_size: int, n_in: int, h: int, rnn: RNNMaker = nn.RNN) -> None:
@@ -94,7 +95,7 @@ class CharSequenceModel(nn.Module):
         self.l_out = nn.Linear(h, vocab_size)
 
     def forward(self, cs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Characters [T, B] and the state before them [1, B, H] (none: zeros).
+        """Predict from characters [T, B] and the state before them, [1, B, H] (None: zeros).
 
         Returns the log probabilities of each next character, [T, B, V], and the state after them.
         """
@@ -103,10 +104,10 @@ class CharSequenceModel(nn.Module):
 
 
 class CharSequenceLoopModel(CharSequenceModel):
-    """The same parameters and the same function, in the blog post's manner: a Python loop."""
+    """The same model as `CharSequenceModel`, run by a Python loop as in the blog post."""
 
     def forward(self, cs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `CharSequenceModel.forward`."""
+        """Do the same as `CharSequenceModel.forward`."""
         w_ih, w_hh, b_ih, b_hh = self.rnn.all_weights[0]
         h = w_hh.new_zeros(cs.size(1), w_hh.size(0)) if hidden is None else hidden[0]
         states = []
@@ -118,14 +119,14 @@ class CharSequenceLoopModel(CharSequenceModel):
 
 # --- Batches and losses ---------------------------------------------------------------------------
 
-Batch = tuple[Tensor, Tensor]  # characters [T, B]; what follows them, [B] or [T, B]
+Batch = tuple[Tensor, Tensor]  # characters [T, B]; the next ones, [B] or [T, B]
 LossOf = Callable[[nn.Module, Batch, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
 
 
 def window_batches(text: Tensor, context: int, batch: int, seed: int) -> list[Batch]:
-    """Windows of ``context`` characters and the next one, in random order: the text read once.
+    """Return windows of ``context`` characters and the next one, in random order, for one epoch.
 
-    The windows lie end to end; ``seed`` moves where they begin, so that epochs differ.
+    The windows lie end to end. ``seed`` shifts their starts, so that epochs differ.
     """
     windows = text[seed % context :].unfold(0, context + 1, context)  # [windows, context + 1]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
@@ -134,13 +135,16 @@ def window_batches(text: Tensor, context: int, batch: int, seed: int) -> list[Ba
 
 
 def window_loss(model: nn.Module, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, None]:
-    """Mean negative log likelihood of the character after each window; no state is carried."""
+    """Compute the mean negative log likelihood of the character after each window.
+
+    No state is carried from batch to batch.
+    """
     cs, following = batch
     return F.nll_loss(model(*cs), following), None
 
 
 def sequence_batches(text: Tensor, chunk: int, streams: int) -> list[Batch]:
-    """The text as ``streams`` columns read side by side, ``chunk`` characters at a time."""
+    """Split the text into ``streams`` columns, read in parallel, ``chunk`` characters at a time."""
     columns = text[: len(text) // streams * streams].view(streams, -1).T.contiguous()
     return list(zip(columns[:-1].split(chunk), columns[1:].split(chunk), strict=True))
 
@@ -148,9 +152,10 @@ def sequence_batches(text: Tensor, chunk: int, streams: int) -> list[Batch]:
 def sequence_loss(
     model: nn.Module, batch: Batch, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean negative log likelihood of every next character, and the state to carry on with.
+    """Compute the mean negative log likelihood of every next character, and the next state.
 
-    The state is detached: gradients stop at the chunk's edge (truncated BPTT), memory goes on.
+    The state is detached: gradients stop at the end of the chunk (truncated BPTT), but the state is
+    carried on.
     """
     cs, following = batch
     log_p, hidden = model(cs, hidden)
@@ -162,7 +167,7 @@ def sequence_loss(
 
 @dataclass
 class Run:
-    """One model in training: its name, how long it took, its mean loss in each epoch."""
+    """One model in training: its name, its training time, and its mean loss in each epoch."""
 
     name: str
     model: nn.Module
@@ -175,7 +180,7 @@ class Run:
         self.hidden: Tensor | None = None
 
     def gradient(self, loss_of: LossOf, batch: Batch) -> float:
-        """One forward and backward pass; returns the loss."""
+        """Run one forward and backward pass and return the loss."""
         self.optimizer.zero_grad()
         loss, self.hidden = loss_of(self.model, batch, self.hidden)
         loss.backward()
@@ -185,9 +190,10 @@ class Run:
 def train_epoch(
     runs: Sequence[Run], batches: Sequence[Batch], loss_of: LossOf, progress: Progress
 ) -> None:
-    """Train every run on the same batches, 25 batches each in turn: a busy machine is fair to all.
+    """Train every run on the same batches for one epoch.
 
-    A pass whose gradient is thrown away goes first, untimed: first calls pay for warming up.
+    The runs take turns of 25 batches, so that other load on the machine affects all alike. Each
+    starts with an untimed pass whose gradient is discarded, because first calls are slower.
     """
     totals = [0.0 for _ in runs]
     for run in runs:
@@ -207,7 +213,7 @@ def train_epoch(
 
 
 class Progress:
-    """A bar on a terminal; elsewhere (a log file) a line every fifteen seconds."""
+    """A progress bar on a terminal; otherwise (a log file) a line every fifteen seconds."""
 
     def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
         self.label = label
@@ -218,7 +224,7 @@ class Progress:
         self.start = self.spoken = time.monotonic()
 
     def advance(self, steps: int) -> None:
-        """Count ``steps`` more as done and show it."""
+        """Count ``steps`` more as done and show the progress."""
         self.done += steps
         now = time.monotonic()
         share = self.done / self.total
@@ -234,7 +240,7 @@ class Progress:
         self.stream.flush()
 
     def clear(self) -> None:
-        """Make room for a line of output where the bar was."""
+        """Erase the bar, to make room for a line of output."""
         if self.tty:
             self.stream.write("\r\x1b[K")
             self.stream.flush()
@@ -244,11 +250,14 @@ class Progress:
 
 
 class CharlmError(Exception):
-    """What the user asked for cannot be done; the message is the sentence to show."""
+    """A request that cannot be fulfilled; the message is shown to the user."""
 
 
 def read_text(path: str | None, chars: int) -> str:
-    """The first ``chars`` characters of the UTF-8 file; of Python's language reference if none."""
+    """Read the first ``chars`` characters of a UTF-8 file.
+
+    If ``path`` is None, take them from Python's language reference.
+    """
     if path is None:
         return language_reference()[:chars]
     try:
@@ -264,7 +273,7 @@ def read_text(path: str | None, chars: int) -> str:
 
 
 def language_reference() -> str:
-    """The text behind Python's ``help("topics")``: every CPython carries it."""
+    """Return the text of Python's ``help("topics")``, which every CPython contains."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -276,22 +285,22 @@ def language_reference() -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The different characters of a text, in order; a character's place here is its number."""
+    """The distinct characters of a text, sorted; the index of a character is its number."""
 
     characters: str
 
     @classmethod
     def of(cls, text: str) -> Vocabulary:
-        """The vocabulary of ``text``."""
+        """Build the vocabulary of ``text``."""
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> Tensor:
-        """The characters' numbers, [len(text)]."""
+        """Return the numbers of the characters, [len(text)]."""
         number = {character: i for i, character in enumerate(self.characters)}
         return torch.tensor([number[character] for character in text])
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """The text behind the numbers."""
+        """Return the text for the numbers."""
         return "".join(self.characters[i] for i in numbers)
 
 
@@ -299,14 +308,14 @@ Writer = Callable[[nn.Module, Tensor, float, torch.Generator], Iterator[int]]
 
 
 def draw(log_p: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One character from log probabilities [B, V]; low temperatures keep to the likely. [B]."""
+    """Draw characters [B] from log probabilities [B, V]; low temperatures favour likely ones."""
     return (log_p / temperature).softmax(-1).multinomial(1, generator=generator).squeeze(1)
 
 
 def write_windows(
     model: nn.Module, prompt: Tensor, temperature: float, generator: torch.Generator
 ) -> Iterator[int]:
-    """Write on after ``prompt`` [T] without end: the last T characters predict the next."""
+    """Continue ``prompt`` [T] endlessly; the last T characters predict the next."""
     cs = list(prompt.unsqueeze(1))
     while True:
         cs = [*cs[1:], draw(model(*cs), temperature, generator)]
@@ -316,7 +325,7 @@ def write_windows(
 def write_sequence(
     model: nn.Module, prompt: Tensor, temperature: float, generator: torch.Generator
 ) -> Iterator[int]:
-    """Write on after ``prompt`` [T] without end: the hidden state remembers what was written."""
+    """Continue ``prompt`` [T] endlessly; the hidden state carries what was written."""
     cs, hidden = prompt.unsqueeze(1), None
     while True:
         log_p, hidden = model(cs, hidden)
@@ -329,7 +338,7 @@ def write_sequence(
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``python -m fusedrnn charlm`` can be told. Part 1 has windows, part 2 streams."""
+    """Options of ``python -m fusedrnn charlm``. Part 1 uses windows, part 2 streams."""
 
     text: str | None = None
     chars: int = 400_000
@@ -349,7 +358,7 @@ class Settings:
 
 
 def demonstrate(s: Settings) -> tuple[list[Run], list[Run]]:
-    """Train and report both parts; returns the runs of each, the fused one last."""
+    """Train and report both parts; return the runs of each, with the fused one last."""
     text = read_text(s.text, s.chars)
     needed = max(2 * s.context, s.streams * (s.chunk + 1))
     if len(text) < needed:
@@ -421,7 +430,7 @@ def demonstrate(s: Settings) -> tuple[list[Run], list[Run]]:
 def compete(
     label: str, runs: Sequence[Run], epochs: Sequence[Sequence[Batch]], loss_of: LossOf
 ) -> None:
-    """Train the runs on the batches of each epoch; print their losses, then their speeds."""
+    """Train the runs on the batches of each epoch; print their losses and then their speeds."""
     say("\n  mean loss" + "".join(f"{run.name:>14}" for run in runs) + f"{'apart by':>12}")
     apart = []
     progress = Progress(label, sum(map(len, epochs)))
@@ -444,7 +453,7 @@ def compete(
 
 
 def say_sample(title: str, text: str) -> None:
-    """Print generated text, marked line by line, in characters that standard output can show."""
+    """Print generated text with a mark on each line, in characters that stdout can encode."""
     encoding = sys.stdout.encoding or "utf-8"
     say(f"\n  {title}:\n".encode(encoding, "replace").decode(encoding))
     for line in text.encode(encoding, "replace").decode(encoding).split("\n"):
@@ -452,5 +461,5 @@ def say_sample(title: str, text: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print at once, also into a pipe."""
+    """Print and flush, so that a pipe gets the line at once, too."""
     print(line, flush=True)

@@ -1,7 +1,7 @@
-"""Checks that the ops cannot make: types of arguments, and all that the plain loop needs.
+"""Checks that the ops cannot make: argument types, and everything that the plain loop needs.
 
-The ops check what they get in ``csrc/checks.h``; but an argument that is no dense tensor never gets
-there, and the dispatcher's error for it does not name the argument.
+The ops check their arguments in ``csrc/checks.h``. But an argument that is not a dense tensor never
+reaches them, and the dispatcher's error does not name the argument.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_types(
     }  # fmt: skip
     if isinstance(alpha, Tensor):
         tensors["alpha"] = alpha
-    with torch._C.DisableTorchFunctionSubclass():  # ExpandedWeight has no attributes
+    with torch._C.DisableTorchFunctionSubclass():  # ExpandedWeight refuses attribute access
         for name, tensor in tensors.items():
             if tensor is None and name not in ("x", "w_hh"):
                 continue
@@ -65,7 +65,7 @@ def check_for_loop(
     keep: Tensor | None,
     alpha: Tensor | None,
 ) -> None:
-    """Raise what the op would, for arguments of the right types."""
+    """Raise the errors that the op would raise, for arguments of the right types."""
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"fusedrnn: x must be floating-point or complex, got {x.dtype}")
     if nonlinearity not in NONLINEARITIES:

@@ -1,16 +1,16 @@
-"""The two directions of a layer at once, on CUDA.
+"""Concurrent execution of the two directions of a layer, on CUDA.
 
-A recurrence often fills few of a GPU's SMs. So the reverse direction runs on a stream of its own,
-which waits for the current stream first, and the current stream waits for it afterwards: to
-everyone else, a capture as a CUDA graph included, all of it ran on the current stream. Autograd
-runs a node on the stream of its forward, and has streams wait where gradients pass between them,
-so the directions are at once in backward, too.
+A recurrence often fills few of a GPU's SMs, so the reverse direction runs on a side stream. That
+stream first waits for the current stream, and the current stream waits for it afterwards. To all
+other code, including the capture of a CUDA graph, everything ran on the current stream. Autograd
+runs each node on the stream of its forward and synchronises streams where gradients pass between
+them, so the directions also overlap in backward.
 
-Neither direction waits for the other while it runs, and neither can be left half started: of a
-cooperative grid, and of a cluster, all threads make progress once one does ("Device threads" in
-nvidia.github.io/cccl/libcudacxx/extended_api/execution_model.html). Where the SMs do not suffice
-for both, one comes after the other. Both compute what they would alone, in the same order, and so
-the same bits.
+Neither direction waits for the other while it runs, and neither can stall half started: in a
+cooperative grid, and in a cluster, all threads make progress once one does ("Device threads" in
+nvidia.github.io/cccl/libcudacxx/extended_api/execution_model.html). If there are not enough SMs for
+both, one runs after the other. Each direction computes the same values in the same order as it
+would alone, so the results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from . import streams
 from ._ops import _C
 from .functional import rnn
 
-# Two streams cost some 30 us of a CPU's time for a layer, and as much in backward: reckoned, not
-# measured. A step takes a GPU 0.13 us at best, and mostly 0.3 to 0.6 us.
+# Two streams cost about 30 us of CPU time per layer, and as much again in backward (estimated, not
+# measured). A step takes 0.13 us at best on a GPU, and mostly 0.3 to 0.6 us.
 _MIN_STEPS = 128
 
 
@@ -36,11 +36,12 @@ def pays(
     h0s: Sequence[Tensor | None],
     batch_sizes: Tensor | None,
 ) -> bool:
-    """Whether the two directions of a layer, on CUDA tensors, should run at once.
+    """Return whether the two directions of a layer, on CUDA tensors, should run concurrently.
 
-    Not where somebody watches, nor with tangents, which pass between streams unseen; nor where
-    hooks keep what backward needs: ``torch.utils.checkpoint`` computes it all anew on the stream of
-    the node that asks first, and a node on the other stream would not wait for it.
+    They should not when tracing or a transform is active, nor in forward mode, because streams are
+    not synchronised for tangents. Nor should they with saved-tensor hooks:
+    ``torch.utils.checkpoint`` recomputes all saved tensors on the stream of the first node that
+    needs one, and a node on the other stream would not wait for that.
     """
     return (
         not streams.watched(x, *h0s, *weights[0], *weights[1])
@@ -57,18 +58,19 @@ def both_directions(
     nonlinearity: str,
     batch_sizes: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs and the last states of ``rnn`` run forward, and in reverse beside it.
+    """Run ``rnn`` forward and, on the side stream, in reverse; return outputs and last states.
 
-    Memory that is freed goes at once to whoever asks next on the stream that it was made on, so the
-    allocator has to know what is used on another one, too. That is what leaves the side stream, and
-    what autograd keeps for the reverse direction: freed when its node is queued, not when it has
-    run. What else enters is safe, as its owner comes after the current stream, and that after the
-    side stream.
+    The allocator reuses freed memory at once for the stream that it was allocated on, so
+    ``record_stream`` must report what another stream uses, too. That applies to the results of the
+    side stream, and to the tensors that autograd saves for the reverse direction, which are freed
+    when its node has been queued, not when it has run. The other inputs are safe: their owner comes
+    after the current stream in stream order, and the current stream waits for the side stream.
 
-    Autograd does the same for each gradient that passes between nodes of two streams; but a weight
-    first used on the side stream would have its ``.grad`` made there, and handed out untold. Hence
-    the views: their nodes are the current stream's. They are older than those of both directions,
-    so that backward, which takes the youngest first, does not wait at one with a direction to go.
+    Autograd records the stream itself for each gradient that passes between nodes on two streams.
+    But if a weight were first used on the side stream, its ``.grad`` would be allocated there and
+    returned without being recorded. The reverse direction therefore takes views, whose nodes belong
+    to the current stream. The views are created before both directions: backward runs the newest
+    nodes first, so it does not wait at a view before it has queued both directions.
     """
     run = functools.partial(rnn, nonlinearity=nonlinearity, batch_sizes=batch_sizes)
     here, side = torch.cuda.current_stream(x.device), streams.beside(x.device)
@@ -81,7 +83,7 @@ def both_directions(
         with torch.cuda.stream(side):
             reverse = run(x_there, *weights_there, h0=h0_there, reverse=True)  # type: ignore[misc, arg-type]
         forward = run(x, *weights[0], h0=h0s[0])  # type: ignore[misc]
-    finally:  # after an error as well: memory is freed then
+    finally:  # also after an error, since that frees memory in use on the side stream
         here.wait_stream(side)
     if reverse[0].requires_grad:
         for t in inputs:

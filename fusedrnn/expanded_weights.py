@@ -1,7 +1,8 @@
-"""Per-sample gradients by torch's older way, ``call_for_per_sample_grads``: nn.RNN can, so we can.
+"""Per-sample gradients through torch's older API, ``call_for_per_sample_grads``, as in nn.RNN.
 
-It calls the module with every weight an ``ExpandedWeight``, whose gradient goes, sample by sample,
-to ``weight.grad_sample``. A sample is a row of the batch. (``vmap(grad(...))`` needs none of this.)
+It calls the module with every weight wrapped in an ``ExpandedWeight``, and the gradient of each
+sample is stored in ``weight.grad_sample``. A sample is a row of the batch. (``vmap(grad(...))``
+does not use this module.)
 """
 
 from __future__ import annotations

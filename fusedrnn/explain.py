@@ -1,7 +1,7 @@
-"""Which kernel will run, and why.
+"""Report which kernel will run, and why.
 
-Nothing here repeats a decision: the module runs once, with the engine's ops caught before they
-start, and each planner is asked about what was caught.
+No decision is reimplemented here: the module runs once, the calls of the engine's ops are
+intercepted before they start, and the planner is called with the arguments of each.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from . import _C, _ops, functional, modules
 
 _CELLS = (torch.rnn_tanh_cell, torch.rnn_relu_cell)
 
-# The kernels of csrc/cpu/kernels_*.cpp: bytes of a vector, rows and vectors of a register tile.
+# For each csrc/cpu/kernels_*.cpp: bytes of a vector, rows and vectors of a register tile.
 _TILES = {"avx512": (64, 6, 4), "avx2": (32, 6, 2), "baseline": (16, 4, 2)}
 
 
 @dataclass
 class _Call:
-    """What one layer and direction came to: the engine, or something `instead`, in words."""
+    """The call for one layer and direction: of the engine, or of what `instead` describes."""
 
     x: Tensor
     T: int = 1
@@ -39,7 +39,7 @@ class _Call:
 
 
 class _Catcher(TorchFunctionMode):
-    """Notes the calls that decide, and answers them with tensors that nobody filled."""
+    """Record the calls of the engine and of torch's cells, and return uninitialised tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,9 +70,10 @@ class _Catcher(TorchFunctionMode):
 
 
 def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:
-    """Each call that ``module(x)`` makes, in order."""
+    """Return the calls that ``module(x)`` makes, in order."""
     if isinstance(module, (nn.RNN, nn.RNNCell)) and not isinstance(module, modules.RNNCell):
-        original, module = module, type(module).__new__(type(module))  # copy.copy, parametrized too
+        # A shallow copy; copy.copy refuses parametrized modules.
+        original, module = module, type(module).__new__(type(module))
         module.__dict__ = original.__dict__.copy()
         module = modules.replace(module)
     if not isinstance(module, (modules.RNN, modules.RNNCell)):
@@ -85,17 +86,17 @@ def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:
 
     devices = [data.device] if data.is_cuda else []
     with (
-        torch.random.fork_rng(devices),  # dropout between layers draws numbers
+        torch.random.fork_rng(devices),  # dropout between layers draws random numbers
         mock.patch.object(functional, "_warn_slow", loop),
         catcher,
     ):
-        # not its hooks, which would see results that are not computed
+        # Not module(x): hooks would see uninitialised results.
         module.forward(x)  # type: ignore[arg-type]
     return catcher.calls
 
 
 def _plan(call: _Call, adjoint: bool) -> dict[str, Any]:
-    """The planner's decision for one recurrence of a call, as a dictionary with ``words``."""
+    """Return the plan for one recurrence of a call as a dictionary, described in ``words``."""
     if call.x.is_cuda:
         return _plan_cuda(call, adjoint, call.x.device.index)
     if call.x.device.type == "cpu":
@@ -113,7 +114,7 @@ def _plan_cuda(call: _Call, adjoint: bool, device: int | dict[str, Any]) -> dict
         H=call.H,
         leaky=call.leaky,
         packed=call.packed,
-        # as fusedrnn/bptt.py has it, for all gradients
+        # as in fusedrnn/bptt.py with all gradients wanted
         products=2 * call.I + call.H if adjoint and call.I else 0,
         device=device,
     )
@@ -157,11 +158,11 @@ def _plan_cpu(call: _Call, adjoint: bool) -> dict[str, Any]:
 
 
 def plans(module: nn.Module, x: Tensor | PackedSequence) -> list[dict[str, Any]]:
-    """For each layer and direction, what the planner decides on its forward and backward.
+    """Return the plans for the forward and backward pass of each layer and direction.
 
-    A dictionary each: ``{"forward": plan, "backward": plan}``, or ``{"instead": reason}`` where
-    the engine does not run. The fields of a plan are those of ``csrc/cpu/plan.h`` or
-    ``csrc/cuda/plan.h``, and ``words``.
+    Each element is ``{"forward": plan, "backward": plan}``, or ``{"instead": reason}`` where the
+    engine does not run. A plan has the fields of ``csrc/cpu/plan.h`` or ``csrc/cuda/plan.h``, and
+    ``words``.
     """
     return [
         {"instead": call.instead}
@@ -172,16 +173,16 @@ def plans(module: nn.Module, x: Tensor | PackedSequence) -> list[dict[str, Any]]
 
 
 def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
-    """Tell which kernel ``module(x)`` will run, and why.
+    """Describe which kernel ``module(x)`` will run, and why.
 
     Args:
-        module: A :class:`fusedrnn.RNN` or :class:`fusedrnn.RNNCell`; of a ``torch.nn.RNN`` or
-            ``torch.nn.RNNCell``, what :func:`fusedrnn.replace` would make of it.
-        x: Its input. The values do not matter; the device, the dtype and the sizes do, and so does
-            what they depend on besides: autocast, ``no_grad``, the number of threads.
+        module: A :class:`fusedrnn.RNN` or :class:`fusedrnn.RNNCell`. A ``torch.nn.RNN`` or
+            ``torch.nn.RNNCell`` is treated as if :func:`fusedrnn.replace` had converted it.
+        x: Its input. The values do not matter. The device, the dtype and the sizes do, and so does
+            the context: autocast, ``no_grad``, the number of threads.
 
     Returns:
-        A few lines for people to read; their form may change.
+        A few human-readable lines, whose format may change.
 
     Example::
 

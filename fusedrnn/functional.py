@@ -1,4 +1,4 @@
-"""The functions behind the modules: one layer, one direction, one call of the engine."""
+"""The functions behind the modules: one call of the engine per layer and direction."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .expanded_weights import ExpandedWeight
 from .streams import transformed
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Asked once: Dynamo of torch 2.11 cannot trace the question.
+# Evaluated once, at import: Dynamo of torch 2.11 cannot trace is_autocast_available.
 _AUTOCAST = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 _DEVICES = ("cpu", "meta", "cuda") if _ops._C.has_cuda else ("cpu", "meta")
 
-# Multiplications of a step up to which torch.rnn_tanh_cell is as fast as the engine or faster,
-# forward and with backward: measured with `bench/bench_rnn.py --set cell` on AVX-512.
+# Below this many multiplications per step, torch.rnn_tanh_cell is at least as fast as the engine:
+# forward alone, and with backward. Measured with `bench/bench_rnn.py --set cell` on AVX-512.
 _SMALL_STEP = 1 << 14
 _SMALL_STEP_WITH_GRAD = 3 << 20
 
@@ -31,7 +31,7 @@ def _warn_slow(reason: str) -> None:
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> Any:
-    """Like torch's own rule for RNNs: everything runs in the low precision."""
+    """Cast to the autocast dtype, as torch does for its own RNNs: all runs in low precision."""
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
@@ -44,7 +44,7 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> Any:
 
 
 def _register_autocast(device_type: str, key: str) -> None:
-    """The same for whoever calls the op itself: an exported program."""
+    """Register the same rule for direct calls of the op, as an exported program makes them."""
     off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def rule(x: Any, w_ih: Any, b_ih: Any, b_hh: Any, h0: Any, w_hh: Any, *others: Any) -> Any:
@@ -76,7 +76,7 @@ def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
             raise ValueError(f"fusedrnn: alpha must be in (0, 1], got {alpha}")
         if number < 1e-7:
             info = torch.finfo(like.dtype)
-            if number <= info.tiny * info.eps / 2:  # half of the least number above 0
+            if number <= info.tiny * info.eps / 2:  # half of the smallest number above 0
                 raise ValueError(
                     f"fusedrnn: alpha must be in (0, 1], got {alpha}, which is 0 in {like.dtype}"
                 )
@@ -93,15 +93,16 @@ def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
 
 
 def rows_of(batch_sizes: Tensor) -> int | None:
-    """B, for compilers: an output whose size only data tell would break a graph at every layer.
+    """Read B when compiling: a data-dependent output size would break the graph at every layer.
 
-    This breaks it once, or not where all must be one graph. None where ``torch.export`` traces
-    ``pack_padded_sequence``, which has ``batch_sizes`` of floats there, by a mistake of torch's.
+    This call breaks it once, or not at all where a single graph is required. Return None while
+    ``torch.export`` traces ``pack_padded_sequence``: by a bug in torch, ``batch_sizes`` is floating
+    point there.
     """
     if batch_sizes.dtype != torch.int64:
         return None
     torch._check(batch_sizes.size(0) > 0, lambda: "Expected sequence length to be larger than 0")
-    return batch_sizes[0].item()  # type: ignore[return-value]  # int() would fix its value
+    return batch_sizes[0].item()  # type: ignore[return-value]  # int() would make it a constant
 
 
 def rnn(
@@ -118,7 +119,7 @@ def rnn(
     keep: Tensor | None = None,
     alpha: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Run one layer of an RNN in one direction, as one call of the engine.
+    r"""Run one layer of an RNN in one direction, with one call of the engine.
 
     .. math::
         k_t &= keep_t \, h_{t-1} \\
@@ -129,42 +130,43 @@ def rnn(
 
     Args:
         x: Input, ``[T, B, I]`` with any strides; packed, ``[N, I]``.
-        w_ih: Input weight, ``[H, I]``; None where ``x`` is ``[T, B, H]`` and drives the units as
-            it is (:func:`recurrence`).
+        w_ih: Input weight, ``[H, I]``; None if ``x`` is ``[T, B, H]`` and takes the place of
+            ``x @ w_ih.T`` (:func:`recurrence`).
         w_hh: Recurrent weight, ``[H, H]``.
         b_ih, b_hh: Biases, ``[H]``, or None.
-        h0: State before the first step, ``[B, H]``; None is zeros.
+        h0: State before the first step, ``[B, H]``; None means zeros.
         nonlinearity: The function phi: ``"tanh"``, ``"relu"``, ``"identity"``, ``"sigmoid"``,
             ``"softplus"``, ``"retanh"`` (relu of tanh), ``"hardtanh"``, ``"leaky_relu"`` (slope
             0.01) or ``"elu"``.
-        reverse: Walk from the last step to the first; ``h0`` then comes before the last.
-        batch_sizes: For packed input, how many rows are alive at each step, ``[T]``, int64 on the
+        reverse: Run from the last step to the first; ``h0`` is then the state from which the last
+            step starts.
+        batch_sizes: For packed input, the number of active rows at each step, ``[T]``, int64 on the
             CPU: that of a ``torch.nn.utils.rnn.PackedSequence``, whose ``data`` is ``x``.
-        keep: Bool, ``[T, B]`` or packed ``[N]``: False forgets a row's state before that step (an
-            episode starts there). None keeps all.
+        keep: Bool, ``[T, B]`` or packed ``[N]``: False resets a row's state to 0 before that step
+            (where an episode starts). None means no resets.
         alpha: Leak in (0, 1], ``dt / tau`` of a continuous-time RNN: a number, or a tensor ``[]``
-            or ``[H]``, which may be learned and reach 0. None is 1. On a GPU, the values of a
+            or ``[H]``, which may be learned and reach 0. None means 1. On a GPU, the values of a
             tensor are not checked, since that would wait for the device.
 
     Returns:
-        ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``, and each row's last one,
-        ``[B, H]``, memory of its own.
+        The state ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``, and the last state of
+        each row, ``[B, H]``, which shares no memory with the former.
 
-    All tensors are float32, float64, bfloat16 or float16, alike; the last two are computed in
-    float32. Everything but ``keep`` and ``batch_sizes`` has derivatives of every order, in reverse
-    and forward mode (``fusedrnn/autograd.py``). Other dtypes and devices run as a plain loop, and a
-    warning says so once.
+    All tensors but ``keep`` and ``batch_sizes`` must have the same dtype, to which ``alpha`` is
+    converted: float32, float64, bfloat16 or float16. The last two are computed in float32. All but
+    ``keep`` and ``batch_sizes`` have derivatives of every order, in reverse and forward mode
+    (``fusedrnn/autograd.py``). Other dtypes and devices run as a plain loop, with one warning.
 
     Raises:
-        RuntimeError: Sizes, dtypes or devices do not go together, or T is 0.
-        TypeError: An argument is of the wrong type, a tensor is not dense, ``x`` is of integers,
-            or ``alpha`` is complex.
-        ValueError: An unknown nonlinearity, an ``alpha`` of another shape, or with values out of
+        RuntimeError: Sizes, dtypes or devices do not match, or T is 0.
+        TypeError: An argument has the wrong type, a tensor is not dense, ``x`` has an integer
+            dtype, or ``alpha`` is complex.
+        ValueError: The nonlinearity is unknown, or ``alpha`` has a wrong shape or values outside
             its range.
     """
     try:
         device = x.device.type
-    except AttributeError:  # no tensor: a list, or an array of NumPy's
+    except AttributeError:  # not a tensor: a list or a NumPy array
         checks.check_types(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, reverse, batch_sizes, keep, alpha
         )
@@ -195,7 +197,7 @@ def rnn(
             x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse
         )
     except (AttributeError, TypeError, RuntimeError):
-        # Only after an error, so that calls do not pay for it.
+        # Check types only after an error, so that valid calls do not pay for it.
         checks.check_types(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, reverse, batch_sizes, keep, alpha
         )
@@ -214,11 +216,11 @@ def recurrence(
     keep: Tensor | None = None,
     alpha: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The bare engine: :func:`rnn` driven by ``u [T, B, H]`` itself, whatever made it.
+    """Run the recurrence alone: :func:`rnn` with ``u [T, B, H]`` in place of the input product.
 
     ``h[t] = (1 - alpha) k + alpha * phi(u[t] + k @ w_hh.T)`` with ``k = keep[t] * h[t-1]``, from
-    ``h0 [B, H]``, or zeros if that is None; see :func:`rnn` for the other arguments, the results
-    and the errors.
+    ``h0 [B, H]``, or from zeros if it is None. For the other arguments, the results and the errors
+    see :func:`rnn`.
     """
     return rnn(
         u, None, w_hh, None, None, h0, nonlinearity=nonlinearity, reverse=reverse,
@@ -239,7 +241,7 @@ def _loop(
     keep: Tensor | None,
     alpha: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`rnn` for dtypes and devices that have no kernel."""
+    """Run :func:`rnn` as a plain loop, for dtypes and devices that have no kernel."""
     checks.check_types(
         x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, reverse, batch_sizes, keep, alpha
     )
@@ -264,12 +266,13 @@ def rnn_cell(
     b_hh: Tensor | None,
     nonlinearity: str = "tanh",
 ) -> Tensor:
-    """One step: the state after ``h [B, H]`` with input ``x [B, I]``.
+    """Compute the state after one step from ``h [B, H]`` with input ``x [B, I]``.
 
-    On a CPU a small step is all overhead, and torch's own op, differentiated in C++, has least of
-    it. On a GPU that op is a handful of launches, and ours is one.
+    On a CPU, a small step is dominated by overhead, and torch's own op, differentiated in C++, has
+    the least. On a GPU that op is a handful of launches, and the engine needs one.
     """
-    # Compiled code would be bound to the sizes it saw; and vmap has no rule for torch's op.
+    # Not when compiling, which would specialise on the sizes it saw; not under a transform, because
+    # vmap has no rule for torch's op.
     if x.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
         small = _SMALL_STEP_WITH_GRAD if torch.is_grad_enabled() else _SMALL_STEP
         if x.size(0) * (w_ih.numel() + w_hh.numel()) < small:

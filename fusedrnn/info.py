@@ -1,4 +1,4 @@
-"""What is installed here, what was built, and why not the rest: ``python -m fusedrnn info``."""
+"""Report versions, what was built, and why the rest was not: ``python -m fusedrnn info``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from . import __version__
 
-# What decides between the kernels, as Linux names it: x86 first, then Arm.
+# The CPU flags that select the kernels, under their Linux names: x86 first, then Arm.
 INSTRUCTION_SETS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
@@ -19,7 +19,7 @@ INSTRUCTION_SETS = (
 
 
 def report() -> tuple[list[tuple[str, str]], bool]:
-    """The lines to print, each a label and a text, and whether the extension could be loaded."""
+    """Return the lines to print, as (label, text), and whether the extension could be loaded."""
     threads = f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"
     model, flags = cpu()
     lines = [
@@ -47,7 +47,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
 
 
 def cpu() -> tuple[str, set[str]]:
-    """The processor's name and its flags; where there is no /proc/cpuinfo, what Python knows."""
+    """Return the processor's name and flags; without /proc/cpuinfo, Python's name and no flags."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -59,14 +59,14 @@ def cpu() -> tuple[str, set[str]]:
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def main() -> int:
-    """Print the report; 1 if the extension could not be loaded."""
+    """Print the report; return 1 if the extension could not be loaded, otherwise 0."""
     lines, loaded = report()
     for label, text in lines:
         print(f"{label:<13} {text}")

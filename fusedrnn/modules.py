@@ -1,7 +1,7 @@
 """Drop-in replacements for ``torch.nn.RNN`` and ``torch.nn.RNNCell``.
 
-Parameters, state, constructor checks and texts are those of torch, by inheritance; only what
-happens between input and output is new. ``RNN`` derives from ``nn.RNNBase`` and not from ``nn.RNN``
+Parameters, state, constructor checks and their messages are inherited from torch; only the
+computation from input to output is new. ``RNN`` derives from ``nn.RNNBase`` and not from ``nn.RNN``
 because ``torch.compile`` refuses every subclass of the latter.
 """
 
@@ -22,17 +22,17 @@ _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attrib
 
 
 def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    """Attributes of ``module``, most of them parameters.
+    """Return the named attributes of ``module``, most of them parameters.
 
-    Finding a parameter with ``getattr`` costs 0.4 us; but a parametrized weight, or one that was
-    replaced by a plain tensor, is found nowhere else.
+    Finding a parameter with ``getattr`` costs 0.4 us, so look in ``_parameters`` first. A
+    parametrized weight, or one that was replaced by a plain tensor, is found by ``getattr`` alone.
     """
     parameters = module._parameters
     return [parameters[n] if n in parameters else getattr(module, n) for n in names]  # type: ignore[misc]
 
 
 class RNN(nn.RNNBase):
-    r"""An Elman RNN of one or more layers: ``torch.nn.RNN``, computed by one fused kernel a layer.
+    r"""An Elman RNN of one or more layers: ``torch.nn.RNN`` with one fused kernel per layer.
 
     Each layer computes, for every time step t,
 
@@ -40,63 +40,64 @@ class RNN(nn.RNNBase):
         h_t = \tanh(x_t W_{ih}^T + b_{ih} + h_{t-1} W_{hh}^T + b_{hh})
 
     where :math:`x_t` is the input, or the :math:`h_t` of the layer below; with
-    ``nonlinearity="relu"``, ReLU stands in place of tanh.
+    ``nonlinearity="relu"``, ReLU replaces tanh.
 
     Args:
         input_size: Number of features in the input, I.
         hidden_size: Number of features in the hidden state, H.
-        num_layers: Number of layers stacked on one another, L.
+        num_layers: Number of stacked layers, L.
         nonlinearity: ``"tanh"`` or ``"relu"``.
-        bias: Whether there are ``b_ih`` and ``b_hh``.
-        batch_first: Input and output are ``[B, T, ...]`` and not ``[T, B, ...]``. Says nothing of
+        bias: Whether the layers have ``b_ih`` and ``b_hh``.
+        batch_first: Input and output are ``[B, T, ...]`` and not ``[T, B, ...]``. Does not apply to
             ``hx`` and ``h_n``, and is ignored for unbatched and packed input.
         dropout: Probability of zeroing an element of the output of every layer but the last, in
             training.
         bidirectional: Whether a second set of weights runs from the last step to the first. D is
-            then 2, otherwise 1. On CUDA, both run at once, on two streams, where there are 128
-            steps or more.
-        device: Where the parameters are made.
-        dtype: What the parameters are made of.
+            then 2, otherwise 1. On CUDA, both directions run concurrently, on two streams, if there
+            are 128 steps or more.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Inputs:
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
             ``PackedSequence``.
-        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; None is zeros.
+        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; None means zeros.
 
     Outputs:
-        output: Every state of the last layer, shaped as the input but with D*H features. A packed
-            input gives a packed output.
+        output: Every state of the last layer, in the shape of the input but with D*H features. A
+            packed input gives a packed output.
         h_n: The last state of every layer and direction, ``[L*D, B, H]``, unbatched ``[L*D, H]``.
 
     Parameters for each layer k, and again with the suffix ``_reverse`` for the second direction:
     ``weight_ih_l{k}`` ``[H, I]`` (above the first layer ``[H, D*H]``), ``weight_hh_l{k}``
-    ``[H, H]``, ``bias_ih_l{k}`` and ``bias_hh_l{k}`` ``[H]``. All start as draws from
-    :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, the same as ``nn.RNN``'s under the same seed.
+    ``[H, H]``, ``bias_ih_l{k}`` and ``bias_hh_l{k}`` ``[H]``. All are initialised from
+    :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, with the same values as in ``nn.RNN`` for the same seed.
 
     Raises, from the constructor:
-        ValueError: A size that is not positive, an unknown nonlinearity, a dropout outside [0, 1],
-            ``proj_size``.
-        TypeError: A size that is not an int, a ``bias`` or ``batch_first`` that is not a bool, an
-            argument that is unknown or missing.
+        ValueError: A size is not positive, the nonlinearity is unknown, ``dropout`` is outside
+            [0, 1], or ``proj_size`` is given.
+        TypeError: A size is not an int, ``bias`` or ``batch_first`` is not a bool, or an argument
+            is unknown or missing.
 
     Raises, from a call:
-        ValueError: ``input`` is neither 2-D nor 3-D, or of another dtype than the weights.
-        RuntimeError: ``hx`` does not go with ``input``, ``input`` does not have ``input_size``
+        ValueError: ``input`` is neither 2-D nor 3-D, or its dtype is not that of the weights.
+        RuntimeError: ``hx`` does not match ``input``, ``input`` does not have ``input_size``
             features, there is no time step, or tensors are on different devices.
 
-    Differences to ``nn.RNN``:
-        - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true. Tools
-          that recognise modules by torch's classes take the model before :func:`replace` or after
+    Differences from ``nn.RNN``:
+        - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true. Apply
+          tools that recognise modules by torch's classes before :func:`replace` or after
           :func:`restore`.
-        - The constructor's signature is a real one, so ``torch.nn.utils.skip_init`` works.
+        - The constructor has an explicit signature, so ``torch.nn.utils.skip_init`` works.
         - ``_flat_weights`` is a tuple of the weights as they are when it is read. Assigning other
           tensors to it, or to an element, raises an error: assign ``weight_hh_l0`` and so on.
-          ``flatten_parameters`` does nothing on any device: no kernel wants one chunk of memory.
+          ``flatten_parameters`` does nothing on any device: no kernel needs the weights in one
+          block of memory.
         - ``output`` itself is saved for backward; modifying it in place before backward raises an
           error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
-        - ``torch.fx.symbolic_trace`` cannot trace it: only classes of ``torch.nn`` are leaves by
-          default. A tracer can make it one::
+        - ``torch.fx.symbolic_trace`` cannot trace it, because only classes of ``torch.nn`` are
+          leaves by default. A tracer can declare it a leaf::
 
               class Tracer(torch.fx.Tracer):
                   def is_leaf_module(self, m, name):
@@ -126,7 +127,7 @@ class RNN(nn.RNNBase):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        **unknown: NoReturn,  # nn.RNNBase refuses them, in the words of nn.RNN
+        **unknown: NoReturn,  # nn.RNNBase rejects them with nn.RNN's message
     ) -> None:
         if "proj_size" in unknown:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -134,7 +135,7 @@ class RNN(nn.RNNBase):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
-        self.nonlinearity = nonlinearity  # before super(): a subclass's reset_parameters may ask
+        self.nonlinearity = nonlinearity  # before super(): read by reset_parameters of subclasses
         super().__init__(
             "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU",
             input_size,
@@ -151,13 +152,14 @@ class RNN(nn.RNNBase):
 
     @property  # type: ignore[override]
     def _flat_weights(self) -> tuple[Tensor | None, ...]:
-        # nn.RNNBase keeps a list here, in step with the weights. Computed on demand it is never
-        # out of step when functional_call, a parametrization or weight drop swaps the weights.
+        # nn.RNNBase stores a list here, which it must keep up to date. Computed on demand, it is
+        # also correct when functional_call, a parametrization or weight drop swaps the weights.
         return tuple(getattr(self, name, None) for name in self._flat_weights_names)
 
     @_flat_weights.setter
     def _flat_weights(self, value: Sequence[Tensor | None]) -> None:
-        # nn.RNNBase assigns what the weights are already. A parametrized one is new each time.
+        # nn.RNNBase assigns the weights that the module already has, which is allowed. A
+        # parametrized weight is not compared: it is a new tensor on each access.
         names = self._flat_weights_names
         stored = {**vars(self), **self._parameters}
         if len(value) != len(names) or any(
@@ -172,7 +174,7 @@ class RNN(nn.RNNBase):
         super(nn.RNNBase, self).__setattr__(name, value)  # nn.RNNBase's writes to its list as well
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels take the weights as they lie."""
+        """Do nothing: the kernels use the weights where they are in memory."""
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
@@ -220,14 +222,17 @@ class RNN(nn.RNNBase):
     def _run_layers(
         self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x [T, B, I]``, or packed ``[N, I]``, and ``hx [L*D, B, H]`` to ``output, h_n``."""
+        """Compute ``output, h_n`` from ``x [T, B, I]``, or packed ``[N, I]``, and ``hx``.
+
+        ``hx`` and ``h_n`` are ``[L*D, B, H]``.
+        """
         weights = [_tensors(self, names) for names in self._all_weights]
         self._check(x, hx, batch_sizes, weights[0][0])
 
         nonlinearity = _NONLINEARITIES[self.mode]
         if (
             len(weights) == 1 and self.num_layers == 1 and not self.bidirectional
-        ):  # the loop below would do, but costs 0.7 us more
+        ):  # the loop below gives the same, but costs 0.7 us more
             output, h = rnn(
                 x,
                 *weights[0],
@@ -238,7 +243,7 @@ class RNN(nn.RNNBase):
             return output, h.unsqueeze(0)
 
         num_directions = 2 if self.bidirectional else 1
-        if len(weights) != self.num_layers * num_directions:  # someone has changed them
+        if len(weights) != self.num_layers * num_directions:  # the caller changed these attributes
             raise RuntimeError(
                 f"Expected weights of {self.num_layers} layers in {num_directions} direction(s), "
                 f"got {len(weights)}"
@@ -274,14 +279,17 @@ class RNN(nn.RNNBase):
     def _check(
         self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor
     ) -> None:
-        """Raise what nn.RNN raises, in its order. In one go, for every call costs 0.1 us."""
+        """Raise the errors of nn.RNN, in its order.
+
+        This is one function because each function call costs 0.1 us.
+        """
         dim = 3 if batch_sizes is None else 2
         if x.dtype != weight.dtype or x.size(-1) != self.input_size or x.dim() != dim:
-            self.check_input(x, batch_sizes)  # returns if it is the dtype and autocast is on
+            self.check_input(x, batch_sizes)  # accepts another dtype under autocast
         if hx is not None:
             if batch_sizes is None:
                 batch = x.size(1)
-            elif torch.compiler.is_compiling():  # a number that only the op will know
+            elif torch.compiler.is_compiling():  # data-dependent: left to the op
                 batch = hx.size(1)
             else:
                 batch = int(batch_sizes[0])
@@ -301,34 +309,34 @@ def _check_device(x: Tensor, other: Tensor, name: str) -> None:
 
 
 class RNNCell(nn.RNNCell):
-    r"""One step of an Elman RNN: ``torch.nn.RNNCell``, computed by one fused kernel.
+    r"""One step of an Elman RNN: ``torch.nn.RNNCell`` with one fused kernel.
 
     .. math::
         h' = \tanh(x W_{ih}^T + b_{ih} + h W_{hh}^T + b_{hh})
 
-    With ``nonlinearity="relu"``, ReLU stands in place of tanh.
+    With ``nonlinearity="relu"``, ReLU replaces tanh.
 
     Args:
         input_size: Number of features in the input, I.
         hidden_size: Number of features in the hidden state, H.
-        bias: Whether there are ``b_ih`` and ``b_hh``.
-        nonlinearity: ``"tanh"`` or ``"relu"``; checked by the call, as nn.RNNCell does.
-        device: Where the parameters are made.
-        dtype: What the parameters are made of.
+        bias: Whether the cell has ``b_ih`` and ``b_hh``.
+        nonlinearity: ``"tanh"`` or ``"relu"``; checked by each call, as in nn.RNNCell.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Inputs:
         input: ``[B, I]``, or unbatched ``[I]``.
-        hx: ``[B, H]``, or unbatched ``[H]``; None is zeros.
+        hx: ``[B, H]``, or unbatched ``[H]``; None means zeros.
 
     Outputs:
         h': ``[B, H]``, or unbatched ``[H]``.
 
     Raises, from a call:
         ValueError: ``input`` or ``hx`` is neither 1-D nor 2-D.
-        RuntimeError: Sizes do not go together, or the nonlinearity is unknown.
+        RuntimeError: Sizes do not match, or the nonlinearity is unknown.
 
     Parameters are ``weight_ih`` ``[H, I]``, ``weight_hh`` ``[H, H]``, ``bias_ih`` and ``bias_hh``
-    ``[H]``, with the initial values of nn.RNNCell under the same seed.
+    ``[H]``, with the same initial values as in nn.RNNCell for the same seed.
 
     Example::
 
@@ -374,20 +382,21 @@ class RNNCell(nn.RNNCell):
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
-# torch.load then reads whole models by default, with weights_only=True. That calls __new__,
-# __init__ and __setstate__ of these classes with whatever the file holds; none runs code from it.
+# This lets torch.load read whole models with its default, weights_only=True. Loading calls __new__,
+# __init__ and __setstate__ of these classes with whatever the file contains; none of them executes
+# code from it.
 torch.serialization.add_safe_globals([RNN, RNNCell])
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def replace(model: _Module) -> _Module:
-    """Turn every ``nn.RNN`` and ``nn.RNNCell`` in ``model`` into this package's, in place.
+    """Convert every ``nn.RNN`` and ``nn.RNNCell`` in ``model`` to this package's, in place.
 
-    Nothing is copied: a module only changes its class. Its identity, its parameters (and an
-    optimizer that holds them), buffers, hooks, parametrizations and training mode stay as they are.
-    Other modules are left alone, among them subclasses of ``nn.RNN``, whose code may rely on their
-    base class.
+    Nothing is copied: only the class of each module changes. Its identity, its parameters (and an
+    optimizer that holds them), buffers, hooks, parametrizations and training mode stay the same.
+    Other modules are not changed. That includes subclasses of ``nn.RNN``, whose code may rely on
+    their base class.
 
     Args:
         model: Any module; may itself be an ``nn.RNN`` or ``nn.RNNCell``.
@@ -403,11 +412,11 @@ def replace(model: _Module) -> _Module:
 
 
 def restore(model: _Module) -> _Module:
-    """Turn every ``fusedrnn.RNN`` and ``fusedrnn.RNNCell`` in ``model`` into torch's, in place.
+    """Convert every ``fusedrnn.RNN`` and ``fusedrnn.RNNCell`` in ``model`` to torch's, in place.
 
-    The inverse of :func:`replace`, under the same rules. It also takes a model that was built with
-    this package's modules. Use it to save a whole model for an environment without fusedrnn, and
-    before tools that recognise only torch's classes, such as ``torch.jit.script``.
+    This is the inverse of :func:`replace`, with the same rules. It also accepts a model that was
+    built with this package's modules. Use it to save a whole model for an environment without
+    fusedrnn, and before tools that recognise only torch's classes, such as ``torch.jit.script``.
 
     Args:
         model: Any module; may itself be a ``fusedrnn.RNN`` or ``fusedrnn.RNNCell``.
@@ -432,14 +441,14 @@ def _change_classes(model: _Module, classes: dict[type[nn.Module], type[nn.Modul
         if parametrize.is_parametrized(module):
             cls = _rebase(type(module), cls)
         module.__class__ = cls
-        module.__dict__.pop("_flat_weights", None)  # nn.RNN's list of weights; in RNN a property
+        module.__dict__.pop("_flat_weights", None)  # a list in nn.RNN, a property in RNN
         if isinstance(module, nn.RNNBase) and not isinstance(module, RNN):
-            with torch.no_grad():  # a parametrized weight in the list would hold a graph
+            with torch.no_grad():  # else a parametrized weight in the list keeps its graph
                 module._init_flat_weights()
     return model
 
 
 def _rebase(parametrized: type, base: type) -> type:
-    """The class that ``torch.nn.utils.parametrize`` made for one module, on another base."""
+    """Rebuild the class that ``torch.nn.utils.parametrize`` made for a module, on another base."""
     own = {k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")}
     return type(parametrized.__name__, (base,), own)

@@ -1,8 +1,8 @@
-"""A layer as a node ``RNN`` of ONNX.
+"""Export of a layer as an ONNX ``RNN`` node.
 
-``torch.onnx.export(model, ...)`` needs nothing but the model: while it looks on,
-:func:`fusedrnn.rnn` puts this node where otherwise it would put its own op. A program that
-``torch.export`` made before has that op in it; :func:`decompositions` makes nodes of them.
+``torch.onnx.export(model, ...)`` works without preparation: during the export, :func:`fusedrnn.rnn`
+emits this node instead of its own op. A program that was made by ``torch.export`` beforehand
+contains that op; :func:`decompositions` converts it to the node.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The functions that ONNX has as well, and their parameters there.
+# The nonlinearities that ONNX has, with their ONNX parameters.
 _ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
     "tanh": ("Tanh", {}),
     "relu": ("Relu", {}),
@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
 def check(
     alpha: Tensor | None, keep: Tensor | None, batch_sizes: Tensor | None, nonlinearity: str
 ) -> None:
-    """Raise NotImplementedError where ONNX's RNN lacks what a layer has."""
+    """Raise NotImplementedError if a layer uses a feature that ONNX's RNN does not have."""
     lacks = None
     if alpha is not None:
         lacks = "no leak (alpha)"
@@ -54,11 +54,11 @@ def activation(
     nonlinearity: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op of the same name as a node of ONNX: for tracing alone, it computes nothing."""
+    """Emit an ONNX node in place of the op of the same name; for tracing only, computes nothing."""
     check(alpha, keep, batch_sizes, nonlinearity)
     steps, rows, _ = x.shape
     size = w_hh.size(0)
-    if w_ih is None:  # x drives the units itself
+    if w_ih is None:  # x is already the input product
         w_ih = torch.eye(size, dtype=x.dtype, device=x.device)
     biases = None
     if b_ih is not None or b_hh is not None:
@@ -100,7 +100,7 @@ def traced_activation(
     nonlinearity: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op of the same name as torch's own, of which the old exporter, by TorchScript, knows."""
+    """Run torch's own RNN op, which the old TorchScript exporter supports, in place of ours."""
     check(alpha, keep, batch_sizes, nonlinearity)
     if nonlinearity not in ("tanh", "relu"):
         raise NotImplementedError(
@@ -122,7 +122,7 @@ def traced_activation(
 
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., object]]:
-    """What turns a program of ``torch.export`` into one that ``torch.onnx.export`` accepts.
+    """Return decompositions that make a ``torch.export`` program fit for ``torch.onnx.export``.
 
     Example::
 

@@ -1,7 +1,7 @@
-"""The definition of everything in this package, as plain Python loops that import only torch.
+"""Reference implementation of this package: plain Python loops that import only torch.
 
-Read this file to learn what an RNN is; every faster path is tested against it, in float64.
-Nothing here is fast, and nothing here is shared with the engine.
+Read this file to learn what an RNN is. Every faster path is tested against it, in float64. This
+code is slow, and shares nothing with the engine.
 
 Shapes: T time steps, B batch rows, I inputs, H hidden units. Time comes first: ``[T, B, ...]``.
 """
@@ -40,19 +40,20 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """Run ``h[t] = (1 - alpha) * k + alpha * phi(u[t] + k @ w_hh.T)``, ``k = keep[t] * h[t-1]``.
 
-    Without ``keep`` nothing is forgotten; without ``alpha`` it is 1, which leaves ``phi(...)``.
+    Without ``keep`` there are no resets; without ``alpha`` it is 1, so ``h[t] = phi(...)``.
 
     Args:
-        u: What drives each step, ``[T, B, H]``; with ``batch_sizes``, its rows packed, ``[N, H]``.
+        u: Input product of each step, ``[T, B, H]``; with ``batch_sizes``, packed, ``[N, H]``.
         h0: State before the first step, ``[B, H]``.
         w_hh: Recurrent weight, ``[H, H]``.
-        reverse: Walk from the last step to the first.
-        batch_sizes: How many rows are alive at each step, ``[T]``, falling: a PackedSequence's.
-        keep: Bool ``[T, B]`` (packed: ``[N]``); False forgets the state before that step.
+        reverse: Run from the last step to the first.
+        batch_sizes: Number of active rows at each step, ``[T]``, non-increasing, as in a
+            PackedSequence.
+        keep: Bool ``[T, B]`` (packed: ``[N]``); False resets the state to 0 before that step.
         alpha: Leak, a number or a tensor ``[]`` or ``[H]``, in (0, 1].
 
     Returns:
-        Every state, shaped like ``u``, and each row's last one, ``[B, H]``.
+        Every state, in the shape of ``u``, and the last state of each row, ``[B, H]``.
     """
     phi = NONLINEARITIES[nonlinearity]
     sizes = [u.size(1)] * u.size(0) if batch_sizes is None else batch_sizes.tolist()
@@ -63,13 +64,13 @@ def recurrence(
     states: list[Tensor] = [h0] * len(sizes)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         k = state[: sizes[t]]
-        if kept is not None:  # not a product: 0 * nan would be nan
+        if kept is not None:  # where, not a product: 0 * nan is nan
             k = torch.where(kept[t].unsqueeze(-1), k, torch.zeros_like(k))
         h = phi(drive[t] + k @ w_hh.T)
         if alpha is not None:
             h = (1 - alpha) * k + alpha * h
         states[t] = h
-        state = torch.cat([h, state[sizes[t] :]])  # rows that are not alive keep their state
+        state = torch.cat([h, state[sizes[t] :]])  # inactive rows keep their state
     return (torch.stack if batch_sizes is None else torch.cat)(states), state
 
 
@@ -87,9 +88,9 @@ def rnn(
     keep: Tensor | None = None,
     alpha: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One layer in one direction: :func:`recurrence` driven by ``u = x @ w_ih.T + b_ih + b_hh``.
+    """Run one layer in one direction: :func:`recurrence` with ``u = x @ w_ih.T + b_ih + b_hh``.
 
-    Without ``w_ih``, ``x`` stands for the product already.
+    Without ``w_ih``, ``x`` takes the place of ``x @ w_ih.T``.
     """
     u = x if w_ih is None else x @ w_ih.T
     if b_ih is not None:
@@ -112,9 +113,9 @@ def rnn(
 
 
 def seed_cell(inputs: Tensor, hidden: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """The cell of the blog post this project began with: ``tanh(l_hidden(hidden + relu(inputs)))``.
+    """Compute the cell of the original blog post: ``tanh(l_hidden(hidden + relu(inputs)))``.
 
-    ``inputs`` is ``l_in(embedding)``. As ``(hidden + v) @ w.T`` is ``v @ w.T + hidden @ w.T``, the
-    cell is :func:`recurrence` driven by ``u = relu(inputs) @ w.T + b``.
+    ``inputs`` is ``l_in(embedding)``. Because ``(hidden + v) @ w.T == v @ w.T + hidden @ w.T``, the
+    cell is one step of :func:`recurrence` with ``u = relu(inputs) @ w.T + b``.
     """
     return torch.tanh(F.linear(hidden + torch.relu(inputs), w, b))

@@ -1,4 +1,4 @@
-"""CUDA streams beside the current one, and when to leave them alone."""
+"""Side streams on CUDA, and the conditions under which they must not be used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from ._ops import _C
 
 
 class _Streams(threading.local):
-    """A stream for each device: the thread's own, or a CUDA graph that one thread captures would
-    have what another does in the meantime. And one for captures: what a graph replays and what runs
-    meanwhile must not share the workspace that cuBLAS has for each stream."""
+    """The side streams of a thread: one per device, and another one per device for captures.
+
+    Threads do not share side streams: otherwise a CUDA graph captured by one thread would contain
+    the work that another thread launches meanwhile. Captures have their own because cuBLAS has one
+    workspace per stream, which a replayed graph must not share with work that runs meanwhile.
+    """
 
     def __init__(self) -> None:
         self.of: dict[tuple[torch.device, bool], torch.cuda.Stream] = {}
@@ -23,7 +26,7 @@ _streams = _Streams()
 
 
 def beside(device: torch.device) -> torch.cuda.Stream:
-    """This thread's second stream."""
+    """Return this thread's side stream."""
     key = (device, torch.cuda.is_current_stream_capturing())
     if key not in _streams.of:
         _streams.of[key] = torch.cuda.Stream(device)
@@ -31,13 +34,16 @@ def beside(device: torch.device) -> torch.cuda.Stream:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func is at work, at whatever level."""
+    """Return whether a transform of torch.func is active, at any level."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether others than eager autograd look on: a compiler, a tracer, a transform of torch.func,
-    forward mode, modes such as fake tensors, subclasses of Tensor."""
+    """Return whether anything but plain eager autograd is active.
+
+    That is a compiler, a tracer, a transform of torch.func, forward mode, a dispatch mode such as
+    fake tensors, or a subclass of Tensor.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace

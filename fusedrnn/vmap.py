@@ -1,17 +1,18 @@
-"""vmap: how each op runs with one more dimension, of size V, in any of its arguments.
+"""Batching rules of the ops for vmap: one more dimension, of size V, in any argument.
 
-Rows of the batch never meet in a recurrence, so V problems of B rows that share ``W_hh`` and
-``alpha`` are one problem of B V rows: V becomes the fastest dimension of the batch,
+Rows of the batch are independent in a recurrence, so V problems of B rows that share ``W_hh`` and
+``alpha`` are one problem of B V rows. V becomes the fastest-varying dimension of the batch,
 
     x [..., B, V, I]  ->  [..., B V, I],    sample v's row b is row b V + v,
 
-which suits packed sequences as well: step t then has ``batch_sizes[t] V`` rows, still falling.
-And a sample's rows of all steps are equally far apart, so that the products over all rows in its
-derivatives, per-sample gradients among them, are one bmm of views.
+which works for packed sequences, too: step t then has ``batch_sizes[t] V`` rows, which is still
+non-increasing. The rows of one sample are equally spaced over all steps, so the GEMMs over all rows
+in the derivatives, including per-sample gradients, are one bmm of views.
 
-An ensemble has V matrices ``W_hh``: that is V calls of the engine, each as fast as any.
+An ensemble has V matrices ``W_hh``. It takes V calls of the engine, each at full speed.
 
-The rules stand below the derivatives of the ops, which therefore batch by what they consist of.
+The rules apply below the derivatives of the ops, so a derivative is batched through the ops of
+which it consists.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ Results = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, place: int = -2) -> Tensor | None:
-    """``[..., B, *]`` with V at ``dim``, or V times the same, as ``[..., B V, *]``.
+    """Fold V into the batch: ``[..., B, *]`` with V at ``dim`` becomes ``[..., B V, *]``.
 
-    ``place``, counted from the end, is V's place after B.
+    If ``dim`` is None, all samples get the same values. V is moved to position ``place``, right
+    after B and counted from the end.
     """
     if tensor is None:
         return None
@@ -45,7 +47,7 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, place: int = -2) ->
 
 
 def _unfold(results: tuple[Tensor, ...], size: int) -> Results:
-    """``[..., B V, H]`` as ``[..., B, V, H]``. A result that was not wanted is ``[0]``."""
+    """Unfold ``[..., B V, H]`` to ``[..., B, V, H]``. A result that was not wanted is ``[0]``."""
     wanted = [result.dim() > 1 for result in results]
     return (
         tuple(t.unflatten(-2, (-1, size)) if w else t for t, w in zip(results, wanted)),
@@ -54,14 +56,14 @@ def _unfold(results: tuple[Tensor, ...], size: int) -> Results:
 
 
 def _each(op: Callable[..., Any], size: int, in_dims: Any, args: Any) -> Results:
-    """One call for each member of an ensemble."""
+    """Call the op once for each member of an ensemble."""
     members = zip(*(a.unbind(d) if d is not None else [a] * size for a, d in zip(args, in_dims)))
     results = zip(*(op(*member) for member in members))
     return tuple(map(torch.stack, results)), (0, 0, 0)
 
 
 def _none(rule: Callable[..., Results], info: Any, in_dims: Any, args: Any) -> Results:
-    """No sample at all: what one of zeros gives, without it, so that shapes are right."""
+    """Handle an empty vmap: run one sample of zeros to get the shapes, then drop it."""
     one = [
         a if d is None else a.new_zeros((*a.shape[:d], 1, *a.shape[d + 1 :]))
         for a, d in zip(args, in_dims)
@@ -71,7 +73,10 @@ def _none(rule: Callable[..., Results], info: Any, in_dims: Any, args: Any) -> R
 
 
 def _drive(args: Any, in_dims: Any) -> Tensor:
-    """``u = x @ w_ih.T + b_ih + b_hh`` as ``[..., B, V, H]``, with 1 for V where nothing has it."""
+    """Compute ``u = x @ w_ih.T + b_ih + b_hh`` as ``[..., B, V, H]``.
+
+    The dimension V has size 1 if no argument is batched.
+    """
 
     def moved(tensor: Tensor, dim: int | None, place: int) -> Tensor:
         return tensor.unsqueeze(place) if dim is None else tensor.movedim(dim, place)
@@ -86,23 +91,26 @@ def _drive(args: Any, in_dims: Any) -> Tensor:
 
 
 def _fold_input(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
-    """The arguments of ``activation`` before ``W_hh``."""
+    """Fold the arguments of ``activation`` before ``W_hh``."""
     x, w_ih, b_ih, b_hh, h0 = args
     h0 = _fold(h0, in_dims[4], size)
     if in_dims[0] is not None and in_dims[1:4] == (None, None, None):
         return [_fold(x, in_dims[0], size), w_ih, b_ih, b_hh, h0]
-    # V products, which are one bmm; or one product for all, better multiplied once.
+    # Either V products, computed as one bmm, or one product for all samples, computed once.
     u = _drive(args[:4], in_dims[:4])
     return [u.expand(*u.shape[:-2], size, -1).flatten(-3, -2), None, None, None, h0]
 
 
 def _fold_each(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
-    """Those of ``tangent`` and ``adjoint``: series, states, and what was saved."""
+    """Fold those of ``tangent`` and ``adjoint``: series, states, and the saved tensor."""
     return [_fold(tensor, dim, size) for tensor, dim in zip(args, in_dims)]
 
 
 def _register(name: str, before: int, fold: Callable[..., list[Tensor | None]]) -> None:
-    """``fold`` makes the arguments of one call of the op from those ``before`` ``W_hh``."""
+    """Register the batching rule of an op.
+
+    ``fold`` folds V into the arguments before ``W_hh``, of which there are ``before``.
+    """
     op = getattr(_ops, name)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Results:

@@ -1,4 +1,4 @@
-"""Problems for the tests of the engine, and what is expected of it."""
+"""Problems for tests of the engines, and their expected results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusedrnn import reference
 
 @dataclass(frozen=True)
 class Case:
-    """One layer in one direction. With ``lengths`` the batch is packed and B is their number."""
+    """One layer in one direction. With ``lengths``, the batch is packed; then ``B`` is not used."""
 
     T: int = 5
     B: int = 3
@@ -26,7 +26,7 @@ class Case:
     bias: bool = True
     h0: bool = True
     dtype: torch.dtype = torch.float64
-    seed: int = 0  # of the numbers in the tensors
+    seed: int = 0  # for the values of the tensors
 
     def __str__(self) -> str:
         usual = vars(Case())
@@ -44,14 +44,14 @@ class Case:
 
     @property
     def names(self) -> list[str]:
-        """Of the arguments that have a gradient."""
+        """The names of the arguments that have a gradient."""
         biases = ["b_ih", "b_hh"] * self.bias
         return ["x", "w_ih", "w_hh", *biases, *["h0"] * self.h0, *["alpha"] * self.alpha]
 
     def arguments(self, requires_grad: bool = False) -> dict[str, Tensor]:
-        """Everything that has a gradient, by the name that ``rnn`` calls it.
+        """Return all arguments that have a gradient, by their names in ``rnn``.
 
-        On torch's default device, and the same numbers on each.
+        They are on torch's default device, with the same values on every device.
         """
         torch.default_generator.manual_seed(self.seed)  # torch.manual_seed takes 1 ms
         rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
@@ -89,7 +89,7 @@ class Case:
 
 
 def oracle(case: Case, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The reference in float64."""
+    """Return the results of the reference in float64."""
     wide = {k: v.double() for k, v in arguments.items()}
     return reference.rnn(**wide, **case.flags())  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What all tests share: one thread and one seed for each, and the rule of accuracy."""
+"""Shared by all tests: one thread and one seed per test, and the accuracy rule."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from engines import ENGINES, OLD, Engine
 from hypothesis import settings
 from torch import Tensor
 
-# No deadline: a first call compiles, and the machine may be shared. Under CI the same examples
-# each time: what fails there must fail again at the desk.
+# No deadline: a first call compiles, and the machine may be shared. CI uses the same examples each
+# time, so that a failure there can be reproduced locally.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -24,16 +24,19 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.fixture(autouse=True)
 def one_seed_one_thread() -> Iterator[None]:
-    """Workers of pytest-xdist fill the cores already. A test of threads sets its own number."""
+    """Reset the seed, and use one thread, because pytest-xdist workers already fill the cores.
+
+    A test of threads sets its own number.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
-    torch.set_default_dtype(torch.float32)  # a test that changed it must not reach the next
+    torch.set_default_dtype(torch.float32)  # a test may have changed it
 
 
 @pytest.fixture(params=ENGINES, ids=str)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """Every engine: the test runs on each, with new tensors on its device."""
+    """Run the test on every engine, with new tensors on the device of that engine."""
     seed = zlib.crc32(request.node.nodeid.encode())
     with request.param.installed(seed):
         yield request.param
@@ -50,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many tests the CUDA engine passed, which a skip would hide."""
+    """Print how many tests the CUDA engine passed, so that skipped tests are noticed."""
     passed = Counter(
         name
         for report in terminalreporter.stats.get("passed", [])
@@ -74,9 +77,9 @@ def assert_as_accurate_as_torch(
 ) -> None:
     """Our error against float64 is at most `slack` times torch's own error in the same dtype.
 
-    `reference(*args)` is what torch computes in the dtype of `args`, and, with every floating
-    tensor among them cast to float64, the truth. `floor` is what is granted besides, in eps of
-    the largest value: where torch happens to be exact we need not be.
+    `reference(*args)` is torch's result in the dtype of `args`. With every floating-point tensor in
+    `args` cast to float64, it is the truth. `floor` is an additional tolerance, in eps of the
+    largest value, because torch may happen to be exact.
     """
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     theirs, truths = as_tensors(reference(*args)), as_tensors(reference(*wide))
@@ -90,7 +93,7 @@ def assert_as_accurate_as_torch(
 
 
 def inaccuracy(our: Tensor, their: Tensor, truth: Tensor, slack: float, floor: float) -> str:
-    """What breaks the rule of :func:`assert_as_accurate_as_torch` in one result, or nothing."""
+    """Say how a result breaks the rule of :func:`assert_as_accurate_as_torch`, or return ""."""
     if truth.numel() == 0:
         return ""
     our_error = (our.detach().double() - truth.detach()).abs().max().item()

@@ -37,7 +37,10 @@ CAPABILITY = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 
 
 def digest() -> str:
-    """Of everything that is compiled. Not of file times, which may be new in a copied checkout."""
+    """Hash everything that is compiled.
+
+    File times are not used, because they may be new in a copied checkout.
+    """
     found = hashlib.sha256(importlib.metadata.version("torch").encode())
     for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
         found.update(path.name.encode() + path.read_bytes())

@@ -1,8 +1,8 @@
-"""What nvcc makes of the CUDA kernels, for every architecture: registers, stack, spills.
+"""Resources that nvcc gives the CUDA kernels on every architecture: registers, stack, spills.
 
     python tests/cuda_resources.py    compiles everything; writes tests/cuda_resources.txt
 
-The table is kept in the repository, so that a change of it is seen (test_cuda_build.py).
+The table is in the repository, so that changes are noticed (test_cuda_build.py).
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ CHECKS = ("-Werror=all-warnings", "-Xptxas=-v")
 BUILD = ROOT / "build" / "cubins"
 TABLE = ROOT / "tests" / "cuda_resources.txt"
 
-Usage = dict[str, str]  # by kernel: what it takes, in words
+Usage = dict[str, str]  # by kernel: its resources, in words
 
 
 @functools.cache
 def toolkit() -> Path | None:
-    """The CUDA toolkit of this machine."""
+    """Return the CUDA toolkit of this machine, if there is one."""
     home = emulator.cuda_home()
     if home is not None:
-        os.environ["CUDA_HOME"] = str(home)  # for whoever else looks
+        os.environ["CUDA_HOME"] = str(home)  # for other code that looks for it
     return home
 
 
 @functools.cache
 def release() -> str:
-    """The compiler's version: another makes other code of the same kernels."""
+    """Return the version of nvcc, because versions compile the same kernels differently."""
     said = subprocess.check_output([f"{toolkit()}/bin/nvcc", "--version"], text=True)
     found = re.search(r"release [\d.]+, V([\d.]+)", said)
     return found[1] if found else "unknown"
 
 
 def compiled(source: Path, architecture: str) -> tuple[Path, str]:
-    """The kernels of a file as machine code, and what ptxas said; from an earlier run if there."""
+    """Compile the kernels of a file; return the cubin and the log of ptxas, both cached."""
     digest = hashlib.sha256(repr((release(), FLAGS, CHECKS)).encode())
     for path in (source, *HEADERS):
         digest.update(path.read_bytes())
@@ -77,7 +77,7 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
 
 
 def short(name: str) -> str:
-    """`persistent<Fma<float, 2, 1>, adjoint>` of what c++filt says."""
+    """Shorten the output of c++filt to, e.g., `persistent<Fma<float, 2, 1>, adjoint>`."""
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     name = re.sub(r"\((?!fusedrnn::Pass).*\)$", "", name)
     for i, said in enumerate(("activation", "tangent", "adjoint")):  # enum class Pass
@@ -86,7 +86,7 @@ def short(name: str) -> str:
 
 
 def usage(log: str) -> Usage:
-    """What ptxas said of each kernel, and of each function that it calls."""
+    """Parse the log of ptxas for each kernel and each function that a kernel calls."""
     found: Usage = {}
     kernels = set(re.findall(r"Compiling entry function '(\w+)'", log))
     blocks = re.split(r"Function properties for ", log)[1:]
@@ -111,7 +111,7 @@ def usage(log: str) -> Usage:
 
 
 def table(found: dict[tuple[str, str], Usage]) -> str:
-    """One line a kernel where all architectures need the same, otherwise one for each group."""
+    """Format one line per kernel, or one per group of architectures that need the same."""
     lines = [
         f"# By python tests/cuda_resources.py with nvcc {release()}, {' '.join(FLAGS)}",
     ]
@@ -126,7 +126,7 @@ def table(found: dict[tuple[str, str], Usage]) -> str:
 
 
 def read_table() -> tuple[str, dict[tuple[str, str], Usage]]:
-    """The release of nvcc that the table is of, and what it says by source and architecture."""
+    """Return the nvcc release that the table is for, and its entries by source and architecture."""
     head, *lines = TABLE.read_text().splitlines()
     found: dict[tuple[str, str], Usage] = {}
     for line in lines:

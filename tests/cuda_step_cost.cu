@@ -1,10 +1,10 @@
-// Prints what a forward pass is launched with on an H100, for cuda_step_cost.py: given the dtype,
-// T, B, I and H, the plan as JSON, in words, and the bytes of Params. Tensor n lies at n << 40. The
-// engine's own planner and launcher are compiled in; nothing is launched.
+// Prints how a forward pass would be launched on an H100, for cuda_step_cost.py: given the dtype,
+// T, B, I and H, it prints the plan as JSON and in words, and the bytes of Params. Tensor n has the
+// address n << 40. The planner and launcher of the engine are compiled in; nothing is launched.
 #include "../csrc/cuda/engine.cu"
 #include "../csrc/cuda/plan.cpp"
 
-namespace fusedrnn::cuda {  // of kernels_*.cu, which are not linked
+namespace fusedrnn::cuda {  // defined in kernels_*.cu, which are not linked
 const TileKernels kFmaF32[4] = {}, kFmaF64[2] = {}, kMmaBf16[2] = {}, kMmaF16[2] = {},
                   kMmaTf32[2] = {};
 const TileKernels kSlicesF32 = {}, kSlicesBf16 = {}, kSlicesF16 = {}, kSlicesTf32 = {};

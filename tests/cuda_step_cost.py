@@ -1,28 +1,29 @@
-"""What a step of the CUDA engine costs, from the machine code for an H100: instructions of each
-warp by part, issue slots of each scheduler, and an estimate of the chain's latency.
+"""Cost of a step of the CUDA engine, from the machine code for an H100: instructions of each warp
+by part, issue slots of each scheduler, and an estimate of the latency of the recurrence.
 
     python tests/cuda_step_cost.py           writes tests/cuda_step_cost.txt (make cuda-step-cost)
     python tests/cuda_step_cost.py f32 1 64 64 --lines      one problem; instructions by source line
 
-The planner and the launcher say which kernel runs, with which parameters; `sass.py` executes its
-first block for some steps, checks the states that it stores, and counts. A step's cost is the
-difference between two lengths of the sequence. The table is kept in the repository, so that a
-change of it is seen (test_cuda_build.py).
+The planner and the launcher determine the kernel and its parameters. `sass.py` executes its first
+block for some steps and counts instructions; the states that the block stores are checked. The cost
+of a step is the difference between two lengths of the sequence. The table is in the repository, so
+that changes are noticed (test_cuda_build.py).
 
 Counts are exact for the path that is run: dense, descending = false, tanh, with biases and h_n,
-without h0, keep and alpha. Cycles are a model: its latencies are in `sass.LATENCY`. It leaves out
-instruction fetches, conflicts of register banks, replays, and peers that come late; loads of
-inputs find them in L2. Polls of a flag in the slices regime count as often as the model polls.
+without h0, keep and alpha. Cycles come from a model, whose latencies are in `sass.LATENCY`. The
+model ignores instruction fetches, register bank conflicts, replays, and delays of other blocks, and
+assumes that inputs are in L2. In the slices regime, polls of a flag count as often as the model
+polls.
 
 To compare with a GPU, take the same difference between two lengths with ncu, which counts both:
 
     ncu --kernel-name regex:'persistent|plain|sliced' --metrics smsp__inst_executed.max,\\
     smsp__inst_executed.sum,smsp__cycles_active.max,sm__cycles_elapsed.max python run.py
 
-`smsp__inst_executed.max` a step is the table's "slots" (of the busiest scheduler), its sum over the
-launch is that of all warps of all blocks; `sm__cycles_elapsed.max` a step is "cycles". With
-`--set source --import-source yes` ncu prints instructions executed by address, to be compared
-with `--lines`.
+Per step, `smsp__inst_executed.max` is "slots" in the table (of the busiest scheduler), and
+`sm__cycles_elapsed.max` is "cycles"; `smsp__inst_executed.sum` counts all warps of all blocks. With
+`--set source --import-source yes`, ncu prints executed instructions by address, to be compared with
+`--lines`.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ TABLE = ROOT / "tests" / "cuda_step_cost.txt"
 LAUNCHER = ROOT / "tests" / "cuda_step_cost.cu"
 SHAPES = ((1, 64, 64), (16, 128, 256), (32, 256, 512), (64, 1024, 1024), (128, 2048, 2048))
 DTYPES = ("f32", "bf16")
-CLOCK = 1.755  # GHz, as of the planner's H100
+CLOCK = 1.755  # GHz, as for the H100 of the planner
 SCHEDULERS = 4
 
-# Functions of csrc/cuda, by what they are for; an instruction counts for the innermost of them that
-# it was inlined from. What is not named here is control.
+# Functions of csrc/cuda by purpose. An instruction counts for the innermost of them that it was
+# inlined from; instructions of functions that are not listed count as control.
 PARTS = {
     "inputs": "load_inputs load_x inputs load keep_of far_ahead prefetch_into_l2 copy_async gather"
     " copy_x fetched",
@@ -65,7 +66,7 @@ PARTS = {
     "control": "step",
 }
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
-# Not a function, but as good as one.
+# Comments in the source that start a part, as a function would.
 BEGINS = {"// Sums over the 8 lanes.": "lanes_summed"}
 
 
@@ -76,7 +77,7 @@ def nvdisasm() -> str | None:
 
 @functools.cache
 def functions(file: str) -> list[str]:
-    """Of each line of a file of csrc, the function that it is in."""
+    """Return, for each line of a file of csrc, the function that contains it."""
     found, name = [""], ""
     for path in (ROOT / "csrc" / "cuda" / file, ROOT / "csrc" / file):
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -99,7 +100,7 @@ def part_of(instruction: sass.Instruction) -> str:
 
 @functools.cache
 def launcher() -> Path:
-    """The engine's planner and launcher as a program (cuda_step_cost.cu)."""
+    """Build the planner and launcher of the engine as a program (cuda_step_cost.cu)."""
     engine = [ROOT / "csrc" / "cuda" / name for name in ("engine.cu", "plan.cpp")]
     newest = max(path.stat().st_mtime for path in (LAUNCHER, *engine, *cuda_resources.HEADERS))
     program = ROOT / "build" / "cuda_step_cost"
@@ -112,7 +113,7 @@ def launcher() -> Path:
 
 @dataclass
 class Problem:
-    """A forward pass as it is launched, with random numbers in its tensors."""
+    """A forward pass with the launch parameters of the engine, and random values in its tensors."""
 
     dtype: str
     T: int
@@ -171,8 +172,10 @@ class Problem:
         )  # fmt: skip
 
     def check(self) -> None:
-        """The states that block 0 stored are those of a loop over its rows and units, to which the
-        units of all other blocks are 0."""
+        """Compare the states that block 0 stored with a plain loop over its rows and units.
+
+        The units of all other blocks count as 0.
+        """
         p = self.plan
         rows, units = slice(p["rows"]), slice(p["units"])
         w_ih, x = (self.numbers(n) for n in (2, 5))
@@ -193,16 +196,16 @@ def program(disassembler: str, cubin: Path, kernel: str) -> sass.Program:
 
 @dataclass
 class Cost:
-    """Of a step, on average."""
+    """The average cost of a step."""
 
     problem: Problem
     code: dict[int, sass.Instruction]
-    warps: list[dict[int, float]]  # of each, how often it issues an instruction
-    cycles: float  # of all warps together
-    chain: float  # of a block whose warps never compete
+    warps: list[dict[int, float]]  # for each warp, how often it issues each instruction
+    cycles: float  # with all warps together
+    chain: float  # if warps never compete for a scheduler or unit
 
     def slots(self) -> list[float]:
-        """Of each scheduler."""
+        """Return the issue slots of each scheduler."""
         return [
             sum(sum(warp.values()) for warp in self.warps[i::SCHEDULERS]) for i in range(SCHEDULERS)
         ]
@@ -216,7 +219,7 @@ class Cost:
 
 def cost(dtype: str, B: int, I: int, H: int) -> Cost:
     short, long = Problem(dtype, 10, B, I, H), Problem(dtype, 12, B, I, H)
-    if short.plan["regime"] == "slices":  # nothing of it looks 8 steps ahead
+    if short.plan["regime"] == "slices":  # it does not prefetch 8 steps ahead
         short, long = Problem(dtype, 2, B, I, H), Problem(dtype, 4, B, I, H)
     steps = long.T - short.T
     ends, blocks = [], []
@@ -267,7 +270,7 @@ def header() -> str:
 
 
 def by_line(cost: Cost) -> str:
-    """Instructions a step of all warps, by function and source line."""
+    """Format the instructions per step of all warps, by part and source line."""
     found: Counter[tuple[str, str]] = Counter()
     for warp in cost.warps:
         for pc, times in warp.items():

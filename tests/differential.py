@@ -5,16 +5,16 @@ python tests/differential.py --seed 7 --count 1000   the seeds 7, 8, ..., 1006
 python tests/differential.py --case 7                one of them, and everything about it
 python tests/differential.py --accuracy              float32 errors against those of torch.nn.RNN
 
-A seed determines a trial and all its numbers. The engine is that of --engine, or one of this CPU's
-instruction sets. tests/test_differential.py runs fixed seeds.
+A seed determines a trial and all its numbers. The engine is given by --engine, or is one of this
+CPU's instruction sets. tests/test_differential.py runs fixed seeds.
 
-Every result must be as accurate as torch's own in the same dtype, by the rule of conftest.py. What
-breaks the rule is judged once more: torch's error is then the largest over evaluations whose
-arguments are within one rounding of the given ones, and derivatives are not judged where a
+Every result must be as accurate as torch's in the same dtype, by the rule of conftest.py. A result
+that breaks the rule is checked again. torch's error is then the largest over evaluations whose
+arguments are within one rounding of the given ones, and derivatives are not checked where a
 pre-activation is that close to a kink of the nonlinearity.
 
-With a NaN or an infinity in one argument, NaN and infinities must come where the reference has
-them, in float64 or in the trial's dtype, except for what EXPECTED lists.
+With a NaN or an infinity in one argument, the results must have NaN and infinities where the
+reference has them, in float64 or in the trial's dtype, except for the cases listed in EXPECTED.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ import fusedrnn
 from fusedrnn import _C, reference
 
 SLACK, FLOOR = 2.0, 8.0  # of conftest.py's rule
-FLOOR_FLOAT64 = 64.0  # where the reference is no more exact than the engine
+FLOOR_FLOAT64 = 64.0  # where the reference is no more accurate than the engine
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# The reference's functions, except where torch's own are at fault: its softplus of more than 20 is
-# the argument itself, up to 2e-9 off; and its hardtanh and elu give a NaN a slope of 1 in some
-# elements and 0 or NaN in others, as its vectors fall.
+# The reference's functions, except where torch's are at fault. Above 20, its softplus returns the
+# argument, which is off by up to 2e-9. Its hardtanh and elu give a NaN a slope of 1 in some
+# elements and of 0 or NaN in others, depending on the element's place in a vector.
 DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **reference.NONLINEARITIES,
     "softplus": lambda z: softplus(z, threshold=40),
@@ -58,8 +58,8 @@ KINKS = {"relu": [0], "retanh": [0], "leaky_relu": [0], "hardtanh": [-1, 1], "el
 SATURATING = ("tanh", "retanh", "sigmoid")  # torch computes their slopes from rounded values, too
 SELECTED = ("relu", "retanh", "hardtanh")
 
-# Differences in NaN and infinities that are as they should be: the reason, and whether one is of
-# this kind, by the trial, the result, and what ours and the reference's are.
+# Differences in NaN and infinities that are correct: the reason, and a predicate of the trial, the
+# name of the result, our value and the reference's value.
 EXPECTED: dict[str, Callable[[Trial, str, str, str], bool]] = {
     "a slope of 0 times NaN or infinity is NaN; torch's relu and hardtanh put 0 there": (
         lambda trial, of, ours, _: (
@@ -95,7 +95,7 @@ class Trial:
     scale: float  # of x
     layouts: dict[str, str]  # of arguments, and of the cotangents, that are not dense
     poison: tuple[str, float, float]  # argument, value and place, from 0 to 1; or no argument
-    wanted: list[str]  # arguments that derivatives are taken for
+    wanted: list[str]  # arguments to differentiate with respect to
     used: list[int]  # which of output and h_n the loss depends on
     mode: str
     batched: dict[str, int]  # for vmap: arguments that have a dimension of samples, and where
@@ -247,7 +247,7 @@ def make_problem(trial: Trial) -> Problem:
     return Problem(args, flags, tuple(in_dims), cotangents, tangents)
 
 
-# ---- the ways to run one: f gives the outputs that are used, of the wanted arguments ----
+# ---- the modes: f maps the wanted arguments to the outputs that are used ----
 
 Outputs = Callable[..., tuple[Tensor, ...]]
 Tensors = tuple[Tensor, ...]
@@ -282,7 +282,7 @@ def twice(f: Outputs, wanted: Tensors, cotangents: Tensors, tangents: Tensors) -
 def double(f: Outputs, wanted: Tensors, cotangents: Tensors, tangents: Tensors) -> Iterable[Tensor]:
     leaves, outputs = _graph(f, wanted)
     first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
-    first = tuple(g + 0 * leaf for g, leaf in zip(first, leaves))  # it may be constant
+    first = tuple(g + 0 * leaf for g, leaf in zip(first, leaves))  # a gradient may be constant
     return (*first, *torch.autograd.grad(first, leaves, tangents, materialize_grads=True))
 
 
@@ -301,12 +301,12 @@ def of_vjp(f: Outputs, wanted: Tensors, cotangents: Tensors, tangents: Tensors) 
 
 
 def of_jvp(f: Outputs, wanted: Tensors, cotangents: Tensors, tangents: Tensors) -> Iterable[Tensor]:
-    # torch has no expanded dual tensors
+    # torch does not support expanded dual tensors
     outputs, derivatives = jvp(f, tuple(t.clone() for t in wanted), tangents)
     return (*outputs, *derivatives)
 
 
-MODES: dict[str, tuple[Callable[..., Iterable[Tensor]], float]] = {  # and how often one is chosen
+MODES: dict[str, tuple[Callable[..., Iterable[Tensor]], float]] = {  # with weights for the choice
     "forward": (forward, 15),
     "backward": (backward, 40),
     "twice": (twice, 5),
@@ -326,7 +326,7 @@ MODES: dict[str, tuple[Callable[..., Iterable[Tensor]], float]] = {  # and how o
 def run(rnn: Callable[..., Any], trial: Trial, problem: Problem) -> Sequence[Tensor]:
     names, flags = list(problem.args), dict(problem.flags)
     if rnn is reference.rnn and trial.alpha == "one":
-        del flags["alpha"]  # which leaves (1 - 1) * infinity out
+        del flags["alpha"]  # avoids (1 - 1) * infinity
 
     def all_outputs(*args: Tensor) -> tuple[Tensor, Tensor]:
         return rnn(**{"w_ih": None, **dict(zip(names, args))}, **flags)
@@ -350,7 +350,7 @@ def run(rnn: Callable[..., Any], trial: Trial, problem: Problem) -> Sequence[Ten
     return (vmap(one, problem.in_dims) if batched else one)(*problem.args.values())
 
 
-# ---- the judgement ----
+# ---- comparison with the reference ----
 
 
 def kinds_of(tensor: Tensor) -> Tensor:
@@ -359,7 +359,7 @@ def kinds_of(tensor: Tensor) -> Tensor:
 
 
 def near_kink(trial: Trial, problem: Problem) -> bool:
-    """Whether a pre-activation is within rounding of where the slope jumps."""
+    """Return whether a pre-activation is within rounding of a kink, where the slope jumps."""
     name, near = trial.case.nonlinearity, 8 * torch.finfo(trial.case.dtype).eps
     close: list[bool] = []
 
@@ -378,7 +378,7 @@ def near_kink(trial: Trial, problem: Problem) -> bool:
 
 
 def farthest(trial: Trial, problem: Problem, truths: Sequence[Tensor]) -> list[Tensor]:
-    """torch's results for arguments within one rounding: of each number what is most in error."""
+    """Return torch's results with the largest errors over arguments within one rounding."""
     eps, name, worst = torch.finfo(trial.case.dtype).eps, trial.case.nonlinearity, list(truths)
 
     for phase in range(6):
@@ -401,13 +401,13 @@ def farthest(trial: Trial, problem: Problem, truths: Sequence[Tensor]) -> list[T
 
 
 def judge(trial: Trial, problem: Problem, notes: Counter[str]) -> Iterator[tuple[str, str]]:
-    """What is wrong with a trial, as kinds and details; ``notes`` counts what was excused."""
+    """Yield the failures of a trial as kind and detail; ``notes`` counts what was excused."""
     truths = theirs = run(reference.rnn, trial, problem.map(Tensor.double))
     if trial.case.dtype != torch.float64:
         theirs = run(reference.rnn, trial, problem)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # such as vmap's, that an op has no rule
+            warnings.simplefilter("error", UserWarning)  # such as vmap's about an op without a rule
             ours = run(fusedrnn.rnn, trial, problem)
     except Exception as error:
         yield f"{trial.mode}: raises {type(error).__name__}", str(error)[:2000]
@@ -453,7 +453,7 @@ def judge(trial: Trial, problem: Problem, notes: Counter[str]) -> Iterator[tuple
 
 
 def check(seed: int, engine: Engine, notes: Counter[str]) -> list[tuple[str, str]]:
-    """What is wrong with the trial of this seed, run by this engine."""
+    """Return the failures of this seed's trial, run by this engine."""
     trial = make_trial(seed)
     if torch.get_num_threads() != trial.threads:
         torch.set_num_threads(trial.threads)
@@ -465,7 +465,7 @@ def check(seed: int, engine: Engine, notes: Counter[str]) -> list[tuple[str, str
 
 
 def available(name: str | None = None) -> list[Engine]:
-    """The engines of this name; without one, every instruction set that this CPU has."""
+    """Return the engines of this name, or by default one for each instruction set of this CPU."""
     if name:
         return [engine for engine in ENGINES if str(engine).startswith(name)]
     before = _C.build_info()["isa_chosen"]
@@ -475,7 +475,7 @@ def available(name: str | None = None) -> list[Engine]:
 
 
 def search(seeds: Iterable[int], engines: list[Engine], minutes: float) -> int:
-    """How many trials fail. Prints the first of each kind, and at the end how many there were."""
+    """Return how many trials fail. Print the first failure of each kind, and counts at the end."""
     notes: Counter[str] = Counter()
     kinds: defaultdict[str, set[int]] = defaultdict(set)
     end, started = time.monotonic() + 60 * minutes, time.process_time()
@@ -499,7 +499,7 @@ def search(seeds: Iterable[int], engines: list[Engine], minutes: float) -> int:
 
 
 def replay(seed: int, engine: Engine) -> int:
-    """Print a trial, its results and what is wrong with them."""
+    """Print a trial, its results and its failures; return the number of failures."""
     trial = make_trial(seed)
     problem = make_problem(trial)
     print(f"{engine}\n{trial}")

@@ -1,9 +1,10 @@
-"""Trains a model on several processes and on one, and compares the losses of every step.
+"""Train a model on several processes and on one, and compare the losses of every step.
 
     torchrun --nproc_per_node 2 tests/distributed_script.py gloo ddp fsdp
     torchrun --nproc_per_node 2 tests/distributed_script.py nccl ddp+inductor
 
-with DistributedDataParallel or fully_shard (FSDP2), and compiled by the backend after the plus.
+ddp is DistributedDataParallel, fsdp is fully_shard (FSDP2). A backend after the plus compiles the
+model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ T, B, I, H, STEPS = 6, 8, 5, 16, 4
 
 
 class Tagger(nn.Module):
-    """A label for each step: an RNN with all that it can have, and a linear layer."""
+    """Labels each step: a bidirectional RNN of two layers, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class Tagger(nn.Module):
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
-    """The loss before each step, on this process's share."""
+    """Train, and return the loss before each step on this process's share of the batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     losses = []
     for _ in range(STEPS):
@@ -56,7 +57,7 @@ def parallel(kind: str, model: Tagger, device: str) -> nn.Module:
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     fully_shard(model.rnn, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert model.rnn.weight_hh_l0.to_local().size(0) == H // mesh.size()  # each has its part
+    assert model.rnn.weight_hh_l0.to_local().size(0) == H // mesh.size()  # each has its shard
     return model
 
 
@@ -91,7 +92,7 @@ def main() -> None:
         torch.testing.assert_close((found / size).tolist(), expected, rtol=1e-5, atol=1e-6)
         if rank == 0:
             print(f"{name}: {expected[0]:.3f} ... {expected[-1]:.3f}, as in one process")
-    # Not by way of gloo's destructors, which abort or hang now and then, with nn.RNN as well.
+    # Skip gloo's destructors, which occasionally abort or hang, with nn.RNN as well.
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)

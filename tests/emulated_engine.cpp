@@ -1,5 +1,5 @@
 // The CUDA engine for CPU tensors, on the emulator of tests/emulator: the same glue, planner,
-// launchers and kernels as on a GPU. While installed, it stands in for the CPU engine.
+// launchers and kernels as on a GPU. While installed, it replaces the CPU engine.
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace {
 
 int64_t runs[std::size(kRegimeNames)] = {};
 
-// What ran, as long as somebody watches.
+// A pass that ran while `watching`, and its plan.
 struct Run {
   Pass pass;
   Plan plan;
@@ -21,7 +21,7 @@ struct Run {
 std::vector<Run> watched;
 bool watching = false;
 
-// Emulated streams are in order, and products are the CPU's.
+// The side stream: emulated streams run in order, and GEMMs run on the CPU.
 struct Beside {
   void fork() {}
   template <class Work>
@@ -43,7 +43,7 @@ struct Engine {
   }
 };
 
-// The dispatcher warns of kernels that replace others, which is what is meant here.
+// Drops the dispatcher's warnings about replaced kernels, because replacing them is intended.
 struct Silence : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
@@ -66,8 +66,9 @@ void fusedrnn_install() {
 
 void fusedrnn_uninstall() { fusedrnn::cuda::installed.reset(); }
 
-// A regime by its place in kRegimeNames, a tile by its place in kTiles, a split, whether the input
-// product is part of the step, and where the chain is cut; -1 for what the planner chooses.
+// Overrides the planner: the regime as an index into kRegimeNames, the tile as an index into
+// kTiles, how many warps share the K of the same units, whether the input product is part of the
+// step, and after how many steps the sequence is split; -1: the planner chooses.
 void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input, int cut) {
   const auto wanted = [](int value) { return value < 0 ? std::nullopt : std::optional(value); };
   fusedrnn::cuda::Wish wish;
@@ -79,16 +80,16 @@ void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input, int cu
   fusedrnn::cuda::wish(wish);
 }
 
-// How often a regime ran.
+// Returns how often a regime has run.
 int64_t fusedrnn_runs(int regime) { return fusedrnn::cuda::runs[regime]; }
 
-// From here on, the plans that run are kept; or, to end that, no longer, and those kept are gone.
+// Starts (1) or stops (0) recording the plans that run, and discards those recorded before.
 void fusedrnn_watch(int watching) {
   fusedrnn::cuda::watching = watching != 0;
   fusedrnn::cuda::watched.clear();
 }
 
-// Pass, regime and so on of a run that was watched; false after the last one.
+// Copies the pass and plan of a recorded run into `values`; returns 0 if there is no such run.
 int fusedrnn_watched(int64_t index, int64_t values[11]) {
   using namespace fusedrnn::cuda;
   if (index >= int64_t(watched.size())) return 0;

@@ -1,7 +1,7 @@
-"""The engines that tests run on: CPU instruction sets, emulated CUDA, CUDA where there is a GPU.
+"""The engines that tests run on: CPU instruction sets, emulated CUDA, and CUDA if there is a GPU.
 
 Emulated CUDA (``tests/emulator``) takes CPU tensors: while it is installed, the ops run the CUDA
-engine, as nvcc compiled it, in place of the CPU engine.
+engine, compiled by nvcc, instead of the CPU engine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PASSES = ("activation", "tangent", "adjoint")  # Pass of csrc/recurrence.h
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of csrc/cuda/plan.h, which explains it."""
+    """A tile; csrc/cuda/plan.h documents the fields."""
 
     arithmetic: str  # fma_f32 and so on
     units: int
@@ -38,9 +38,9 @@ class Tile:
     chunk: int
     held: int
     chunk_bytes: int
-    block_units: int  # where each warp has units of its own
-    slices: bool  # whether it is for that regime,
-    only_slices: bool  # and for no other
+    block_units: int  # if each warp has its own units
+    slices: bool  # usable in the slices regime
+    only_slices: bool  # and in no other
 
     @property
     def mma(self) -> bool:
@@ -52,7 +52,7 @@ class Tile:
 
     @property
     def dtype(self) -> str:
-        """``tf32`` is float32 where torch allows TF32."""
+        """The dtype of the tile; ``tf32`` means float32 where torch allows TF32."""
         short = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float16"}
         name = self.arithmetic.partition("_")[2]
         return short.get(name, name)
@@ -63,7 +63,7 @@ TILES = tuple(Tile(**tile) for tile in _C.cuda_tiles())
 
 @dataclass(frozen=True)
 class Run:
-    """A pass that the CUDA engine ran, and its plan: csrc/cuda/plan.h."""
+    """A pass that the CUDA engine ran, and its plan; csrc/cuda/plan.h documents the fields."""
 
     which: str
     regime: str
@@ -81,12 +81,13 @@ class Run:
 @dataclass(frozen=True)
 class Engine:
     kind: str  # cpu, emulated, cuda
-    name: str = ""  # the instruction set, or the device that is pretended
-    regime: str | None = None  # None: as the planner chooses; so for
-    tile: int | None = None  # its place in kTiles of csrc/cuda/plan.h,
-    split: int | None = None  # the warps that share the K of their units,
-    fuse_input: bool | None = None  # and whether the input product is part of the step;
-    cut: int | None = None  # emulated: after how many steps the chain is cut
+    name: str = ""  # the instruction set, or the pretend device
+    # Overrides; None: the planner chooses.
+    regime: str | None = None
+    tile: int | None = None  # index into kTiles of csrc/cuda/plan.h
+    split: int | None = None  # warps that share the K of the same units
+    fuse_input: bool | None = None  # whether the input product is part of the step
+    cut: int | None = None  # emulated only: after how many steps the sequence is split
 
     def __str__(self) -> str:
         parts = [getattr(self, field.name) for field in fields(self)]
@@ -94,7 +95,7 @@ class Engine:
 
     @contextmanager
     def installed(self, seed: int = 0) -> Iterator[None]:
-        """While this lasts, the ops run on this engine, and new tensors are on its device."""
+        """Inside this context, run the ops on this engine and create tensors on its device."""
         if self.kind == "cpu":
             before = _C.build_info()["isa_chosen"]
             if not _C.use_isa(self.name):
@@ -104,7 +105,7 @@ class Engine:
         elif self.kind == "emulated":
             library = emulated(self.name)
             library.schedule("random", seed, 0.05)
-            print(f"{self}: threads in a random order, seed {seed}")  # shown where a test fails
+            print(f"{self}: threads in a random order, seed {seed}")  # shown if the test fails
             library.install(self.regime, self.tile, self.split, self.fuse_input, self.cut)
             try:
                 yield
@@ -120,8 +121,8 @@ class Engine:
                 _C.use_regime(None)
 
 
-ARCHITECTURES = {"tiny": "90a", "h100": "90a", "t4": 75}  # of pretend devices; each is a build
-# A forced regime still gives way to another where it cannot run a problem.
+ARCHITECTURES = {"tiny": "90a", "h100": "90a", "t4": 75}  # of pretend devices, one build each
+# If a forced regime cannot run a problem, the planner still chooses another.
 EMULATED = [
     Engine("emulated", "h100"),
     Engine("emulated", "tiny", "step"),
@@ -129,7 +130,7 @@ EMULATED = [
     Engine("emulated", "h100", "cluster"),
     Engine("emulated", "tiny", "grid"),
 ]
-OLD = Engine("emulated", "t4")  # where tensor cores know float16 alone
+OLD = Engine("emulated", "t4")  # whose tensor cores support only float16
 ON_GPU = [Engine("cuda", "gpu", regime) for regime in (None, *REGIMES)]
 ENGINES = [
     *(Engine("cpu", name) for name in _C.build_info()["isa_compiled"]),
@@ -137,7 +138,7 @@ ENGINES = [
     OLD,
     *(ON_GPU if torch.cuda.is_available() and _C.has_cuda else []),
 ]
-# Where derivatives are taken by finite differences, which calls an engine hundreds of times.
+# For tests with finite differences, which call an engine hundreds of times.
 DIFFERENTIATED = [
     Engine("cpu", _C.build_info()["isa_chosen"]),
     Engine("emulated", "h100"),
@@ -147,7 +148,10 @@ DIFFERENTIATED = [
 
 
 class Emulated(emulator.Library):
-    """The CUDA engine on one pretend device: a copy of the library for each, which asks once."""
+    """The CUDA engine on one pretend device.
+
+    Each device has its own copy of the library, because the engine queries the device only once.
+    """
 
     def __init__(self, path: Path, device: str) -> None:
         super().__init__(path)
@@ -171,12 +175,12 @@ class Emulated(emulator.Library):
         self.c.fusedrnn_uninstall()
 
     def runs(self) -> dict[str, int]:
-        """How often each regime ran so far."""
+        """Return how often each regime has run so far."""
         return {name: self.c.fusedrnn_runs(i) for i, name in enumerate(REGIMES)}
 
     @contextmanager
     def watched(self) -> Iterator[list[Run]]:
-        """A list which has, after this, what ran during it."""
+        """Yield a list that, when the context ends, is filled with the runs made inside it."""
         found: list[Run] = []
         self.c.fusedrnn_watch(1)
         try:
@@ -189,7 +193,7 @@ class Emulated(emulator.Library):
             self.c.fusedrnn_watch(0)
 
 
-# Of every emulated build: then nvcc compiles a file once for all that are for one architecture.
+# The same for every emulated build, so that nvcc compiles a file only once per architecture.
 NVCC_FLAGS = ("-Werror=all-warnings", *cpp_extension.COMMON_NVCC_FLAGS)
 
 
@@ -202,7 +206,7 @@ def need_nvcc() -> None:
 
 @functools.cache
 def emulated(device: str) -> Emulated:
-    """The CUDA engine on a pretend device; whichever process comes first builds it."""
+    """Return the CUDA engine on a pretend device; the first process that needs it builds it."""
     need_nvcc()
     libraries = Path(torch.__file__).parent / "lib"
     csrc = ROOT / "csrc" / "cuda"

@@ -1,8 +1,8 @@
-// Some kernels of a copy of csrc/cuda in which barriers can be forgotten, for test_sanitizers.py,
-// which makes that copy: would ThreadSanitizer tell?
+// Some kernels of a copy of csrc/cuda in which single barriers can be left out, to check that
+// ThreadSanitizer detects that. test_sanitizers.py makes the copy.
 #include <cuda_runtime.h>
 
-__constant__ int forgotten;  // which one; 0: none
+__constant__ int forgotten;  // the number of the barrier to leave out; 0: none
 
 #include "kernels.cuh"
 

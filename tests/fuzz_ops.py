@@ -1,9 +1,9 @@
-"""Every op with random arguments, right and wrong: an error, or results of the right sizes.
+"""Call ops with random valid and invalid arguments: expect an error, or results of the right sizes.
 
 python tests/fuzz_ops.py [COUNT [FIRST]]    COUNT calls, whose seeds begin at FIRST
 
-A seed determines its call and is printed where one fails. Memory is filled with NaN before an op
-writes to it, so that results which it left unwritten are found.
+A seed determines its call; it is printed if the call fails. Memory is filled with NaN before an op
+writes to it, so that unwritten results are found.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STRANGE = (torch.int64, torch.bool, torch.complex64, torch.uint8, *DTYPES)
 OPTIONAL = ("w_ih", "b_ih", "b_hh", "h0", "keep", "first", "s0", "w", "q", "g", "d", "g_n")
 HUGE = 2**62
-ZEROS = (0.0, 0.05, 0.1)  # a size is 0 where a random number is in the 0.05 above this
+ZEROS = (0.0, 0.05, 0.1)  # B, I or H is 0 if a random number is within 0.05 above this
 
 
 class Call:
-    """One op and its arguments: right ones first, of which `spoil` then changes some."""
+    """One op and its arguments, which are valid until `spoil` changes some of them."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -54,7 +54,7 @@ class Call:
         B = sizes[0] if packed else B
         leaky = self.random.random() < 0.4
         name = self.random.choice(list(reference.NONLINEARITIES))
-        driven = self.random.random() < 0.2  # no w_ih: x drives the units itself
+        driven = self.random.random() < 0.2  # no w_ih: x is the input of the units
         series, states = (*rows, H), (B, H)
         shapes = {
             "x": (*rows, H if driven else I), "w_ih": (H, I), "w_hh": (H, H), "b_ih": (H,),
@@ -155,7 +155,7 @@ class Call:
             )
         )
 
-    # How a tensor is changed; some of these leave it right.
+    # Ways to change a tensor; some of them leave it valid.
 
     def with_another_size(self, t: Tensor) -> Any:
         if t.dim() == 0:
@@ -204,7 +204,7 @@ class Call:
 
     def wrong_sizes(self, results: tuple[Tensor | None, ...]) -> bool:
         found = [None if t is None else tuple(t.shape) for t in results]
-        # Of activation, tangent and adjoint, a result that is not wanted is [0].
+        # activation, tangent and adjoint return a result of size [0] if it is not wanted.
         maybe_empty = self.op in ("activation", "tangent", "adjoint")
         return len(found) != len(self.expected()) or any(
             one != other and not (maybe_empty and i > 0 and one == (0,))
@@ -212,7 +212,7 @@ class Call:
         )
 
     def expected(self) -> tuple[tuple[int, ...] | None, ...]:
-        """The sizes of the results, by the arguments; None where there is no result."""
+        """Return the sizes of the results, by the arguments; None where there is no result."""
         a = self.arguments
         if self.op in ("previous", "following"):
             return (tuple(a["series"].shape),)
@@ -232,13 +232,13 @@ class Call:
         return full, states, full
 
     def plain(self) -> list[Tensor]:
-        """The tensors among the arguments, or none of them if one is not a dense one on the CPU."""
+        """Return the tensor arguments, or an empty list if one is not a dense CPU tensor."""
         tensors = [t for t in self.arguments.values() if isinstance(t, Tensor)]
         plain = all(t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors)
         return tensors if plain else []
 
     def check(self) -> str:
-        """Run it; 'right' or the type of the error."""
+        """Run the op; return 'right' or the type of the error."""
         for name in self.random.sample(
             list(self.arguments), self.random.choice((0, 1, 1, 1, 2, 3))
         ):
@@ -268,9 +268,9 @@ def _nested(t: Tensor) -> Tensor:
 
 
 def run(seeds: range) -> dict[str, int]:
-    """How often each outcome came. Raises for the first call whose outcome is not allowed."""
+    """Count the outcomes. Raise at the first call whose outcome is not allowed."""
     outcomes: dict[str, int] = {}
-    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         for seed in seeds:
             call = Call(seed)

@@ -39,7 +39,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.txt"
 
-# The tests for a file, the likeliest to fail first. The first pattern that matches counts.
+# The tests for a file, the most likely to fail first. The first pattern that matches applies.
 TESTS = {
     "csrc/cpu/plan.h": "plan recurrence threads gradients",
     "csrc/cpu/engine.cpp": "recurrence gradients threads explain numerics",
@@ -66,14 +66,14 @@ TESTS = {
     "fusedrnn/vmap.py": "vmap func ops",
     "fusedrnn/*": "cli modules",
 }
-# Sources to compile with a mutated header, of those that include it: others take long and use none
-# of its arithmetic, nor of its checks. All that use an inline function must be among them: the
-# linker keeps one copy, of whichever object comes first.
+# The sources to recompile after a header is mutated. The others that include it take long to
+# compile and use neither its arithmetic nor its checks. Every source that uses one of its inline
+# functions must be listed: the linker keeps a single copy, from the object that comes first.
 SOURCES = {
     "csrc/epilogues.h": ("csrc/cpu/kernels_*.cpp",),
     "csrc/checks.h": ("csrc/bptt.cpp", "csrc/cpu/recurrence_cpu.cpp"),
 }
-# What needs neither a GPU nor its emulator.
+# Files that need neither a GPU nor its emulator.
 FILES = ("csrc/*.h", "csrc/bptt.cpp", "csrc/cpu/*", "csrc/cuda/plan.*", "fusedrnn/*.py")
 
 
@@ -92,7 +92,7 @@ class Mutant:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def reason(self, known: dict[tuple[str, str, str], str]) -> str | None:
-        """Why no test can be expected to kill it."""
+        """Return the listed reason why no test can be expected to kill it, or None."""
         exact = known.get((self.file, self.original, self.mutated))
         return exact or known.get((self.file, self.original, "*"))
 
@@ -101,7 +101,7 @@ STRING = r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\''
 PYTHON_TEXT = re.compile(rf'(?P<string>"""[\s\S]*?"""|{STRING})|#.*')
 CPP_TEXT = re.compile(rf"//.*|/\*[\s\S]*?\*/|^ *#(?:.*\\\n)*.*|(?P<string>{STRING})", re.M)
 TOKEN = re.compile(r"\d[\w.]*|\w+|->|::|<<|>>|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|\S")
-# Operators that bind least come first.
+# Operators of the lowest precedence come first.
 LEVELS = ("? if else for = return", "|| or", "&& and", "== != is in", "< > <= >=", "+ -", "* / %")
 LEVEL = {word: level for level, words in enumerate(LEVELS) for word in words.split()}
 BINARY = {word for words in LEVELS[1:] for word in words.split()} | {"&"}
@@ -117,7 +117,7 @@ CALL = r"[\w.\[\]>:-]+\(.*\)"
 
 
 def code_of(text: str, python: bool) -> list[str]:
-    """The lines at their length, with comments and the contents of strings blanked."""
+    """Return the lines, of unchanged length, with comments and the contents of strings blanked."""
 
     def blank(match: re.Match[str]) -> str:
         return re.sub(r"[^\n]", "_" if match["string"] else " ", match[0])
@@ -126,15 +126,15 @@ def code_of(text: str, python: bool) -> list[str]:
 
 
 def changes(line: str, code: str, python: bool) -> Iterator[tuple[int, int, str]]:
-    """The mutations of a line: the text between two columns, and what replaces it."""
+    """Yield the mutations of a line: two columns, and the text that replaces the part between."""
     tokens = [(m[0], m.start(), m.end()) for m in TOKEN.finditer(code)]
 
-    def spaced(i: int) -> bool:  # as formatters leave a binary operator
+    def spaced(i: int) -> bool:  # as formatters write a binary operator
         _, a, b = tokens[i]
         return code[max(a - 1, 0)] == " " and code[b : b + 1] in ("", " ")
 
     def operand(i: int, step: int) -> int | None:
-        """Where the operand on one side of operator i ends, if it ends in this line."""
+        """Return where the operand on one side of operator i ends, if it ends in this line."""
         level, depth, j = LEVEL.get(tokens[i][0], 0), 0, i + step
         opening, closing = ("([{", ")]}")[::step]
         while 0 <= j < len(tokens):
@@ -224,7 +224,10 @@ def shuffled(files: Iterable[str], seed: int) -> list[Mutant]:
 
 
 def records(path: Path) -> Iterator[tuple[tuple[str, str, str], str]]:
-    """What a file lists: file, ``- line`` and ``+ mutated line``, then a reason; an empty line."""
+    """Yield the records of a list, which empty lines separate.
+
+    A record has the file, ``- line``, ``+ mutated line`` and a reason.
+    """
     for record in path.read_text().strip().split("\n\n"):
         if not record.startswith("#"):
             file, original, mutated, *reason = record.split("\n")
@@ -244,7 +247,7 @@ def listed(path: Path) -> Iterator[Mutant]:
 
 
 def includes(path: Path) -> set[Path]:
-    """A source of csrc and the headers of csrc in it."""
+    """Return a source of csrc and all headers of csrc that it includes."""
     found: set[Path] = set()
     left = [path]
     while left:
@@ -257,7 +260,7 @@ def includes(path: Path) -> set[Path]:
 
 
 class Copy:
-    """Uses the checkout's objects, and compiles those that a mutant changes."""
+    """A copy that links the checkout's objects and recompiles those that a mutant changes."""
 
     def __init__(self, folder: Path, timeout: float) -> None:
         self.root, self.timeout = folder, timeout
@@ -270,7 +273,10 @@ class Copy:
         self.commands = {Path(c["file"]): shlex.split(c["command"]) for c in commands}
 
     def compile(self, file: str, level: str) -> dict[str, Path] | None:
-        """The objects that depend on a file, by those they replace; None after an error."""
+        """Compile the objects that depend on a file.
+
+        Return them by the objects that they replace, or None after an error.
+        """
         objects = {}
         for source, command in self.commands.items():
             name = str(source.relative_to(ROOT))
@@ -301,10 +307,10 @@ class Copy:
         )
 
     def test(self, *what: str) -> str | None:
-        """The first test that fails, or what happens instead; None if all pass."""
+        """Run tests; return the first that fails, or another outcome, or None if all pass."""
         words = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
         output = self.root / "output.txt"
-        pid = os.fork()  # which spares each mutant the import of torch
+        pid = os.fork()  # so that a mutant need not import torch again
         if pid == 0:
             os.setsid()
             with output.open("wb") as file:
@@ -335,7 +341,10 @@ class Copy:
         return failed[1] if failed else f"exit status {status}"
 
     def outcome(self, mutant: Mutant, tests: Sequence[str]) -> str | None:
-        """What kills the mutant; None if nothing does, "" if it is none to a compiler."""
+        """Return what kills the mutant, or None if nothing does.
+
+        Return "" if the mutant does not compile or compiles to the same code.
+        """
         place = self.root / mutant.file
         original = place.read_text()
         lines = original.split("\n")
@@ -347,7 +356,7 @@ class Copy:
         try:
             if mutant.file.endswith((".cu", ".cuh")):
                 return self.test("-k", "emulated:tiny", *tests)
-            tests = ["-k", "not emulated:", *tests]  # the colon: not the mark slow_emulated
+            tests = ["-k", "not emulated:", *tests]  # not the mark slow_emulated
             if mutant.file.endswith(".py"):
                 compile(mutated, mutant.file, "exec")
                 return self.test(*tests)
@@ -383,7 +392,7 @@ def tests_of(file: str) -> list[str]:
     return [f"tests/test_{name}.py" for name in names.split()]
 
 
-_copy: Copy  # of this process, one of `workers`
+_copy: Copy  # the copy of this worker process
 
 
 def _prepare(folder: str, timeout: float) -> None:
@@ -394,7 +403,7 @@ def _prepare(folder: str, timeout: float) -> None:
 
 
 def outcome(mutant: Mutant, tests: Sequence[str]) -> tuple[str | None, float]:
-    """``Copy.outcome``, and the seconds that it took."""
+    """Return ``Copy.outcome`` and the seconds that it took."""
     began = time.monotonic()
     return _copy.outcome(mutant, tests), time.monotonic() - began
 
@@ -405,7 +414,7 @@ def test(tests: Sequence[str]) -> str | None:
 
 @contextlib.contextmanager
 def workers(count: int, timeout: float) -> Iterator[ProcessPoolExecutor]:
-    """Processes that run ``outcome`` and ``test``, each in a copy of its own."""
+    """Start processes that run ``outcome`` and ``test``, each in its own copy."""
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(
@@ -465,7 +474,7 @@ def main() -> int:
                     survivors.append(mutant)
                 elif result.startswith("tests/"):
                     killers.add(result)
-        # A test that fails without a mutant as well has killed nothing.
+        # A test that also fails without a mutant has killed nothing.
         broken = pool.submit(test, sorted(killers)).result() if killers else None
 
     minutes = (time.monotonic() - began) / 60

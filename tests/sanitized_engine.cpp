@@ -1,16 +1,15 @@
 // The CUDA engine without torch, for sanitizers: planner, launchers and kernels on the emulator of
-// tests/emulator, in buffers of exactly the size that they need. What they find is compared with a
-// plain loop in float64, so that it is known to have been computed.
+// tests/emulator, in buffers of exactly the required size. The results are compared with a plain
+// loop in float64, to make sure that everything was computed.
 //
 //   program DEVICE SEED PROBLEM...
 //
-// The seed is for the order of threads. A problem is the words of one argument: a regime, a pass,
-// and tile=, split=, T=, B=, I=, H=, sizes= (packed: the rows of each step, instead of T and B); as
-// wanted keep, alpha, h0, bias, descending, unfused (the input product is made before the chain),
-// apart (rows do not follow each other at once), plain (no second input and output). And what
-// shall go wrong: short=NAME (that buffer
-// lacks its last number), forget=N (forgotten_barriers.cu), stuck (what blocks wait for never
-// comes).
+// The seed determines the order of threads. A problem is one argument of several words. Required
+// are a regime, a pass, tile=, split=, I=, H=, and either T= and B= or sizes= (packed: the rows of
+// each step). Optional are keep, alpha, h0, bias, descending, unfused (the input product is
+// computed before the recurrence), apart (gaps between rows) and plain (no second input and
+// output). To provoke errors: short=NAME (that buffer lacks its last number), forget=N (see
+// forgotten_barriers.cu), stuck (blocks wait for something that never happens).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -28,7 +27,7 @@ extern "C" {
 int cudaemu_use_device(const char* name);
 void cudaemu_schedule(const char* order, unsigned long long seed, double yield_probability);
 void cudaemu_values_order(int on);
-// forgotten_barriers.cu, where it is linked in
+// defined in forgotten_barriers.cu, if that is linked in
 __attribute__((weak)) void fusedrnn_forget(int which);
 const char* cudaemu_last_failure();
 }
@@ -63,19 +62,20 @@ void store_narrowed(Storage storage, char* to, double value) {
     case Storage::f32: std::memcpy(to, &narrow, 4); return;
     case Storage::f64: std::memcpy(to, &value, 8); return;
     case Storage::f16: std::memcpy(to, &half, 2); return;
-    // Little-endian, and cut: whoever compares starts from what is stored.
+    // Little-endian, and truncated: the plain loop starts from the stored numbers, too.
     case Storage::bf16: std::memcpy(to, reinterpret_cast<const char*>(&narrow) + 2, 2); return;
   }
 }
 
-// Rows of numbers, `distance` apart, which end with the last number of the last row.
+// Rows of numbers that start `distance` numbers apart. The buffer ends with the last number of the
+// last row.
 struct Rows {
   Storage storage;
   int64_t count, width, distance;
   std::vector<char> bytes;
 
   char* place(int64_t row, int64_t j) { return bytes.data() + offset(row, j); }
-  // Without what short= took away.
+  // False for a number that short= removed.
   bool exists(int64_t row, int64_t j) const { return size_t(offset(row, j + 1)) <= bytes.size(); }
   double at(int64_t row, int64_t j) const {
     return exists(row, j) ? widened(storage, bytes.data() + offset(row, j)) : 0;
@@ -110,7 +110,7 @@ struct Case {
   Storage storage;
   int64_t T, B, I, H;
   std::vector<int64_t> sizes;    // rows of each step
-  std::vector<int64_t> offsets;  // rows before each step, and of all
+  std::vector<int64_t> offsets;  // rows before each step, and the total
 
   explicit Case(const std::string& text) {
     std::istringstream in(text);
@@ -147,7 +147,8 @@ struct Case {
   int64_t rows() const { return offsets.back(); }
 };
 
-// A buffer of 0xFF, which is NaN in every format; if it is the one named by short=, too small.
+// Returns a buffer of 0xFF bytes, which are NaN in every format; one number too small if short=
+// names it.
 std::vector<char> buffer(const Case& c, const char* name, int64_t count, int size) {
   const auto shorter = c.words.find("short");
   if (shorter != c.words.end() && shorter->second == name) --count;
@@ -213,7 +214,7 @@ Expected expected(const Case& c, const Tensors& t) {
   const int64_t H = c.H;
   Expected e;
   for (auto& out : e.out) out.resize(c.rows() * H);
-  // What each row of the batch brings to its next step: to the product, and beside it.
+  // What each row of the batch passes to its next step: the input of the product, and the carry.
   std::vector<double> state(c.B * H), carry(c.B * H);
   if (c.has("h0"))
     for (int64_t i = 0; i < c.B * H; ++i) (forward ? state : carry)[i] = t.first.at(i / H, i % H);
@@ -335,7 +336,7 @@ void run_and_compare(const Case& c) {
   std::fflush(stdout);
 
   std::vector<char> counters = buffer(c, "counters", plan.counters, sizeof(unsigned));
-  // Either the counts never reach what is waited for, or too few units send their states.
+  // stuck: either the counts never reach the awaited value, or too few units send their states.
   std::fill(counters.begin(), counters.end(), c.has("stuck") ? 0x80 : 0);
   if (c.has("stuck")) plan.units = 1;
   std::vector<char> carry = buffer(c, "carry", plan.carry_bytes, 1);
@@ -343,8 +344,9 @@ void run_and_compare(const Case& c) {
   if (in.packed) workspace.offsets = reinterpret_cast<const int64_t*>(t.offsets.data());
   workspace.counters = reinterpret_cast<unsigned*>(counters.data());
   workspace.carry = carry.data();
-  // A peer writes into a buffer again once all warps here have sent it what they made of the states
-  // there. The lanes that read those states and the lanes that sent are connected by values alone.
+  // In the cluster regime, a peer overwrites a buffer once all warps of this block have sent it the
+  // values computed from the states in that buffer. Only those values order the lanes that read the
+  // states before the lanes that sent.
   cudaemu_values_order(plan.regime == Regime::cluster);
   if (c.has("forget")) fusedrnn_forget(int(c.number("forget")));
   run(p, in, plan, device, workspace, nullptr);

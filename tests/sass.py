@@ -1,13 +1,13 @@
 """Execute one thread block of a kernel from its machine code (sm_90a), and time it.
 
-`Program` reads what nvdisasm prints, `Block` runs it. Integers, branches, memory and numbers are
-exact, so the instructions of a warp are those that a GPU would issue. Other blocks of the cluster
-are not run: they are taken to do what this one does, at the same time.
+`Program` parses the output of nvdisasm, and `Block` runs it. Integers, branches, memory and numbers
+are exact, so a warp executes the instructions that a GPU would issue. Other blocks of the cluster
+are not run; they are assumed to do the same as this block at the same time.
 
-Time is a model. A warp issues in order; an instruction waits for the stall count of the one before
-and for the scoreboards in its control bits, which are ready after the latencies of `LATENCY`. There
-are two clocks: in one, warps share four schedulers and the units of an SM; in the other each warp
-has an SM to itself, which leaves the chain of dependencies.
+Time comes from a model. A warp issues in order. An instruction waits for the stall count of the
+previous one and for the scoreboards in its control bits, which are ready after the latencies of
+`LATENCY`. There are two clocks: with the first, warps share four schedulers and the units of an SM;
+with the second, each warp has an SM to itself, so that only the chain of dependencies counts.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from typing import Any
 
 import numpy as np
 
-# Cycles from issue to use. Those marked ? were measured nowhere on Hopper.
+# Cycles from issue to use. For those marked ?, no measurement on Hopper is known.
 LATENCY = {
-    "LDS": 23, "LDS.64": 27, "LDS.128": 33, "LDSM": 33,  # wide ones: ?
+    "LDS": 23, "LDS.64": 27, "LDS.128": 33, "LDSM": 33,  # the wide ones: ?
     "LDG": 370, "LDGSTS": 370,  # out of L2
     "LDC": 30, "S2R": 30,  # ?
     "SHFL": 26, "MUFU": 18, "I2F": 18, "F2I": 18,
-    "HMMA": 33, "IMAD": 12,  # IMAD.WIDE, where it has a scoreboard
-    "read": 12,  # ? until a register that was read may be written
+    "HMMA": 33, "IMAD": 12,  # IMAD.WIDE, if it sets a scoreboard
+    "read": 12,  # ? until a register that is read may be overwritten
     "branch": 8,  # ? a taken branch, beyond its stall count
     "barrier": 21, "barrier, a warp": 2,
-    "hop": 200,  # ? st.async until the mbarrier of the peer has counted it
-    "SYNCS": 20,  # ? try_wait of a phase that has ended
-    "flag": 1140,  # red.release until another SM reads it: 651 ns
+    "hop": 200,  # ? from st.async until the peer's mbarrier has counted it
+    "SYNCS": 20,  # ? try_wait for a phase that has completed
+    "flag": 1140,  # from red.release until another SM reads it: 651 ns
     "other": 20,
 }  # fmt: skip
-# Cycles for which a warp's instruction keeps a unit busy, of a scheduler or of the SM.
+# Cycles for which an instruction of a warp keeps a unit of a scheduler or of the SM busy.
 INTERVAL = {"HMMA": 6.26, "MUFU": 8.5, "I2F": 8.5, "F2I": 8.5}
-REMOTE_BYTES = 16  # a cycle and SM, from SM to SM
+REMOTE_BYTES = 16  # per cycle and SM, from SM to SM
 
 SHARED = 0x400  # where dynamic shared memory begins
-PARAMS = 0x210  # and parameters in constant memory
+PARAMS = 0x210  # where parameters begin in constant memory
 CONSTANTS = 0x70 << 40  # generic address of constant memory
-STACK = 0x800000, 1024  # beyond shared memory: 32 bits of the address of a thread's stack; its size
+STACK = 0x800000, 1024  # beyond shared memory: low 32 bits of a stack's address; its size
 MASK = 0xFFFFFFFF
 U32, I32, F32, U64 = np.uint32, np.int32, np.float32, np.uint64
 Array = np.ndarray[Any, Any]
@@ -76,7 +76,7 @@ class Instruction:
 
 @functools.cache
 def disassembled(nvdisasm: str, cubin: Path) -> dict[str, str]:
-    """What nvdisasm prints of each kernel of a cubin."""
+    """Return the output of nvdisasm for each kernel of a cubin."""
     text = subprocess.check_output([nvdisasm, "-hex", "-gi", "-c", cubin], text=True)
     parts = re.split(r"^\t\.section\t\.text\.(\w+),", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2]))
@@ -109,7 +109,10 @@ class Program:
                 instruction.run = self.made_when_run(instruction)
 
     def made_when_run(self, instruction: Instruction) -> Run:
-        """Most of a kernel is for other problems, and may use what is not known here."""
+        """Decode an instruction only when it runs.
+
+        Most of a kernel is for other problems, and may use instructions that have no maker.
+        """
 
         def run(w: Warp, m: Array) -> Any:
             instruction.run = MAKERS.get(instruction.name, unknown)(instruction, self)
@@ -138,7 +141,7 @@ class Memory:
             self.words[(at >> 2) + i] = values[i]
 
 
-Clock = tuple[float, float]  # of warps together, and of each alone
+Clock = tuple[float, float]  # with all warps together, and with each warp alone
 
 
 def later(a: Clock, b: Clock) -> Clock:
@@ -150,7 +153,7 @@ class MBarrier:
         self.count = self.pending = count
         self.bytes = 0
         self.latest: Clock = (0, 0)
-        self.ended: list[Clock] = []  # of each phase
+        self.ended: list[Clock] = []  # when each phase ended
         self.waiting: list[Warp] = []
 
     def event(self, time: Clock, arrivals: int, size: int) -> None:
@@ -166,7 +169,7 @@ class MBarrier:
 
 
 class Group:
-    """Lanes of a warp at the same place."""
+    """Lanes of a warp with the same program counter."""
 
     def __init__(self, pc: int, mask: Array):
         self.pc, self.mask = pc, mask
@@ -182,13 +185,13 @@ class Warp:
         self.U = [0] * 64  # 63 is URZ
         self.UP = [False] * 7 + [True]
         self.groups = [Group(0, np.ones(32, bool))]
-        self.group = self.groups[0]  # that issues
+        self.group = self.groups[0]  # the group that issues
         self.convergence: dict[str, Array] = {}
         self.time: Clock = (0, 0)  # the earliest next issue
-        self.now: Clock = (0, 0)  # of what is issued
+        self.now: Clock = (0, 0)  # of the instruction that is being issued
         self.ready: list[Clock] = [(0, 0)] * 6
         self.copied: Clock = (0, 0)
-        self.extra: Clock = (0, 0)  # beyond the latency
+        self.extra: Clock = (0, 0)  # added to the latency
         self.issued: Counter[int] = Counter()
 
     def alive(self) -> Array:
@@ -198,11 +201,11 @@ class Warp:
         heapq.heappush(self.block.queue, (self.time[0], self.index))
 
     def local(self, mask: Array) -> Array:
-        """Where stacks begin in the block's memory of stacks, less their address."""
+        """Return the offsets from stack addresses to places in the block's stack memory."""
         return ((self.index * 32 + np.arange(32)) * STACK[1] - STACK[0])[mask]
 
     def meet(self, name: str, mask: Array) -> None:
-        """Waits at a convergence barrier for all lanes of `mask`."""
+        """Wait at a convergence barrier for all lanes of `mask`."""
         self.group.waits_at = name
         there = [group for group in self.groups if group.waits_at == name]
         if np.array_equal(np.logical_or.reduce([group.mask for group in there]), mask):
@@ -226,8 +229,11 @@ class Warp:
 
 
 class Block:
-    """Block 0 of its launch and cluster. Parameters lie in constant memory as the launcher puts
-    them; `tensors` by the number of their 2^40 bytes."""
+    """Block 0 of its launch and cluster.
+
+    Parameters are in constant memory, as the launcher writes them. `tensors` has each tensor by its
+    number: tensor n has the address n << 40.
+    """
 
     def __init__(
         self, program: Program, params: bytes, *, threads: int, cluster: int, shared: int,
@@ -242,17 +248,17 @@ class Block:
         self.shared = Memory(0, SHARED + shared)
         self.stacks = Memory(0, threads * STACK[1])
         self.tensors = {**tensors, CONSTANTS >> 40: constants}
-        self.counters, self.blocks = counters, blocks  # the counters' tensor; blocks that count
+        self.counters, self.blocks = counters, blocks  # `blocks` of them count
         self.counted: dict[int, list[Clock]] = defaultdict(list)
         self.warps = [Warp(self, i) for i in range(threads // 32)]
         self.mbarriers: dict[int, MBarrier] = {}
         self.meeting: dict[int, list[Warp]] = defaultdict(list)
-        self.free: dict[Any, float] = defaultdict(float)  # when schedulers and units are
+        self.free: dict[Any, float] = defaultdict(float)  # when schedulers and units are free
         self.queue = [(0.0, warp.index) for warp in self.warps]
         self.wavefronts: dict[bytes, int] = {}
 
     def run(self) -> Clock:
-        """When the last warp ended."""
+        """Run all warps, and return when the last one ended."""
         code, end = self.program.code, (0.0, 0.0)
         with np.errstate(all="ignore"):
             while self.queue:
@@ -275,7 +281,7 @@ class Block:
         return end
 
     def issue(self, warp: Warp, group: Group, instruction: Instruction, start: Clock) -> bool:
-        """False where the warp must first be woken."""
+        """Issue one instruction; return False if the warp must be woken before it can continue."""
         mask = group.mask & instruction.guard(warp) if instruction.guard else group.mask
         if instruction.name == "SYNCS" and "PHASECHK" in instruction.flags:
             barrier, parity = awaited(instruction, warp, mask)
@@ -308,17 +314,17 @@ class Block:
         return not parked
 
     def use(self, unit: Any, warp: Warp, interval: float) -> None:
-        """Waits for a unit that others keep busy; or, alone, the warp itself."""
+        """Wait while the unit is busy: by any warp, or, on the second clock, by this warp alone."""
         begin, alone = max(warp.now[0], self.free[unit]), (unit, warp.index, "alone")
         begin_alone = max(warp.now[1], self.free[alone])
         self.free[unit], self.free[alone] = begin + interval, begin_alone + interval
         warp.extra = begin - warp.now[0], begin_alone - warp.now[1]
 
     def gather(self, instruction: Instruction, warp: Warp) -> None:
-        """BAR.SYNC: parks the warp, and wakes all once they are there."""
+        """BAR.SYNC: park the warp, and wake all warps once they have arrived."""
         name = int(value(instruction.operands[0])(warp)[0])
         count = len([w for w in self.warps if w.groups])
-        if len(instruction.operands) > 1:  # a number of threads, above the name if in one register
+        if len(instruction.operands) > 1:  # number of threads; if in one register, above the name
             threads = int(value(instruction.operands[1])(warp)[0])
             if instruction.operands[0] == instruction.operands[1]:
                 name, threads = name & 0xFFFF, threads >> 16
@@ -336,8 +342,11 @@ class Block:
             self.meeting[name] = []
 
     def wavefronts_of(self, at: Array, size: int) -> int:
-        """Passes of 128 bytes through the banks. 8 bytes a lane take two passes or more, 16 take
-        four, or half as many where lanes load the same."""
+        """Count the passes of 128 bytes through the banks.
+
+        8 bytes per lane take at least two passes and 16 take four, or half as many if lanes load
+        the same.
+        """
         key = (at - at[0]).tobytes() + bytes([size])
         if key not in self.wavefronts:
             words = {}
@@ -376,7 +385,7 @@ def register(text: str) -> int:
 
 
 def value(text: str, kind: Any = U32) -> Callable[[Warp], Array]:
-    """An operand of 32 bits, as integers or float32."""
+    """Return a reader of a 32-bit operand, as integers or float32."""
     negative, inverted, absolute = text.startswith("-"), text.startswith("~"), "|" in text
     name = text.strip("-~|")
     if not re.match(r"U?R(\d|Z)", name):
@@ -399,7 +408,7 @@ def value(text: str, kind: Any = U32) -> Callable[[Warp], Array]:
 
 
 def wide(text: str) -> Callable[[Warp], Array]:
-    """An operand of 64 bits, in two registers."""
+    """Return a reader of a 64-bit operand, in two registers."""
     i, uniform = register(text), text.startswith("U")
     if i == (63 if uniform else 255):
         return lambda w: np.zeros(32, U64)
@@ -418,7 +427,7 @@ def is_predicate(text: str) -> bool:
 
 
 def target(text: str) -> Callable[[Warp, Any, Array], None]:
-    """Writes a predicate, a register, or two of 64 bits: of all lanes, or uniform."""
+    """Return a writer of a predicate, a register, or a 64-bit pair: per lane, or uniform."""
     uniform = text.startswith("U")
     if is_predicate(text):
         p = 7 if text.endswith("PT") else int(text.lstrip("UP"))
@@ -446,7 +455,7 @@ def target(text: str) -> Callable[[Warp, Any, Array], None]:
 
 
 def address(text: str) -> Callable[[Warp], Array]:
-    """[R1+0x8], [R2.64+UR4], desc[UR4][R2.64]: 64 bits a lane."""
+    """Return a reader of [R1+0x8], [R2.64+UR4] or desc[UR4][R2.64], with 64 bits per lane."""
     inner = text[text.rindex("[") + 1 : -1]
     terms: list[Callable[[Warp], Array]] = []
     offset = 0
@@ -469,7 +478,7 @@ def address(text: str) -> Callable[[Warp], Array]:
     return at
 
 
-# ---- instructions: each maker takes one apart and returns what it does ----
+# ---- instructions: each maker decodes one and returns a function that executes it ----
 
 
 def unknown(ins: Instruction, _: Any = None) -> Run:
@@ -480,9 +489,11 @@ def unknown(ins: Instruction, _: Any = None) -> Run:
 
 
 def alu(kinds: str, function: Callable[..., Any]) -> Callable[[Instruction, Program], Run]:
-    """Results of `function`, of the flags and sources, go to the destinations. Sources are u and
-    f of 32 bits, w of 64, a as `addend` has them, p predicates, n and h constants; predicates
-    that follow them are carries."""
+    """Make an instruction that stores `function(flags, *sources)` in its destinations.
+
+    `kinds` has a letter for each source: u and f of 32 bits, w of 64 bits, a as in `addend`, p a
+    predicate, n and h constants. Predicates after these are carries.
+    """
     source: dict[str, Callable[[str], Callable[[Warp], Any]]] = {
         "u": value, "f": lambda text: value(text, F32), "w": wide, "a": addend, "p": predicate,
         "n": lambda text: lambda w: int(text, 16), "h": lambda text: lambda w: float(text),
@@ -509,7 +520,7 @@ def alu(kinds: str, function: Callable[..., Any]) -> Callable[[Instruction, Prog
 
 
 def imad(ins: Instruction, program: Program) -> Run:
-    """Of 64 bits, those or the upper half; of 32 bits, also additions and moves."""
+    """Multiply and add: 64 bits or their upper half, or 32 bits, also used for sums and moves."""
 
     def wide_product(flags: list[str], a: Any, b: Any, c: Any) -> Any:
         kind = U64 if "U32" in flags else np.int64
@@ -523,7 +534,7 @@ def imad(ins: Instruction, program: Program) -> Run:
 
 
 def addend(text: str) -> Callable[[Warp], Array]:
-    """33 bits: what -x adds, which carries where x is 0."""
+    """Return a reader of an addend of 33 bits, because -x carries if x is 0."""
     get = value(text.lstrip("-") if "R" in text else text)
     if re.match(r"-U?R", text):
         return lambda w: U64(1 << 32) - get(w).astype(U64)
@@ -538,7 +549,7 @@ def add(flags: list[str], a: Any, b: Any, c: Any, *carries: Any) -> Any:
 
 
 def lea(ins: Instruction, program: Program) -> Run:
-    """(a << n) + b; HI: the upper half of 64 bits of which a is the lower."""
+    """(a << n) + b; HI: the upper half of the shifted 64 bits, whose lower half was a."""
     upper, signed = "HI" in ins.flags, "SX32" in ins.flags
 
     def shifted(flags: list[str], a: Any, b: Any, *rest: Any) -> Any:
@@ -555,7 +566,7 @@ def lea(ins: Instruction, program: Program) -> Run:
 
 
 def shift(flags: list[str], a: Any, n: Any, c: Any) -> Any:
-    """Of 64 bits, the upper half or the lower one."""
+    """Shift 64 bits, and return the upper or lower half."""
     x, n = a.astype(U64) | c.astype(U64) << U64(32), np.minimum(n, U32(63)).astype(U64)
     if "S32" in flags or "S64" in flags:
         x = (
@@ -597,7 +608,7 @@ COMPARE = {
 
 
 def compare(flags: list[str], a: Any, b: Any, other: Any, lower: Any = None) -> Any:
-    """EX: of 64 bits the upper halves, where `lower` came of the others."""
+    """Compare; EX: upper halves of 64 bits, where `lower` is the result for the lower halves."""
     how = flags[0]
     if a.dtype == U32 and "U32" not in flags:
         a, b = a.view(I32), b.view(I32)
@@ -693,7 +704,7 @@ def special(ins: Instruction, _: Program) -> Run:
 
 
 def to_uniform(ins: Instruction, _: Program) -> Run:
-    """R2UR [P,] U, R takes the first lane's; P where others differ."""
+    """R2UR [P,] U, R takes the value of the first lane; P is set where other lanes differ."""
     *differ, to, source = ins.operands
     d, a = register(to), value(source)
 
@@ -755,7 +766,7 @@ def size_of(ins: Instruction) -> int:
 
 
 def place(w: Warp, at: Array, mask: Array) -> tuple[Memory, Array]:
-    """The memory of generic or global addresses, which all lie in one."""
+    """Return the memory that contains all of these generic or global addresses."""
     at = at[mask]
     number = int(at[0] >> U64(40))
     if number:
@@ -832,7 +843,7 @@ def load_matrices(ins: Instruction, _: Program) -> Run:
 
 
 def unpack(words: Array) -> tuple[Array, Array]:
-    """Two bf16 of a word, the lower one first."""
+    """Return the two bf16 of each word, the lower one first."""
     return (words << U32(16)).view(F32), (words & U32(0xFFFF0000)).view(F32)
 
 
@@ -860,7 +871,7 @@ def multiply(ins: Instruction, _: Program) -> Run:
     return run
 
 
-# ---- meeting ----
+# ---- synchronisation ----
 
 
 def shared_at(text: str) -> Callable[[Warp, Array], int]:
@@ -906,7 +917,7 @@ def arrive_after_copies(ins: Instruction, _: Program) -> Run:
 
 
 def send(ins: Instruction, _: Program) -> Run:
-    """st.async. What this block sends to a peer stands for what that one sends to it."""
+    """st.async. What this block sends to a peer stands for what that peer sends to this block."""
     first, d, size = register(ins.operands[0].strip("[]")), register(ins.operands[1]), size_of(ins)
 
     def run(w: Warp, m: Array) -> None:
@@ -926,7 +937,7 @@ def send(ins: Instruction, _: Program) -> Run:
 
 
 def count(ins: Instruction, _: Program) -> Run:
-    """red.release on a counter, by which all blocks count alike."""
+    """red.release on a counter, on which all blocks are assumed to count at the same time."""
     at = address(ins.operands[0])
 
     def run(w: Warp, m: Array) -> None:
@@ -938,7 +949,7 @@ def count(ins: Instruction, _: Program) -> Run:
 
 def branch(ins: Instruction, program: Program) -> Run:
     target = program.labels[ins.operands[-1].strip("`()")]
-    if ins.flags == ["DIV"]:  # where lanes are apart
+    if ins.flags == ["DIV"]:  # if lanes have diverged
 
         def if_apart(w: Warp, m: Array) -> None:
             if not w.group.mask.all():
@@ -1003,5 +1014,5 @@ MAKERS: dict[str, Callable[[Instruction, Program], Run]] = {
     "EXIT": lambda i, p: lambda w, m: w.exit(m),
 }  # fmt: skip
 for name in ("IMAD", "IADD3", "LEA", "SHF", "LOP3", "PLOP3", "ISETP", "MOV", "SEL", "LDC"):
-    MAKERS[f"U{name}"] = MAKERS[name]  # of a warp at once
+    MAKERS[f"U{name}"] = MAKERS[name]  # the uniform ones, once per warp
 MAKERS["VOTEU"] = vote

@@ -2,7 +2,7 @@
 
     python tests/smoke.py [--emulated] [REGIME DTYPE]
 
-bench/gpu_check.py runs one regime and dtype a process, and all of them under compute-sanitizer.
+bench/gpu_check.py runs one regime and dtype per process, and all of them under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYER = Case(T=20, B=16, I=128, H=256)  # too large for an emulator, and for com
 
 
 def trial(regime: str, dtype: str, case: Case, device: str) -> Trial | None:
-    """With the tile that the planner chooses; None where the device cannot run this regime."""
+    """Return a trial with the planner's tile, or None if the device cannot run this regime."""
     first = next(tile for tile, shape in enumerate(TILES) if shape.dtype == dtype)
     _, plan = Way(regime, first).plan(device, case, None, False, any_tile=True)
     if plan["regime"] != regime:
@@ -44,7 +44,7 @@ def smoke(regime: str, dtype: str, cases: list[Case], emulated: bool) -> None:
 
 
 def main(words: list[str]) -> None:
-    torch.set_num_threads(1)  # as many processes run at once
+    torch.set_num_threads(1)  # because many processes run at once
     emulated = "--emulated" in words
     if not emulated and not HAS_GPU:
         raise SystemExit("no GPU that torch and this build of fusedrnn can use")

@@ -1,5 +1,4 @@
-"""CUDA streams without a GPU: what torch.cuda has of them is stood in for, and the order in which
-calls are made is the result."""
+"""CUDA streams without a GPU: stand-ins for torch.cuda's streams record the order of calls."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from fusedrnn import _C, streams
 
 
 class Log:
-    """What was called on which stream."""
+    """Records what was called on which stream."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
@@ -69,7 +68,7 @@ FORK, JOIN = ("side", "waits for", "here"), ("here", "waits for", "side")
 
 @pytest.fixture
 def stream_log(monkeypatch: pytest.MonkeyPatch) -> Log:
-    """CPU tensors pass for CUDA's, and streams for real ones. The planner cuts nothing."""
+    """Make CPU tensors pass for CUDA tensors and replace the streams. The planner never splits."""
     log = Log()
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(_C, "has_cuda", True)
@@ -89,7 +88,7 @@ on_gpu = pytest.mark.skipif(
 
 
 def churn(*sizes: int, dtype: torch.dtype = torch.float64) -> None:
-    """On a GPU: takes what memory was freed too soon and spoils it, on this stream and another."""
+    """On a GPU, overwrite memory that was freed too early with NaN, on this stream and another."""
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     for stream in (torch.cuda.current_stream(), other):
@@ -104,7 +103,10 @@ def assert_like_a_cpu(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def warm_up(f: Callable[[], Any]) -> None:
-    """On a stream of its own, as torch's documentation wants it: whatever is made on first use."""
+    """Run f on a separate stream, as torch's documentation requires before a capture.
+
+    This creates everything that is made on first use.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -114,7 +116,7 @@ def warm_up(f: Callable[[], Any]) -> None:
 
 
 def capture(f: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of ``f()``, and the results, which each replay makes anew."""
+    """Return a graph of ``f()``, and the results, which each replay recomputes."""
     warm_up(f)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Wrong arguments: one clear sentence for each, and never a crash."""
+"""Wrong arguments: each raises one clear sentence, and none crashes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import fusedrnn
 OPS = torch.ops.fusedrnn
 PACKED = Case(lengths=(3, 2, 1))
 
-# complex64 runs as the plain loop, which must raise the same.
+# complex64 runs as the plain loop, which must raise the same errors.
 pytestmark = pytest.mark.filterwarnings("ignore:fusedrnn. no kernel for torch.complex64")
 each_path = pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 
@@ -86,7 +86,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 def in_dtype(name: str, value: Any, dtype: torch.dtype) -> Any:
-    """As it has to be beside tensors of that dtype, but for what is wrong with it."""
+    """Cast a float32 tensor to the dtype under test, so that only the intended fault remains."""
     right_already = name in ("alpha", "keep") or not isinstance(value, Tensor)
     if right_already or value.dtype != torch.float32 or value.layout == torch._mkldnn:
         return value
@@ -135,7 +135,7 @@ def test_the_least_alpha_is_the_least_number_of_the_dtype(dtype):
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     case = Case(dtype=dtype)
     call(case, alpha=least)
-    if dtype != torch.float64:  # where a float has no smaller one
+    if dtype != torch.float64:  # a Python float cannot be smaller than that of float64
         with pytest.raises(ValueError, match="which is 0 in"):
             call(case, alpha=least / 2)
 
@@ -178,7 +178,7 @@ def test_modules_name_a_tensor_that_is_not_dense():
 
 
 def test_cause_of_a_type_error_is_not_shown():
-    """The dispatcher's text would stand above ours."""
+    """Otherwise the dispatcher's message would be printed above ours."""
     with pytest.raises(TypeError) as raised:
         call(Case(), nonlinearity=torch.tanh)
     assert raised.value.__suppress_context__
@@ -307,7 +307,10 @@ def test_composite_ops_check_their_arguments(op, given, text):
 
 
 def test_batch_sizes_that_cannot_be_read_corrupt_no_memory():
-    """Inside torch.func's wrappers; repeat_interleave would write past its result."""
+    """batch_sizes cannot be read inside the wrappers of torch.func.
+
+    With wrong values, repeat_interleave would write past the end of its result.
+    """
     series, wrong = torch.randn(9, 7), torch.tensor([1000, -3])
     torch.func.grad(lambda s, sizes: OPS.previous(s, None, None, sizes, False).sum())(series, wrong)
     right = torch.tensor([4, 3, 2])

@@ -1,4 +1,4 @@
-"""Autocast: the layer runs in the low precision, as torch's own rule for RNNs says."""
+"""Autocast: the layer runs in low precision, as torch's own rule for RNNs requires."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_packed():
 
 
 def test_transforms_of_torch_func():
-    """What they compute within autocast is what they compute of the cast layer."""
+    """Under autocast, transforms differentiate the cast layer."""
     ours, _ = pair()
     x = torch.randn(5, T, B, I)
     weights = {k: w.detach() for k, w in ours.named_parameters()}
@@ -131,7 +131,7 @@ def test_double_backward_within():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed(reentrant):
-    """The second forward pass, in backward, is under the same autocast."""
+    """The recomputation of forward during backward runs under the same autocast."""
     ours, _ = pair()
     x = torch.randn(T, B, I, requires_grad=True)
     results = []
@@ -154,7 +154,7 @@ def test_cell():
 
 
 def test_exported_programs():
-    """Which call the op itself, with a low x and weights that are not, after a linear layer."""
+    """They call the op directly, here with low-precision x from a linear layer and f32 weights."""
     model = nn.Sequential(nn.Linear(I, I), fusedrnn.RNN(I, H, num_layers=2, bidirectional=True))
     x = torch.randn(T, B, I)
     exported = torch.export.export(model, (x,)).module()
@@ -167,7 +167,7 @@ def test_exported_programs():
 
 @pytest.fixture
 def autocast_for_cuda():
-    """What ``torch.autocast("cuda", torch.float16)`` sets, which does nothing without a GPU."""
+    """Set what ``torch.autocast("cuda", torch.float16)`` sets, which does nothing without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.float16)
@@ -178,7 +178,7 @@ def autocast_for_cuda():
 
 @pytest.mark.usefixtures("autocast_for_cuda")
 def test_the_rule_for_cuda_is_the_same():
-    """On fake tensors, which need no GPU. Those of the CPU are left alone."""
+    """Checked with fake tensors, which need no GPU. CPU tensors are not cast."""
     with FakeTensorMode():
         for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
             x, w = torch.empty(T, B, H, device=device), torch.empty(H, H, device=device)

@@ -1,4 +1,4 @@
-"""What torch.autograd offers besides derivatives: checkpoints, hooks, modes, threads."""
+"""Features of torch.autograd besides derivatives: checkpoints, hooks, modes, threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pair(**layout: Any) -> tuple[fusedrnn.RNN, nn.RNN]:
 
 
 def gradients(module: nn.Module, x: Tensor, run: Callable | None = None) -> list[Tensor]:
-    """Of a number made of both results, at the input and at all weights."""
+    """Return the gradients of a scalar function of both results, for the input and all weights."""
     x = x.detach().requires_grad_()
     torch.manual_seed(1)  # dropout
     output, h_n = (run or module)(x)
@@ -49,7 +49,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("lengths", [None, (6, 4, 1)], ids=["padded", "packed"])
 def test_deterministic_algorithms_are_accepted(lengths):
-    """Second derivatives, too. What is allocated without being filled is then full of NaN."""
+    """Also for second derivatives. In this mode torch fills uninitialised memory with NaN."""
     case = Case(lengths=lengths, keep=True, alpha=True)
 
     def run() -> Any:
@@ -65,7 +65,7 @@ def test_deterministic_algorithms_are_accepted(lengths):
 
 
 def test_backward_in_eval_mode():
-    """Which cuDNN refuses."""
+    """cuDNN raises an error for this."""
     ours, theirs = pair(num_layers=2, dropout=0.5)
     x = torch.randn(T, B, I)
     torch.testing.assert_close(gradients(ours.eval(), x), gradients(theirs.eval(), x))
@@ -92,7 +92,7 @@ def test_no_grad_inside_and_around():
         with torch.enable_grad():
             assert ours(x)[0].grad_fn is not None
     with torch.set_grad_enabled(False), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))  # forward mode does not mind
+        dual = forward_ad.make_dual(x, torch.ones_like(x))  # forward mode works nevertheless
         assert forward_ad.unpack_dual(ours(dual)[0]).tangent.abs().sum() > 0
     assert ours.requires_grad_(False)(x.detach())[0].grad_fn is None
 
@@ -108,13 +108,13 @@ def test_anomaly_mode_names_the_forward_pass():
         ours(x)[0].sum().backward()
 
 
-# What is saved, and when
+# Saved tensors
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_activation_checkpointing(reentrant, packed):
-    """Dropout between the layers draws the same numbers when it runs again."""
+    """Dropout between the layers draws the same numbers in the recomputation."""
     ours, _ = pair(num_layers=3, dropout=0.5, bidirectional=True)
     batch_sizes = torch.tensor([3, 2, 2, 1])
 
@@ -129,7 +129,7 @@ def test_activation_checkpointing(reentrant, packed):
     def checkpointed(x: Tensor) -> Any:
         return checkpoint(run, x, use_reentrant=reentrant)
 
-    if reentrant:  # which torch.autograd.grad does not go with
+    if reentrant:  # which does not support torch.autograd.grad
         x.requires_grad_()
         results = []
         for f in (run, checkpointed):
@@ -151,7 +151,7 @@ def test_checkpoint_saves_the_input_alone():
     x = torch.randn(T, B, I)
     with graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         checkpoint(ours, x, use_reentrant=False)
-    assert {t.data_ptr() for t in saved if t.numel()} == {x.data_ptr()}  # torch 2.11: an empty one
+    assert {t.data_ptr() for t in saved if t.numel()} == {x.data_ptr()}  # torch 2.11: one is empty
 
 
 def test_saved_tensors_hooks():
@@ -174,7 +174,7 @@ def test_saved_tensors_hooks():
 
 
 def test_a_graph_goes_away_with_its_output():
-    """Nothing that was saved refers to the node that saved it."""
+    """No saved tensor refers to the node that saved it."""
     ours, _ = pair()
     x = torch.randn(T, B, I)
     gc.disable()
@@ -196,7 +196,7 @@ def test_freed_buffers_are_named():
 
 
 def test_output_changed_in_place():
-    """An error, as the output is what backward needs; and torch's remedy for it."""
+    """Raises an error, because backward needs the output; torch's remedy for this works."""
     ours, _ = pair()
     x = torch.randn(T, B, I)
     output, _ = ours(x)
@@ -224,7 +224,7 @@ def test_tensor_hooks():
         inputs = x.clone().requires_grad_()
         inputs.register_hook(lambda g: seen.update(x=g))
         output, h_n = module(inputs)
-        output.register_hook(lambda g: 2 * g)  # doubles all behind it
+        output.register_hook(lambda g: 2 * g)  # doubles all gradients behind it
         output.retain_grad()
         h_n.register_hook(lambda g: seen.update(h_n=g))
         handle = module.weight_hh_l0.register_hook(lambda g: g.clamp(-0.1, 0.1))
@@ -272,9 +272,9 @@ def test_the_node_has_a_name_and_hooks():
 
 
 def test_threads_that_differentiate_at_once():
-    """Reverse and forward mode, eager and transformed, each in threads of its own.
+    """Reverse and forward mode, eager and transformed, each in its own threads.
 
-    Forward mode in one thread only: torch has one level of dual numbers for all of them.
+    Forward mode runs in one thread only, because torch has one dual level for all threads.
     """
     ours, _ = pair(num_layers=2)
     ours = ours.double()

@@ -1,6 +1,6 @@
-"""The benchmark runs, says what it must, and refuses to time what is wrong.
+"""The benchmark runs, prints what it should, and does not time wrong results.
 
-What the times are is not tested.
+The times themselves are not tested.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_bad_arguments_are_named(arguments: list[str]) -> None:
 
 
 class Wrong(peers.UnbindLoop):
-    """Right but for one weight's gradient."""
+    """Correct except for the gradient of one weight."""
 
     name = "fusedrnn"
 

@@ -1,6 +1,6 @@
-"""The GPU benchmark runs to its end without a GPU, and goes on when its child hangs or dies.
+"""The GPU benchmark completes without a GPU, and continues after its child hangs or dies.
 
-What the times are is not tested.
+The times themselves are not tested.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None:
     _, data = tiny
     (regimes,) = (result for result in data["results"] if result["group"] == "regimes")
-    assert regimes["regimes"] == {}  # a planner chooses among them, where CUDA is
+    assert regimes["regimes"] == {}  # only with CUDA does a planner choose among regimes
     layers = [result for result in data["results"] if result is not regimes]
     precisions = ["bf16", "f32", "f16", "tf32", "f32", "f32"]
     assert [result["precision"] for result in layers] == precisions
@@ -89,7 +89,7 @@ H100 = {
 
 
 def test_regimes_are_forced_and_held_against_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU engine in every regime's place."""
+    """The CPU engine stands in for every regime."""
     forced: list[str | None] = []
     plan = _C.plan_cuda
     monkeypatch.setattr(_C, "has_cuda", True)
@@ -152,7 +152,7 @@ def test_torch_compile(tmp_path: Path) -> None:
     assert result["peers"]["torch.compile"]["compile_seconds"] > 0
 
 
-# What a child says before it ends as it must not: by itself, or never.
+# A child process that exits early or hangs, depending on `end`, after starting to check a peer.
 BAD_CHILD = """
 import json, sys, time
 work = json.loads(sys.argv[-1])
@@ -263,7 +263,7 @@ def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_result(precision: str, us: float, cudnn: float, chain: float) -> dict[str, Any]:
-    """One of the promised shapes, T = 512, with so many microseconds a step."""
+    """Make a result for one of the promised shapes, T = 512, with these microseconds per step."""
 
     def peer(us: float) -> dict[str, Any]:
         seconds = {mode: [us * 512e-6] for mode in (peers.FORWARD, peers.BACKWARD)}
@@ -289,7 +289,7 @@ def test_promises_are_held_against_the_numbers() -> None:
     assert broken["met"] == 0
     assert len(broken["slower_than_best_peer"]) == 2
     unknown = a_result("bf16", math.nan, 1, 1)
-    assert gpu_report.summary([unknown])["met"] == 1  # the chain's alone
+    assert gpu_report.summary([unknown])["met"] == 1  # only the promise for backward alone
 
 
 def test_a_longer_result_is_compared_over_the_first_steps() -> None:
@@ -315,7 +315,7 @@ def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFix
     assert "error: " in capsys.readouterr().err
 
 
-# ---- what only a GPU does, with stand-ins for torch.cuda: the calls are made, in their order
+# ---- code for GPUs only, with stand-ins for torch.cuda, to check the calls and their order
 
 
 class FakeEvent:
@@ -419,7 +419,7 @@ def test_every_probe_runs(emulated: probes.Probes) -> None:
 
 @needs_nvcc
 def test_probes_carry_what_they_should(emulated: probes.Probes) -> None:
-    """A probe of an exchange that exchanges nothing would be fast."""
+    """Without this check, a probe of an exchange could be fast because it exchanges nothing."""
     out, sink = emulated.out, emulated.sink
     emulated.call("probe_async_ping_pong", 5, out, sink)
     assert sink[0] == 10  # each hop adds one
@@ -433,10 +433,10 @@ def test_probes_carry_what_they_should(emulated: probes.Probes) -> None:
         assert sink[:64].tolist() == [thread + 5.0 for thread in range(64)]
     words = torch.zeros(8, dtype=torch.int64)
     emulated.call("probe_flag_in_data", 4, 32, 5, out, words, sink)
-    assert (words >> 32).tolist() == [4] * 4 + [5] * 4  # the steps of the two slots
+    assert (words >> 32).tolist() == [4] * 4 + [5] * 4  # the last steps of the two slots
     counter = torch.zeros(1, dtype=torch.int32)
     emulated.call("probe_counter_barrier", 4, 32, 5, out, counter)
-    assert counter.item() == 4 * 6  # blocks, and one meeting before the watch starts
+    assert counter.item() == 4 * 6  # 4 blocks; 5 steps, and one barrier before timing starts
     ring = torch.tensor([3, 0, 1, 2], dtype=torch.int32)
     emulated.call("probe_l2", ctypes.c_int64(4), 5, out, ring, sink)
     assert sink[0] == 3  # 0 -> 3 -> 2 -> 1 -> 0 -> 3

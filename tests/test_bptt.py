@@ -1,7 +1,7 @@
-"""BPTT in two parts on CUDA, whose products run beside the walk: fusedrnn/bptt.py.
+"""BPTT in two parts on CUDA, whose GEMMs overlap the recurrence: fusedrnn/bptt.py.
 
-Without a GPU, CPU tensors pass for CUDA's and the order of calls is the result (stream_log.py);
-with one, whatever is run too early or freed too soon.
+Without a GPU, CPU tensors pass for CUDA tensors, and the order of calls is checked (stream_log.py).
+With a GPU, the tests detect work that runs too early and memory that is freed too soon.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def cut(steps: int) -> Iterator[None]:
 
 
 def gradients(case: Case, rnn: Callable[..., Any], *args: Tensor) -> list[Tensor]:
-    """Of a number made of both results, for all arguments."""
+    """Return the gradients of a scalar function of both results, for all arguments."""
     given = [t.detach().requires_grad_() for t in args]
     flags = case.flags()
-    if case.alpha:  # given, not learned
+    if case.alpha:  # a constant, not a parameter
         flags["alpha"] = 0.3
     h, h_n = rnn(**dict(zip(names(case), given)), **flags)
     return list(torch.autograd.grad(h.sin().sum() + h_n.square().sum(), given))
@@ -94,7 +94,7 @@ def test_both_parts_together(log, case, steps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_accuracy(log, dtype):
-    """The sum of two parts is rounded twice."""
+    """The sum of the two parts is rounded twice."""
     case = Case(T=200, B=3, I=5, H=6, dtype=dtype)
     with cut(150):
         found = gradients(case, fusedrnn.rnn, *tensors(case))
@@ -152,7 +152,7 @@ def test_double_backward(log, alpha):
 
 
 def test_nothing_is_taken_on_the_side(log, monkeypatch):
-    """What the products beside leave lies in memory that was taken on the current stream."""
+    """GEMMs on the side stream write into memory that was allocated on the current stream."""
     taken: list[tuple[str, int]] = []
 
     def spied(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,7 +166,7 @@ def test_nothing_is_taken_on_the_side(log, monkeypatch):
     with cut(5):
         found = gradients(case, fusedrnn.rnn, *tensors(case))
     assert {stream for stream, _ in taken} == {"here"}
-    written_beside = found[:3]  # of x, w_ih, w_hh; the biases' are made of sums
+    written_beside = found[:3]  # of x, w_ih, w_hh; those of the biases come from sums
     assert {t.untyped_storage().data_ptr() for t in written_beside} <= {p for _, p in taken}
 
 
@@ -194,7 +194,7 @@ def test_the_planner_is_asked_with_the_right_numbers(log, monkeypatch):
     ]
 
 
-# Where it is left alone
+# Where the sequence is not split
 
 
 def packed(args: list[Tensor]) -> Any:
@@ -212,7 +212,7 @@ def many_at_once(args: list[Tensor]) -> None:
 
 
 def many_of_a_gradient(args: list[Tensor]) -> None:
-    """With a leak, the gradient of a gradient is of phi(z) besides."""
+    """With a leak, a gradient of a gradient also flows through the saved φ(z)."""
     h, _ = fusedrnn.rnn(*args, alpha=0.3)
     (first,) = torch.autograd.grad(h.sin().sum(), args[0], create_graph=True)
     along = torch.randn(2, *first.shape).double()
@@ -258,7 +258,7 @@ def test_left_alone(log, run):
     assert FORK not in log.calls
 
 
-# What comes of it
+# Results on a GPU
 
 
 def skip_unless_cut(case: Case, args: list[Tensor]) -> None:
@@ -271,7 +271,10 @@ def skip_unless_cut(case: Case, args: list[Tensor]) -> None:
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_many_times(dtype):
-    """Where the planner cuts by itself: the same bits, and those of a walk that is not cut."""
+    """Where the planner itself splits the sequence, every run gives the same bits.
+
+    They are as accurate as without a split.
+    """
     case = Case(T=1024, B=16, I=256, H=128, dtype=dtype)
     args = [t.cuda() for t in tensors(case)]
     skip_unless_cut(case, args)
@@ -292,7 +295,7 @@ def test_many_times(dtype):
 
 @on_gpu
 def test_captured():
-    """A stream that forked in a capture has joined at its end."""
+    """A stream that was forked in a capture must have joined when the capture ends."""
     case = Case(T=1024, B=16, I=256, H=128, dtype=torch.float32)
     args = [t.cuda() for t in tensors(case)]
     skip_unless_cut(case, args)
@@ -309,7 +312,7 @@ def test_captured():
 
 @on_gpu
 def test_they_are_at_once():
-    """The profiler's word: products run while the recurrence does, forward and backward."""
+    """The profiler shows that GEMMs overlap the recurrence, in forward and in backward."""
     from torch.profiler import ProfilerActivity, profile
 
     case = Case(T=2048, B=16, I=512, H=128, dtype=torch.float32)
@@ -325,13 +328,13 @@ def test_they_are_at_once():
     assert len(chains) == 4
     chains.sort(key=lambda chain: chain.start)
     others = [e.time_range for e in kernels if "fusedrnn" not in e.name]
-    for chain in (chains[0], chains[3]):  # forward the first part, backward the second
+    for chain in (chains[0], chains[3]):  # the first part of forward, the second of backward
         assert any(e.start < chain.end and chain.start < e.end for e in others)
 
 
 @on_gpu
 def test_packed_under_torch_func():
-    """Sizes go to the device in another way where a transform looks on."""
+    """Batch sizes are copied to the device in another way when a transform is active."""
     case = Case(lengths=(5, 3, 3, 1))
 
     def gradient(*args: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The character model: both its forms are one function, and all that surrounds their training."""
+"""The character models: all forms compute the same function; and the code around training."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_carried_state_makes_chunks_one_sequence():
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_windows_read_the_text_once(seed):
-    text = torch.arange(50)  # each character names its place
+    text = torch.arange(50)  # each character is its own position
     batches = charlm.window_batches(text, context=4, batch=5, seed=seed)
     windows = torch.cat([torch.cat([cs, following[None]]) for cs, following in batches], 1).T
     first = windows[:, 0].sort().values
@@ -135,7 +135,7 @@ def test_windows_come_in_an_order_that_the_seed_decides():
         return torch.cat([f for _, f in charlm.window_batches(torch.arange(400), 4, 8, seed)])
 
     assert torch.equal(order(1), order(1))
-    assert not torch.equal(order(0) % 400, order(4) % 400)  # the same windows, shuffled otherwise
+    assert not torch.equal(order(0) % 400, order(4) % 400)  # the same windows in another order
     assert torch.equal(order(0).sort().values, order(4).sort().values)
 
 
@@ -242,7 +242,7 @@ def test_samples(write, models):
     assert written(write, first, seed=1) != sample
     assert written(write, first, seed=1, temperature=1e-6) == written(
         write, first, temperature=1e-6
-    )  # nothing left to chance
+    )  # deterministic at this temperature
 
 
 def test_writing_on_keeps_the_state():

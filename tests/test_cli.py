@@ -1,4 +1,4 @@
-"""The command line: what it prints, and how it says that something is wrong."""
+"""The command line: its output and its error messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def module(*arguments, stdout=subprocess.PIPE, **environment):
 def test_charlm_runs_as_a_module(tmp_path):
     file = tmp_path / "text"
     file.write_text("naïve café, “quoted” – " * 30, encoding="utf-8")
-    done = module(*TINY, "--text", str(file), PYTHONIOENCODING="ascii")  # a poor terminal
+    done = module(*TINY, "--text", str(file), PYTHONIOENCODING="ascii")  # an ASCII terminal
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "fusedrnn.RNN continues" in done.stdout

@@ -1,4 +1,4 @@
-"""torch.compile: one graph around the layer, whatever the length; the same numbers as without."""
+"""torch.compile: one graph around the layer for any length, with the same results as eager."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACKENDS = ["eager", "aot_eager", INDUCTOR]
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded() -> None:
-    """What warns as it is loaded on first use, of torch's own affairs."""
+    """Load the parts of torch that give warnings of their own when first used."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.ones(1), torch.ones(1))
@@ -38,18 +38,18 @@ def _loaded() -> None:
 
 @pytest.fixture(autouse=True)
 def _afresh_and_without_warnings() -> Iterator[None]:
-    """Nothing compiled before; and a warning, ours or torch's, is an error."""
+    """Start with nothing compiled, and make every warning, ours or torch's, an error."""
     torch._dynamo.reset()
     with (
         warnings.catch_warnings(),
-        torch._inductor.config.patch(fallback_random=True),  # torch's own random numbers
+        torch._inductor.config.patch(fallback_random=True),  # the same random numbers as eager
     ):
         warnings.simplefilter("error")
         yield
 
 
 class Model(nn.Module):
-    """Something before the layer, the layer, and something after it."""
+    """A layer, with operations before and after it."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ INPUTS: dict[str, Callable[..., Any]] = {
     "packed": packed,
     "packed and sorted": lambda T=5, B=3: packed(T, B, enforce_sorted=True),
 }
-# "packed" knows B by its sorted_indices; the sorted one is the harder, for it does not.
+# In "packed", sorted_indices gives B. "packed and sorted" is harder, because it has none.
 HARD_INPUTS = ["batched", "packed and sorted"]
 
 
@@ -103,7 +103,7 @@ def results_and_gradients(
 
 
 def assert_same(compiled: Callable[..., Any], model: nn.Module, *arguments: Any) -> None:
-    """The same results and gradients as without torch.compile."""
+    """Check for the same results and gradients as without torch.compile."""
     want = results_and_gradients(model, model, *arguments)
     assert_close(results_and_gradients(compiled, model, *arguments), want)
 
@@ -149,7 +149,7 @@ def test_nothing_breaks_before_or_after_the_layer(kind):
 
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 def test_packing_inside_breaks_the_graph_as_torch_does_but_not_the_layer(enforce_sorted):
-    """Dynamo does not trace pack_padded_sequence. After a break it looks at .grad of everything."""
+    """Dynamo does not trace pack_padded_sequence. After a break it reads .grad of everything."""
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     rnn, lengths = fusedrnn.RNN(I, H, **DEEP), torch.tensor([5, 3, 3])
 
@@ -167,7 +167,7 @@ def test_packing_inside_breaks_the_graph_as_torch_does_but_not_the_layer(enforce
 
 
 def graphs_of(model: nn.Module, *arguments: Any) -> dict[str, torch.fx.GraphModule]:
-    """What AOTAutograd makes of the model: its forward and its backward."""
+    """Return the forward and backward graphs that AOTAutograd makes of the model."""
     found = {}
 
     def keep(name: str) -> Any:
@@ -186,7 +186,7 @@ def graphs_of(model: nn.Module, *arguments: Any) -> dict[str, torch.fx.GraphModu
 
 @pytest.mark.parametrize("kind", HARD_INPUTS)
 def test_the_graph_does_not_grow_with_the_length(kind):
-    """nn.RNN, where it compiles at all, has a node and more for every step."""
+    """nn.RNN, where it compiles at all, has at least one node per step."""
     model = Model(**DEEP, dropout=0.5)
     short, long = (graphs_of(model, INPUTS[kind](T)) for T in (8, 640))
     for name in ("forward", "backward"):
@@ -198,7 +198,7 @@ def test_the_graph_does_not_grow_with_the_length(kind):
 
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_length():
-    from torch._inductor.utils import fresh_cache  # here: it warns as it is loaded (see _loaded)
+    from torch._inductor.utils import fresh_cache  # here: it warns on import (see _loaded)
 
     def seconds(T: int) -> float:
         torch._dynamo.reset()
@@ -209,7 +209,7 @@ def test_compile_time_does_not_grow_with_the_length():
             results_and_gradients(compiled, model, x)
             return perf_counter() - start
 
-    seconds(7)  # loads what compiles
+    seconds(7)  # loads the compiler
     assert seconds(640) < 3 * seconds(8)  # 80 times the length; the machine may be busy
 
 
@@ -249,7 +249,7 @@ def test_a_second_length_makes_it_dynamic_by_itself():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_still_drops(backend):
-    """In a compiled nn.RNN, where torch allows it, it does not."""
+    """In a compiled nn.RNN, where torch allows that, dropout does nothing."""
     rnn, x = fusedrnn.RNN(I, H, 2, dropout=0.5), torch.randn(5, 3, I)
     compiled = torch.compile(rnn, backend=backend, fullgraph=True)
     assert not torch.equal(compiled(x)[0], compiled(x)[0])
@@ -271,7 +271,7 @@ def test_dropout_may_change_between_calls():
 
 @pytest.mark.slow
 def test_inductors_own_random_numbers_drop_as_many():
-    """Without fallback_random: what the second layer does not get can be seen through identity."""
+    """Without fallback_random. With identity weights, the output shows what dropout zeroed."""
     rnn = fusedrnn.RNN(100, 100, 2, nonlinearity="relu", dropout=0.25, bias=False)
     with torch.no_grad():
         for layer in (0, 1):
@@ -283,7 +283,7 @@ def test_inductors_own_random_numbers_drop_as_many():
     assert (output == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
-# ---- the functions, the cell, and what runs around them
+# ---- functions, the cell, and contexts around them
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])

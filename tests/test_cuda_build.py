@@ -1,4 +1,4 @@
-"""The CUDA sources, compiled for every architecture on machines that need no GPU."""
+"""The CUDA sources compile for every architecture; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TENSOR_CORES = ("kernels_bf16.cu", "kernels_f16.cu", "kernels_tf32.cu")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_kernels_compile_without_warnings(source: Path, architecture: str) -> None:
-    """With the flags of torch's own extension builds."""
+    """Compiled with the flags of torch's own extension builds."""
     _, log = cuda_resources.compiled(source, architecture)
     found = cuda_resources.usage(log)
     release, expected = cuda_resources.read_table()
@@ -90,7 +90,7 @@ def test_a_step_costs_what_the_table_says(shape: tuple[int, int, int], dtype: st
 @needs_nvcc
 @pytest.mark.parametrize("source", ["csrc/cuda/recurrence_cuda.cpp", "csrc/bindings.cpp"])
 def test_glue_parses_with_the_headers_of_any_torch(source: str) -> None:
-    """Even of one without CUDA, which lacks a generated header and libraries to link with."""
+    """Even with a torch without CUDA, which lacks a generated header and the libraries to link."""
     includes = (
         ROOT / "csrc", f"{toolkit()}/include", *cpp_extension.include_paths(),
         sysconfig.get_path("include"),
@@ -133,14 +133,14 @@ def test_a_choice_that_is_none_is_an_error() -> None:
         ("9.0", "9.0a"),
         ("8.0;9.0 12.0", "8.0;9.0a 12.0"),
         ("8.0;9.0a", "8.0;9.0a"),
-        ("9.0+PTX", "9.0+PTX"),  # PTX of 9.0a is for no other
+        ("9.0+PTX", "9.0+PTX"),  # PTX of 9.0a runs on no other architecture
     ],
 )
 def test_architectures(wanted: str, built: str) -> None:
     code = (
         "import os, runpy, sys, torch, torch.utils.cpp_extension as cpp;"
         "torch.version.cuda = '13.0';"
-        "cpp.CUDAExtension = cpp.CppExtension;"  # which wants torch's libraries for CUDA
+        "cpp.CUDAExtension = cpp.CppExtension;"  # CUDAExtension needs torch's CUDA libraries
         "sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py');"
         "print(os.environ['TORCH_CUDA_ARCH_LIST'])"
     )

@@ -1,6 +1,6 @@
-"""CUDA graphs: what was captured once runs again on other numbers, like eager code.
+"""CUDA graphs: a captured call, replayed on new values, gives the same results as eager code.
 
-A capture fails where anything waits for the GPU, so that these tests also show that nothing does.
+A capture fails if anything waits for the GPU, so these tests also show that nothing does.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_captured_inference(layout, packed):
             torch.testing.assert_close(captured, run())
 
 
-# Each is launched in a way of its own: cooperatively, in clusters, before the last one ends.
+# The launch differs by regime: cooperative, in clusters, or before the previous kernel has ended.
 @pytest.mark.parametrize("regime", [None, *REGIMES])
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.skipif(not _C.has_cuda, reason="built without CUDA")
@@ -70,7 +70,7 @@ def test_each_regime_is_captured(regime, packed):
         for _ in range(3):
             with torch.no_grad():
                 x.copy_(torch.randn_like(x))
-            # host memory that a copy in the graph might read again
+            # overwrite freed host memory, in case a copy in the graph reads it again
             torch.full((64,), -1, dtype=torch.int64, device="cpu").pin_memory()
             graph.replay()
             torch.testing.assert_close(captured, run())
@@ -78,7 +78,7 @@ def test_each_regime_is_captured(regime, packed):
 
 @pytest.mark.parametrize("options", [{}, {"keep": True, "alpha": True}], ids=str)
 def test_captured_gradients(options):
-    """Forward and backward in one graph, with all that the function can do."""
+    """Forward and backward in one graph, with and without the options of the function."""
     keep = torch.rand(T, B, device="cuda") > 0.2 if "keep" in options else None
     alpha = torch.rand(H, device="cuda") if "alpha" in options else None
     u, w_hh, h0 = numbers(T, B, H), numbers(H, H) / H**0.5, numbers(B, H)
@@ -112,7 +112,7 @@ def test_captured_training_step():
     with torch.cuda.graph(graph):
         loss = step(rnn)
         optimizer.step()
-    rnn.load_state_dict(eager.state_dict())  # into the memory that the graph knows
+    rnn.load_state_dict(eager.state_dict())  # copies into the memory that the graph uses
     for _ in range(5):
         x.copy_(torch.randn_like(x))
         graph.replay()
@@ -156,7 +156,7 @@ def test_dropout_differs_from_replay_to_replay():
 
 @pytest.mark.slow
 def test_compiled_with_reduced_overhead():
-    """torch.compile's own CUDA graphs."""
+    """With the CUDA graphs that torch.compile makes."""
     torch._dynamo.reset()
     rnn = layer(num_layers=2)
     compiled = torch.compile(rnn, mode="reduce-overhead", fullgraph=True)

@@ -1,8 +1,8 @@
-"""Every CUDA kernel that ships is right in every regime it is for, on the emulator and on a GPU.
+"""Every CUDA kernel is correct in every regime that it supports, on the emulator and on a GPU.
 
 A way through the kernels is a tile, a regime, how many warps share the K of a unit, and whether all
-weights find room in registers. Each test asks for one way, looks whether it was taken, and compares
-what activation, adjoint and tangent found with the reference in float64. In low precision the error
+weights fit into registers. Each test forces one way, checks that it was taken, and compares the
+results of activation, adjoint and tangent with the reference in float64. In low precision the error
 may be twice torch's own.
 """
 
@@ -25,14 +25,14 @@ from torch import Tensor
 import fusedrnn
 from fusedrnn import _C, reference
 
-GPU = "gpu"  # the one of this machine, in place of a pretend device
+GPU = "gpu"  # the GPU of this machine, instead of a pretend device
 HAS_GPU = torch.cuda.is_available() and _C.has_cuda
 DEVICES = {"tiny": TINY, "h100": {**H100, "clusters": [132, 66, 32, 16, 8]}, "t4": T4, GPU: 0}
 
 
 @dataclass(frozen=True)
 class Way:
-    """Which kernels shall run; `spills` is what shared memory holds of the weights."""
+    """The kernels that a test forces; `spills`: shared memory holds some of the weights."""
 
     regime: str
     tile: int = 0
@@ -59,7 +59,7 @@ class Way:
 
     @property
     def held(self) -> int:
-        """Of K, so much lies in registers."""
+        """How much of K registers can hold."""
         return self.shape.held * self.shape.chunk * self.split
 
     def spilled(self, run: Run) -> bool:
@@ -73,7 +73,7 @@ class Way:
         adjoint: bool,
         any_tile: bool = False,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What is asked for, and the plan that comes of it."""
+        """Return the overrides, and the plan that results."""
         wishes: dict[str, Any] = {"regime": self.regime}
         if self.regime != "step" and not any_tile:
             wishes |= {"tile": self.tile, "split": self.split}
@@ -98,7 +98,7 @@ class Way:
         return {name: plan[name] for name in wishes} == wishes
 
     def device(self, case: Case, fuse_input: bool | None) -> str | None:
-        """The smallest pretend device on which all passes can go this way, if there is one."""
+        """Return the smallest pretend device on which all passes can take this way, or None."""
         for name in ("tiny", "h100"):
             if all(self.granted(name, case, fuse_input, adjoint) for adjoint in (False, True)):
                 return name
@@ -119,18 +119,18 @@ SLICES = [
 ]
 
 
-# ---- what runs, and what is expected of it ----
+# ---- how a problem is run and checked ----
 
 
 def with_rows_apart(tensor: Tensor, padding: int) -> Tensor:
-    """The same numbers; rows begin in memory that is aligned to no more than the padding."""
+    """Return the same numbers in rows whose starts are aligned to no more than the padding."""
     room = tensor.new_zeros(*tensor.shape[:-1], tensor.size(-1) + padding)
     room[..., padding:] = tensor
     return room[..., padding:]
 
 
 def tensors_of(case: Case) -> list[Tensor]:
-    """Arguments, and directions for h and h_n, and for the gradient of each argument."""
+    """Return the arguments, and directions for h, h_n and the gradient of each argument."""
     arguments = case.arguments()
     rows = arguments["x"].shape[:-1]
     batch = len(case.lengths) if case.lengths else case.B
@@ -143,7 +143,7 @@ def tensors_of(case: Case) -> list[Tensor]:
 def all_passes(
     rnn: Callable[..., tuple[Tensor, Tensor]], case: Case, tensors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Activation; adjoint; and, backward through that, tangent and adjoint again."""
+    """Run activation, adjoint and, backward through those, tangent and adjoint again."""
     names = list(case.arguments())
     given = [t.detach().requires_grad_() for t in tensors[: len(names)]]
     along, twice = tensors[len(names) :][:2], tensors[len(names) :][2:]
@@ -155,7 +155,7 @@ def all_passes(
 
 @dataclass(frozen=True)
 class Trial:
-    """A problem on its way, whether the input product is fused, and how x is aligned."""
+    """A problem and its way, whether the input product is fused, and how x is aligned."""
 
     way: Way
     case: Case
@@ -164,7 +164,7 @@ class Trial:
     device: str | None = None  # None: the smallest pretend device that can
 
     def __str__(self) -> str:
-        """With what the summary of a test run counts (conftest.py) in front."""
+        """Start with the words that the summary of a test run counts (conftest.py)."""
         where = "cuda" if self.device == GPU else "emulated"
         fused = {None: "", True: " fused", False: " separate"}[self.fuse_input]
         padded = f" x_padding={self.x_padding}" if self.x_padding else ""
@@ -183,7 +183,7 @@ class Trial:
         return found
 
     def run(self) -> tuple[list[Tensor], list[Run]]:
-        """What all passes found, and what ran."""
+        """Return the results of all passes, and the runs that were recorded."""
         way = self.way
         step = way.regime == "step"
         device = self.device or ("tiny" if step else way.device(self.case, self.fuse_input))
@@ -196,7 +196,7 @@ class Trial:
         tensors = self.tensors()
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         try:
-            seed = zlib.crc32(str(self).encode())  # each another order of threads
+            seed = zlib.crc32(str(self).encode())  # another order of threads for each trial
             with engine.installed(seed), watched() as runs:
                 x, *rest = (t.to(torch.get_default_device()) for t in tensors)
                 if self.x_padding:
@@ -208,7 +208,7 @@ class Trial:
 
     @contextmanager
     def planned(self) -> Iterator[list[Run]]:
-        """On a GPU nothing records what runs: the planner is asked, of the passes that it knows."""
+        """Yield what the planner chooses for the passes it plans; a GPU records no runs."""
         found = []
         for which in ("activation", "adjoint"):
             adjoint = which == "adjoint"
@@ -222,8 +222,8 @@ class Trial:
         found, runs = self.run()
         tensors = self.tensors()
         if self.tf32:
-            # Torch knows TF32 on GPUs alone. The arguments are exact in float16, whose numbers are
-            # as precise as TF32's: the error may be twice torch's in float16.
+            # Torch supports TF32 only on GPUs. The arguments are exact in float16, which is as
+            # precise as TF32, so the error may be twice that of torch in float16.
             found, tensors = ([t.half() for t in several] for several in (found, tensors))
         assert_as_accurate_as_torch(
             found,
@@ -239,7 +239,10 @@ class Trial:
         return runs
 
     def check_way(self) -> list[Run]:
-        """All passes went the way, those with spills as far as they can: K is H alone backward."""
+        """Run `check`, and check that all passes took this way.
+
+        In backward passes K is H alone, so with a small H they need not spill.
+        """
         runs = self.check()
         for r in runs:
             same = (r.regime, r.tile, r.split) == (self.way.regime, self.way.tile, self.way.split)
@@ -249,11 +252,11 @@ class Trial:
         return runs
 
 
-# ---- every way, with sizes that leave everything odd ----
+# ---- every way, with sizes that fill nothing evenly ----
 
 
 def small_cases(way: Way) -> list[Trial]:
-    """Each with something of its own, and together with all that a kernel asks about."""
+    """Return cases that differ in kind, and together cover every option of a kernel."""
     trials = [
         Trial(way, Case(T=3, B=3, I=5, H=37), True),
         Trial(way, Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, keep=True, alpha=True, reverse=True)),
@@ -263,20 +266,20 @@ def small_cases(way: Way) -> list[Trial]:
             way, Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=21, reverse=True, keep=True)
         ),
         Trial(way, Case(T=2, B=5, I=7, H=65, bias=False, nonlinearity="softplus", reverse=True)),
-        Trial(way, Case(T=9, B=2, I=4, H=18, keep=True)),  # phases of barriers come again
+        Trial(way, Case(T=9, B=2, I=4, H=18, keep=True)),  # barrier phases repeat
         Trial(way, Case(lengths=(3, 2, 2, 1), I=40, H=51, alpha=True, h0=False), True),
         Trial(way, Case(T=1, B=2, I=2, H=6)),
     ]
-    if way.regime == "slices":  # inputs are multiplied before
+    if way.regime == "slices":  # which never fuses the input product
         trials = [replace(t, fuse_input=None) for t in trials]
-    if way.regime == "block":  # no more than a block has
+    if way.regime == "block":  # H must fit into one block
         most = way.block_units
         trials = [replace(t, case=t.case.with_(H=min(t.case.H, most - 1))) for t in trials]
     return trials
 
 
 def on_gpu(trials: Sequence[Trial]) -> list[object]:
-    """All of them once more, where there is a GPU."""
+    """Return the same trials on the GPU, if there is one."""
     again = [replace(trial, device=GPU) for trial in trials if HAS_GPU]
     return [pytest.param(trial, id=str(trial)) for trial in again]
 
@@ -298,7 +301,7 @@ def test_small(trial):
             assert r.rows > trial.way.shape.rows
 
 
-# Before architecture 80: smaller products of tensor cores, copies that wait.
+# Before architecture 80, tensor cores do smaller products, and copies are synchronous.
 ON_OLD = [
     replace(trial, device="t4")
     for trial in SMALL
@@ -307,14 +310,14 @@ ON_OLD = [
 ]
 
 
-@pytest.mark.slow  # another build
+@pytest.mark.slow  # needs another build
 @pytest.mark.parametrize("trial", ON_OLD, ids=str)
 def test_small_on_an_old_device(trial):
     trial.check_way()
 
 
-# What plain.cuh is for: no resets, no leak, no more rows than a tile has; in a cluster, whole 16
-# bytes of units, and no block without any.
+# plain.cuh handles problems without resets or leak, with at most the rows of a tile; in a cluster,
+# units in multiples of 16 bytes, and no block without units.
 
 
 def plain_cases(way: Way) -> Iterator[Trial]:
@@ -352,7 +355,7 @@ def test_plain(trial):
     assert plain == 2 * all(r.units * (r.blocks - 1) < trial.case.H for r in runs)
 
 
-# One block's units to the last, and the last block with fewer: all warps are busy.
+# Blocks that use all their units, so that all warps are busy; of two blocks, the last has fewer.
 
 
 def full_case(way: Way) -> Trial:
@@ -369,8 +372,8 @@ def test_full(trial):
     trial.check_way()
 
 
-# Slices: all units of a cluster, and the last cluster with fewer; a K of several slabs and of what
-# registers do not hold; rows for several groups, on their own and in teams of several waves.
+# Slices: clusters that use all their units, with fewer in the last; K of several slabs, and beyond
+# what registers hold; several groups of rows, on their own and in teams of several waves.
 OF_SLICES = [
     Trial(way, case)
     for way in SLICES
@@ -388,7 +391,7 @@ def test_slices(trial):
     trial.check_way()
 
 
-# Clusters of 16 blocks: more than a program may have that does not ask, and the last without units.
+# Clusters of 16 blocks: more than are allowed without opting in; the last block has no units.
 SIXTEEN = [
     Trial(way, Case(T=3, B=3, I=3, H=way.block_units * 8 + 5, keep=True))
     for way in WAYS
@@ -407,10 +410,10 @@ def test_clusters_of_sixteen(trial):
     assert blocks == {16} or trial.device == GPU
 
 
-# ---- weights that registers do not hold ----
+# ---- weights that do not fit into registers ----
 
 SPILLING = [replace(way, spills=True) for way in WAYS]
-# By many inputs, in the step itself: only activation.
+# Because of many inputs, if the step multiplies them itself: only activation spills.
 WIDE = [
     Trial(way, Case(T=2, B=way.shape.rows + 1, I=way.held + 3, H=12, keep=True), True)
     for way in SPILLING
@@ -418,7 +421,7 @@ WIDE = [
 
 
 def large_cases() -> Iterator[Trial]:
-    """By many units: all passes, where a regime can have more units than registers hold."""
+    """Yield cases with many units, where all passes spill, if the regime allows so many units."""
     for way in SPILLING:
         trial = Trial(way, Case(T=2, B=way.shape.rows + 1, I=3, H=way.held + 5), None)
         if way.held <= 2048 and way.device(trial.case, None):
@@ -439,11 +442,11 @@ def test_large(trial):
         assert trial.way.spilled(r)
 
 
-# ---- memory that is aligned to less ----
+# ---- memory with less alignment ----
 
 
 def aligned_cases() -> Iterator[Trial]:
-    """x in copies of 16, 8 and 4 bytes, and number by number, where its numbers are smaller."""
+    """Yield cases that copy x by 16, 8 or 4 bytes, or one number at a time if it is smaller."""
     for way in WAYS:
         size = way.shape.number_size
         if way.split > 1 and way.split != 4:
@@ -466,7 +469,7 @@ def test_alignment_of_x(trial):
 @pytest.mark.parametrize("tile", [6, 8, 10], ids=lambda tile: TILES[tile].dtype)
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_pairs_that_lie_across_words(regime, tile, packed):
-    """Of an even number of units, which tensor cores own by two: rows that begin at odd numbers."""
+    """Tensor cores own pairs of units. Here H is even, but rows start at odd numbers."""
     way = Way(regime, tile)
     case = Case(T=3, B=5, H=14, lengths=(3, 3, 2) if packed else None, reverse=packed)
     arguments = case.with_(dtype=way.dtype).arguments()
@@ -512,11 +515,11 @@ def test_step(trial):
     assert {r.regime for r in trial.check()} == {"step"}
 
 
-# ---- none is left out ----
+# ---- every kernel runs ----
 
 
 def kernel_name(run: Run) -> str:
-    """What is in the mangled name of the kernel that a run should launch."""
+    """Return a part of the mangled name of the kernel that a run should launch."""
     tile = TILES[run.tile]
     number = {"float32": "f", "tf32": "f", "float64": "d", "float16": "6__half"}
     number["bfloat16"] = "13__nv_bfloat16"
@@ -531,7 +534,7 @@ def kernel_name(run: Run) -> str:
 
 
 def test_every_kernel_ran():
-    """And each as the planner meant it: the tile that a plan names is the one that is launched."""
+    """And it runs as planned: the tile that is launched is the one in the plan."""
     libraries = [emulated(name) for name in ("tiny", "h100")]
     ever: dict[str, int] = dict.fromkeys(libraries[0].kernels(), 0)
     taken = set()
@@ -550,7 +553,7 @@ def test_every_kernel_ran():
             plain = {name for name in launched if "5plain" in name}
             assert len(launched - plain) == len(expected) == len(PASSES) or plain
             assert all(any(e in name for e in expected) for name in launched), (launched, expected)
-            # activation and adjoint, and for second derivatives the others
+            # plain ones for activation and adjoint, the others for second derivatives
             if case.keep or way.regime not in ("block", "cluster"):
                 assert not plain
             else:

@@ -1,4 +1,4 @@
-"""Layers of the size that GPUs are for, long sequences, many runs; small ones on the emulator."""
+"""Large layers, long sequences and many runs on a GPU; small problems on the emulator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = (torch.float32, *LOW)
 
 
 def params(gpu: Sequence[Case], emulated: Case, regime: str | None = None) -> list[object]:
-    """Each case on each engine of a GPU, and one on each emulated engine; or those of a regime."""
+    """Pair `gpu` with the GPU engines, and `emulated` with the emulated ones (of one regime)."""
     pairs = [(engine, case) for engine in ON_GPU for case in gpu]
     pairs += [(engine, emulated) for engine in (*EMULATED, SLICES)]
     return [
@@ -32,7 +32,7 @@ def params(gpu: Sequence[Case], emulated: Case, regime: str | None = None) -> li
 
 
 def results(rnn: Callable[..., tuple[Tensor, Tensor]], case: Case) -> Callable[..., list[Tensor]]:
-    """What `rnn` returns, and its gradients."""
+    """Return a function that computes the results of `rnn` and their gradients."""
     names = list(case.arguments())
 
     def of(*tensors: Tensor) -> list[Tensor]:
@@ -102,7 +102,7 @@ def test_every_run_has_the_same_bits(engine, case, dtype):
         tensors = list(case.arguments().values())
         run = results(fusedrnn.rnn, case)
         first = run(*tensors)
-        differences = torch.zeros((), dtype=torch.int64)  # on the device: no run waits for it
+        differences = torch.zeros((), dtype=torch.int64)  # on the device: no run must wait
         for _ in range(1000 if engine.kind == "cuda" else 2):
             for wanted, found in zip(first, run(*tensors)):
                 differences += (wanted != found).sum()

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives as people write them, on modules, against ``torch.nn.RNN``.
+"""Higher derivatives, written as users write them on modules, against ``torch.nn.RNN``.
 
 On CUDA ``torch.nn.RNN`` can do none of this: cuDNN has no double backward.
 """
@@ -24,7 +24,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 class Model(nn.Module):
-    """The last state of an RNN, and a linear layer on it: a critic, or a regression."""
+    """An RNN with a linear layer on its last state: a critic, or a regression."""
 
     def __init__(self, rnn: type[nn.Module], **layout: Any) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def assert_same(f: Callable[[Model], Any], layout: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_gradient_penalty(layout):
-    """WGAN-GP: the critic's gradient at its input shall have length 1."""
+    """WGAN-GP: the gradient of the critic at its input should have norm 1."""
     real, fake = torch.randn(2, 6, 6, 3, dtype=torch.float64)
 
     def step(critic: Model) -> Any:
@@ -105,7 +105,7 @@ def forward_over_reverse(model: Model) -> Any:
 
 
 def dual_numbers(model: Model) -> Any:
-    """Forward over reverse with torch.autograd alone: backward carries the tangents along."""
+    """Forward over reverse with torch.autograd alone: backward propagates the tangents."""
     weights = list(model.parameters())
     names = [name for name, _ in model.named_parameters()]
     with forward_ad.dual_level():
@@ -136,7 +136,7 @@ def task_loss(model: Model, weights: dict[str, Tensor], scale: Tensor, x: Tensor
 
 
 def adapted(model: Model, weights: dict[str, Tensor], scale: Tensor, x: Tensor) -> dict:
-    """Two inner steps of gradient descent, through which the outer gradient goes."""
+    """Take two inner steps of gradient descent, through which the outer gradient flows."""
     for _ in range(2):
         loss = task_loss(model, weights, scale, x)
         slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
@@ -161,7 +161,7 @@ def test_maml(layout):
 
 
 def test_maml_over_all_tasks_at_once():
-    """The same by torch.func: tasks are vmapped, and each has weights of its own."""
+    """The same with torch.func: vmap over the tasks, each with its own weights."""
     ours, theirs = models({})
     support, query = torch.randn(2, 6, 5, 3, dtype=torch.float64)
 
@@ -213,7 +213,7 @@ def test_batched_cotangents():
 
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_orders(order):
-    """d^n of one number by another, by grad of grad of grad of ..."""
+    """The n-th derivative of a scalar by a scalar, by nested grad."""
 
     def nth(model: Model) -> Tensor:
         x = torch.randn(3, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

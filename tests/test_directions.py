@@ -1,7 +1,7 @@
-"""Both directions of a layer at once on CUDA: fusedrnn/directions.py.
+"""Both directions of a layer run concurrently on CUDA: fusedrnn/directions.py.
 
-Without a GPU, the order of calls is the result (stream_log.py); with one, whatever is run too early
-or freed too soon.
+Without a GPU, the order of calls is checked (stream_log.py). With a GPU, the tests detect work that
+runs too early and memory that is freed too soon.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ T, B, I, H = directions._MIN_STEPS, 3, 4, 5
 
 
 AT_ONCE = [FORK, ("rnn reverse", "side"), ("rnn", "here"), JOIN]
-SIZES = (H, B * H, T * B * I, T * B * H, 2 * T * B * H)  # of what memory is taken for
+SIZES = (H, B * H, T * B * I, T * B * H, 2 * T * B * H)  # of the tensors that a layer allocates
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def inputs(steps: int = T) -> Tensor:
 
 
 def results(module: nn.Module, x: Tensor, hx: Tensor | None = None) -> list[Tensor]:
-    """Both results, and a gradient for each input and weight."""
+    """Return both results, and a gradient for each input and weight."""
     x = x.detach().requires_grad_()
     wanted = [x, *module.parameters()]
     if hx is not None:
@@ -68,7 +68,7 @@ def results(module: nn.Module, x: Tensor, hx: Tensor | None = None) -> list[Tens
     return [output, h_n, *torch.autograd.grad(output.sin().sum() + h_n.sum(), wanted)]
 
 
-# What is called
+# Calls and their order
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -104,10 +104,10 @@ def test_the_allocator_hears_of_what_crosses(log):
     def storages(*tensors: Tensor) -> set[int]:
         return {t.untyped_storage().data_ptr() for t in tensors}
 
-    rnn, directions.rnn = directions.rnn, spied  # the fixture puts it back
+    rnn, directions.rnn = directions.rnn, spied  # the fixture restores it
     with torch.no_grad():
         ours(x, hx)
-    assert log.recorded == {"side": set(), "here": storages(*made[:2])}  # the first is the reverse
+    assert log.recorded == {"side": set(), "here": storages(*made[:2])}  # reverse runs first
     made.clear()
     ours(x, hx)
     reverse = [w for name, w in ours.named_parameters() if name.endswith("reverse")]
@@ -116,8 +116,10 @@ def test_the_allocator_hears_of_what_crosses(log):
 
 
 def test_the_order_of_backward(log):
-    """Both directions, and only then what brings gradients back from the side, where this stream
-    waits. That is so for leaves, too."""
+    """Both directions run before the views, where the current stream waits for the side stream.
+
+    The same holds if the inputs are leaves.
+    """
     ours, _ = pair()
     output, _ = ours(inputs().requires_grad_())
     (forward, _), (reverse, _) = output.grad_fn.next_functions
@@ -156,7 +158,7 @@ def test_a_stream_for_each_thread(log):
     assert len(log.sides) == 2
 
 
-# Where it is left alone
+# Where both directions run on the current stream
 
 
 def in_forward_mode(ours: fusedrnn.RNN, x: Tensor) -> None:
@@ -175,7 +177,7 @@ def in_saved_tensors_hooks(ours: fusedrnn.RNN, x: Tensor) -> None:
 
 
 def in_a_checkpoint(ours: fusedrnn.RNN, x: Tensor) -> None:
-    """Forward, and again before backward."""
+    """Run forward, and run it again before backward."""
     checkpoint(lambda x: ours(x)[0], x, use_reentrant=False).sum().backward()
 
 
@@ -212,7 +214,7 @@ def test_left_alone(log, run):
 
 
 def test_compilers_see_no_choice(log):
-    """Even with CUDA tensors, of whatever length."""
+    """In compiled code, the directions never run concurrently, even with long CUDA tensors."""
 
     def chosen(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
         return x, directions.pays(x, [[w], [w]], [None, None], None)
@@ -222,7 +224,7 @@ def test_compilers_see_no_choice(log):
 
 
 def test_left_alone_with_fake_tensors(log):
-    """Which say that they are CUDA's, where there is none."""
+    """Fake tensors claim to be on CUDA even without a GPU."""
     with FakeTensorMode():
         x = torch.empty(T, B, I, device="cuda")
         assert not directions.pays(x, [[x], [x]], [None, None], None)
@@ -232,7 +234,7 @@ def test_left_alone_with_fake_tensors(log):
 
 
 def test_left_alone_without_the_engine(log, monkeypatch):
-    """A loop over time is all launches."""
+    """Without the engine, a loop over time consists of nothing but launches."""
     monkeypatch.setattr(_C, "has_cuda", False)
     ours, _ = pair()
     ours(inputs())
@@ -246,7 +248,7 @@ def test_left_alone_on_a_cpu(monkeypatch):
     torch.testing.assert_close(results(ours, x), results(theirs, x))
 
 
-# What comes of it
+# Results on a GPU
 
 
 @on_gpu
@@ -319,7 +321,7 @@ def test_checkpointing(reentrant):
 
 @on_gpu
 def test_threads_and_streams():
-    """Each thread on a stream of its own, and on the one they share."""
+    """Two threads share a stream, and two have a stream each."""
     ours, theirs = pair("cuda")
     x = inputs()
     expected = results(theirs, x)
@@ -348,7 +350,7 @@ def test_threads_and_streams():
 @on_gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_captured(training):
-    """A stream that forked in a capture must have joined at its end."""
+    """A stream that was forked in a capture must have joined when the capture ends."""
     ours, _ = pair("cuda", num_layers=2)
     x = inputs().cuda().requires_grad_(training)
 
@@ -371,7 +373,7 @@ def test_captured(training):
 
 @on_gpu
 def test_graphed_callables():
-    """Forward in one graph, backward in another."""
+    """Forward runs in one graph, and backward in another."""
     ours, theirs = pair("cuda", num_layers=2)
     sample = inputs().cuda().requires_grad_()
     graphed = torch.cuda.make_graphed_callables(ours, (sample,))
@@ -382,7 +384,7 @@ def test_graphed_callables():
 
 @on_gpu
 def test_they_are_at_once():
-    """The profiler's word: the two chains overlap, forward and backward."""
+    """The profiler shows that the two recurrences overlap, in forward and in backward."""
     from torch.profiler import ProfilerActivity, profile
 
     ours, _ = pair("cuda")

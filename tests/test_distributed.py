@@ -1,4 +1,4 @@
-"""Training on two processes of one machine: every step's loss is that of one process."""
+"""Training in two processes on one machine gives the loss of a single process at every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an emulator can tell of the CUDA engine beside its results."""
+"""Checks of the CUDA engine that are possible on an emulator, besides those of its results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engines import EMULATED, OLD, Engine, emulated
 import fusedrnn
 
 FREE = Engine("emulated", "h100")
-SLICES = Engine("emulated", "tiny", "slices")  # not in EMULATED: it knows no float64
+SLICES = Engine("emulated", "tiny", "slices")  # not in EMULATED: it does not support float64
 PACKED = Case(lengths=(5, 3, 3, 1), keep=True, alpha=True, H=33)
 
 
 def all_passes(case: Case) -> list[torch.Tensor]:
-    """Results of activation, adjoint and tangent."""
+    """Return the results of activation, adjoint and tangent."""
     tensors = list(case.arguments(requires_grad=True).values())
     h, h_n = fusedrnn.rnn(**dict(zip(case.arguments(), tensors)), **case.flags())
     gradients = torch.autograd.grad(h.sum() + h_n.sum(), tensors, create_graph=True)
@@ -33,7 +33,7 @@ def test_the_regime_that_was_asked_for_runs(engine):
     with engine.installed():
         fusedrnn.rnn(**arguments)
     after = library.runs()
-    fusedrnn.rnn(**arguments)  # by the CPU engine again
+    fusedrnn.rnn(**arguments)  # on the CPU engine again
     assert library.runs() == after
     (regime,) = {name for name in after if after[name] > before[name]}
     assert engine.regime in (None, regime)
@@ -42,10 +42,10 @@ def test_the_regime_that_was_asked_for_runs(engine):
 @pytest.mark.parametrize("case", [Case(), PACKED, PACKED.with_(dtype=torch.float32)], ids=str)
 @pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
 def test_nobody_waits_and_nothing_is_allocated(engine, case):
-    """Beside tensors: so a stream can be captured in a graph."""
+    """Nothing except tensors is allocated, so a stream can be captured in a graph."""
     library = emulated(engine.name)
     with engine.installed():
-        all_passes(case)  # the first call asks for the device's properties
+        all_passes(case)  # the first call queries the properties of the device
         library.reset_counters()
         all_passes(case)
     counters = library.counters()
@@ -69,14 +69,17 @@ def test_the_order_of_threads_does_not_show(engine, dtype):
 @pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 def test_a_chain_that_is_cut(engine, reverse):
-    """Inputs of the steps before the cut are multiplied before, the others' meanwhile."""
+    """The sequence is split, for overlap of the input GEMM with the recurrence.
+
+    The inputs of the steps before the split are multiplied first, the others during the recurrence.
+    """
     for case in (
         Case(T=6, B=9, H=37, dtype=torch.float32, reverse=reverse, keep=True, alpha=True),
         Case(T=6, B=40, H=19, dtype=torch.float32, reverse=reverse, h0=False, bias=False),
         Case(T=6, B=5, H=13, dtype=torch.bfloat16, reverse=reverse, h0=False),
     ):
         arguments = case.arguments()
-        # time last in memory, so that no step of x lies beside the next
+        # time is last in memory, so that steps of x are not contiguous
         arguments["x"] = arguments["x"].movedim(0, -1).contiguous().movedim(-1, 0)
         found = []
         for cut in (0, 1, 3, 5):
@@ -89,7 +92,8 @@ def test_a_chain_that_is_cut(engine, reverse):
 
 
 def test_a_chain_that_must_not_be_cut():
-    """Packed; what carries more than is stored; where the step multiplies its inputs."""
+    """No split if the input is packed, if a carry is more precise than the stored state, for a
+    single step, or if the step multiplies its inputs itself."""
     cutting = Engine("emulated", "tiny", "block", fuse_input=False, cut=2)
     for case, engine in (
         (Case(lengths=(4, 3, 1)), cutting),
@@ -107,12 +111,12 @@ def test_a_failed_launch_names_the_plan():
         emulated(FREE.name).fail_next_launch(1)
         with pytest.raises(RuntimeError, match=r"fusedrnn: .*launch failed: .*plan was: .* regime"):
             fusedrnn.rnn(**Case().arguments())
-        fusedrnn.rnn(**Case().arguments())  # and the next one is well
+        fusedrnn.rnn(**Case().arguments())  # the next launch succeeds
 
 
 @pytest.mark.parametrize("regime", ["block", "cluster", "grid"])
 def test_tf32_only_where_torch_allows_it(regime):
-    case = Case(T=2, B=64, I=16, H=64, dtype=torch.float32)  # tensor cores are worth it
+    case = Case(T=2, B=64, I=16, H=64, dtype=torch.float32)  # large enough for tensor cores
     exact = all_passes(case.with_(dtype=torch.float64))
     error = {}
     for allowed in (False, True):
@@ -129,7 +133,7 @@ def test_tf32_only_where_torch_allows_it(regime):
     assert 1e-5 < max(error[True]) < 1e-2
 
 
-@pytest.mark.slow  # another build
+@pytest.mark.slow  # needs another build
 def test_bfloat16_on_a_device_that_does_not_know_it():
     case = PACKED.with_(dtype=torch.bfloat16)
     with OLD.installed():
@@ -141,7 +145,7 @@ def test_bfloat16_on_a_device_that_does_not_know_it():
 @pytest.mark.parametrize("engine", [Engine("emulated", "h100", "cluster"), SLICES], ids=str)
 @pytest.mark.parametrize("lengths", [(40, 1), (9,) * 3 + (7,) * 16 + (2,) * 60], ids=str)
 def test_teams_that_begin_late_do_not_hang(engine, lengths):
-    """Backward, and packed: nobody sends in the steps before a team's first row."""
+    """In a packed backward, blocks send nothing in the steps before the first row of their team."""
     case = Case(lengths=lengths, H=7, dtype=torch.float32)
     found = []
     for seed in range(8):
@@ -154,7 +158,7 @@ def test_teams_that_begin_late_do_not_hang(engine, lengths):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
 def test_a_nan_stays_in_its_row(engine, dtype):
-    """Though rows lie beside each other, and what pads K lies where others' numbers lay."""
+    """Although rows are adjacent, and the padding of K is in memory that held other numbers."""
     arguments = Case(T=5, B=37, H=45, dtype=dtype).arguments()
     arguments["x"][1, ::9] = torch.nan
     with engine.installed():
@@ -167,7 +171,7 @@ def test_a_nan_stays_in_its_row(engine, dtype):
 
 @pytest.mark.parametrize("size", [7, 130])
 def test_blocks_without_units_are_left_alone(size):
-    """A cluster has a power of two of blocks, more than some sizes fill."""
+    """The blocks of a cluster are a power of two, which is more than some sizes fill."""
     case = Case(T=4, H=size, dtype=torch.bfloat16)
     expected = all_passes(case)
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""The emulator itself: instructions, the CUDA runtime's stand-in, and mistakes it must find."""
+"""The emulator itself: instructions, its CUDA runtime, and mistakes that it must detect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def launchers() -> emulator.Library:
 
 @pytest.fixture
 def library(launchers: emulator.Library) -> emulator.Library:
-    """The launchers on an H100, with nothing left from the test before."""
+    """The launchers on an H100, without state from the previous test."""
     launchers.use_device("h100")
     launchers.schedule("random", seed=1, yield_probability=0.1)
     launchers.reset_counters()
@@ -136,7 +136,7 @@ def test_rounding_in_a_direction(kernels):
     assert torch.equal(y[2], directed(total, total < 0))
     assert torch.equal(y[3], directed(product, down))
     assert torch.equal(y[4], directed(product, up))
-    # Exact in f64 but for what is far below half a unit of f32
+    # Exact in f64 except for an error far below half a unit of f32
     assert (y[5] <= (product + 1).float()).all()
     assert torch.equal(y[6], directed(d, down))
     assert torch.equal(y[7], directed(d, up))
@@ -469,7 +469,7 @@ def test_occupancy(library):
     assert c.blocks_per_multiprocessor(64, 0) == 32
     assert c.blocks_per_multiprocessor(64, 100 << 10) == 2
     assert c.blocks_per_multiprocessor(64, 227 << 10) == 1
-    # With a block to each multiprocessor: 6 GPCs of 16 and 2 of 18.
+    # With one block per multiprocessor: 6 GPCs of 16 and 2 of 18.
     assert c.most_clusters(4, 0, 200 << 10) == 32
     assert c.most_clusters(16, 1, 200 << 10) == 8
     assert c.most_clusters(16, 0, 200 << 10) == -912
@@ -526,7 +526,7 @@ def test_a_launch_can_be_made_to_fail(library):
 
 
 def test_launches_are_cheap(library):
-    """Checks of gradients launch thousands of tiny kernels. Some 50 µs each, at leisure."""
+    """Gradient checks launch thousands of tiny kernels. About 50 µs each; the limit is generous."""
     y = torch.zeros(256)
     library.schedule("forward")
     library.c.launch_often(pointer(y), 100)
@@ -551,16 +551,16 @@ def test_a_changed_header_is_compiled_anew(tmp_path):
     y = torch.zeros(1).int()
     for value in (1, 2, 1):
         header.write_text(f"#define VALUE {value}\n")
-        time.sleep(0.02)  # what is edited while it compiles counts as changed
+        time.sleep(0.02)  # a file edited while it compiles counts as changed
         emulator.Kernels(source).launch("kernel", 1, 1, y)
         assert y.item() == value
 
 
-# --- Tests of the tests ---
+# --- Mistakes that must be detected ---
 
 
 def runs_under(library: emulator.Library, run) -> list[bool]:
-    """Whether `run` gives what it should, for several orders and seeds."""
+    """Return whether `run` succeeds, for several orders and seeds."""
     outcomes = []
     for order, seed in [("forward", 1), ("reverse", 1), *zip(["random"] * 5, range(5))]:
         library.schedule(order, seed, 0.2 if order == "random" else 0)
@@ -617,7 +617,7 @@ def test_mistakes_are_reported_with_their_line(mistakes, kernel, text, code):
 
 
 def test_failures_in_a_program_that_goes_on(mistakes):
-    """The process lives on, and so do the handlers of faults that others have set."""
+    """The process continues, and fault handlers set by other code still work."""
     code = f"""
 import ctypes, faulthandler
 faulthandler.enable()
@@ -673,7 +673,7 @@ def test_address_sanitizer_finds_accesses_out_of_bounds():
 
 
 def test_every_launch_has_its_own_schedule(mistakes):
-    """With one seed the same launches give the same results; the next launch, another order."""
+    """With one seed, the same launches give the same results; each launch has another order."""
     x = torch.randn(64)
 
     def results(count: int) -> list[Tensor]:

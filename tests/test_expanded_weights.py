@@ -1,4 +1,4 @@
-"""Per-sample gradients by ``call_for_per_sample_grads``, torch's older way, as nn.RNN's."""
+"""Per-sample gradients by ``call_for_per_sample_grads``, torch's older API, equal nn.RNN's."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_dropout_drops():
 
 
 def test_gradients_of_what_comes_before():
-    """A linear layer below, which has samples of its own, and a layer above."""
+    """A linear layer before the RNN gets per-sample gradients, too."""
     model = nn.Sequential(nn.Linear(I, I), fusedrnn.RNN(I, H, batch_first=True)).double()
     x = torch.randn(B, T, I, dtype=torch.float64)
     output, _ = call_for_per_sample_grads(model)(x)

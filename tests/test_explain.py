@@ -1,4 +1,4 @@
-"""explain() says what the planners decide, for what a call really comes to."""
+"""explain() reports what the planners decide for the problem that a call really runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_line_for_each_layer_and_direction(module: type[nn.RNNBase]) -> None:
     rnn = module(10, 20, num_layers=2, bidirectional=True, dropout=0.5)
     x = torch.randn(7, 3, 10)
     text = fusedrnn.explain(rnn, x)
-    assert type(rnn) is module  # and no other: only a copy was replaced
+    assert type(rnn) is module  # unchanged: only a copy was replaced
     lines = text.split("\n")
     assert lines[0].startswith("RNN(10, 20, num_layers=2, dropout=0.5, bidirectional=True)")
     assert "torch.float32 on cpu" in lines[0]
@@ -75,7 +75,7 @@ def test_threads_and_instruction_set(isa: str) -> None:
 
 
 def test_kernels_are_as_the_engine_has_them() -> None:
-    """What explain.py repeats, for want of a planner that knows it."""
+    """explain.py repeats these constants, because no planner provides them."""
     for name, tile in _TILES.items():
         source = (ROOT / f"csrc/cpu/kernels_{name}.cpp").read_text()
         defined = dict(re.findall(r"#define FUSEDRNN_(\w+) (\w+)", source))
@@ -83,7 +83,7 @@ def test_kernels_are_as_the_engine_has_them() -> None:
         assert tuple(int(defined[kind]) for kind in kinds) == tile
     assert set(_C.build_info()["isa_compiled"]) <= set(_TILES)
     engine = (ROOT / "csrc/cpu/engine.cpp").read_text()
-    assert "return widened_ ? 0 : 48;" in engine  # rows that repay packing
+    assert "return widened_ ? 0 : 48;" in engine  # rows from which packing pays
     assert "return p_.H * (p_.H + p_.I) * int64_t(sizeof(C)) > (1 << 20) ? 24 : 12;" in engine
 
 
@@ -127,7 +127,7 @@ def test_autocast_counts() -> None:
 
 def test_plans_are_the_planner_s() -> None:
     (found,) = plans(fusedrnn.RNN(64, 64), torch.zeros(100, 1, 64))
-    truth = _C.plan_cpu(T=100, B=1, I=64, H=64, threads=1)  # of AVX-512, which is the default
+    truth = _C.plan_cpu(T=100, B=1, I=64, H=64, threads=1)  # for AVX-512, which is the default
     if _C.build_info()["isa_chosen"] == "avx512":
         assert found["forward"].items() >= truth.items()
 

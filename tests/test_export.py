@@ -1,4 +1,4 @@
-"""torch.export: batch and time stay dynamic, whatever is done with the program afterwards."""
+"""torch.export: batch and time stay dynamic, also after further processing of the program."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ import fusedrnn
 I, H = 4, 6
 T_AND_B = {0: Dim("T"), 1: Dim("B")}
 DEEP: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
-# What torch says of itself whenever it decomposes a program. What is ours is an error (see export),
-# or is looked for (test_no_warning_that_a_linear_layer_does_not_give).
+# A warning that torch itself gives whenever it decomposes a program. Our own warnings are errors
+# (see export), or are checked for (test_no_warning_that_a_linear_layer_does_not_give).
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 STRICT = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 
 
 def export(model: nn.Module, *arguments: Any, **options: Any) -> ExportedProgram:
-    """The program; a warning, ours or torch's, is an error."""
+    """Export the model; every warning, ours or torch's, is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return torch.export.export(model, arguments, **options)
 
 
 def forms(program: ExportedProgram) -> dict[str, ExportedProgram]:
-    """The program, decomposed, and that saved and loaded."""
+    """Return the program, the decomposed program, and that saved and loaded."""
     decomposed = program.run_decompositions()
     file = io.BytesIO()
     torch.export.save(decomposed, file)
@@ -64,7 +64,7 @@ def layers(program: ExportedProgram) -> int:
 )
 @STRICT
 def test_batch_and_time_stay_dynamic(strict, mode, state):
-    """Through decomposition, saving and loading; and dropout goes on dropping."""
+    """Also after decomposition, saving and loading; and dropout stays active."""
     rnn = fusedrnn.RNN(I, H, **mode)
     count = rnn.num_layers * (2 if rnn.bidirectional else 1)
 
@@ -83,7 +83,7 @@ def test_batch_and_time_stay_dynamic(strict, mode, state):
 
 
 def test_dropout_drops_in_a_decomposed_program():
-    """nn.RNN's is silently off there."""
+    """In a decomposed nn.RNN, dropout is silently off."""
     rnn, x = fusedrnn.RNN(I, H, 2, dropout=0.5), torch.randn(5, 3, I)
     module = export(rnn, x).run_decompositions().module()
     assert not torch.equal(module(x)[0], module(x)[0])
@@ -109,7 +109,7 @@ def test_unbatched_input():
 
 
 class Packing(nn.Module):
-    """Lengths as an input."""
+    """Takes the lengths as an input."""
 
     def __init__(self, enforce_sorted: bool, **options: Any) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Packing(nn.Module):
 
 @pytest.mark.parametrize("enforce_sorted", [False, True], ids=["unsorted", "sorted"])
 def test_packed_input_with_lengths_as_an_input(enforce_sorted):
-    """Non-strict: Dynamo does not trace torch's pack_padded_sequence, whatever comes after it."""
+    """Non-strict, because Dynamo does not trace torch's pack_padded_sequence."""
     model = Packing(enforce_sorted, **DEEP, dropout=0.5)
     program = export(
         model,
@@ -140,7 +140,7 @@ def test_packed_input_with_lengths_as_an_input(enforce_sorted):
 
 
 class Packed(nn.Module):
-    """What a PackedSequence consists of as inputs."""
+    """Takes the components of a PackedSequence as inputs."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_packed_data_as_an_input(strict):
             assert_close(form.module()(*given), model(*given))
 
 
-# ---- what else can be exported, and what a program is good for
+# ---- other exports, and uses of a program
 
 
 class Leaky(nn.Module):
@@ -225,7 +225,7 @@ def test_an_exported_program_can_be_trained():
 
 
 def test_no_warning_that_a_linear_layer_does_not_give():
-    """What export itself says is an error above; torch warns for itself where it decomposes."""
+    """In the tests above, a warning during export is an error; decomposition has torch's own."""
 
     def seen(model: nn.Module) -> set[tuple[type, str]]:
         with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""torch.func: every transform, and transforms of transforms, like the reference's in float64."""
+"""torch.func transforms, alone and nested, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FUNCTIONS = [
 
 
 def function_of(name, case, rnn):
-    """The layer as a function of one of its arguments, and that argument."""
+    """Return the layer as a function of one argument, and that argument's value."""
     arguments = case.arguments()
     argument, flags = arguments.pop(name), case.flags()
     return (lambda a: rnn(**{name: a}, **arguments, **flags)[0]), argument
@@ -75,7 +75,7 @@ def without_grad(f, w):
 
 @pytest.fixture(autouse=True)
 def no_fallback():
-    """Without its fallback, a loop with a warning, vmap raises where an op has no rule."""
+    """Disable vmap's fallback (a loop with a warning), so that an op without a rule raises."""
     torch._C._functorch._set_vmap_fallback_enabled(False)
     yield
     torch._C._functorch._set_vmap_fallback_enabled(True)
@@ -116,7 +116,7 @@ def test_jvp_without_grad_mode():
     torch.testing.assert_close(found, expected)
 
 
-# A custom op without a jvp of its own gives tangents of zero, and no error: what these are about.
+# A custom op without its own jvp silently gives zero tangents. The next tests check for that.
 
 
 @pytest.mark.parametrize("case", FUNCTIONS, ids=str)
@@ -134,7 +134,7 @@ def test_no_tangent_is_silently_zero(argument, case):
 
 @pytest.mark.parametrize("op", ["activation", "tangent", "adjoint"])
 def test_each_op_by_itself_has_a_tangent(op):
-    """Called through ``torch.ops``, by whoever has never heard of autograd.py."""
+    """Call each op directly through ``torch.ops``, like a user who does not know autograd.py."""
     case = FUNCTIONS[1]
     arguments, flags = case.arguments(), case.flags()
     series = torch.randn(case.T, case.B, case.H, dtype=torch.float64)
@@ -260,6 +260,6 @@ def test_transforms_of_a_module(transform, batch_sizes):
     def value(f):
         return lambda weights: sum(y.sin().sum() for y in f(weights))
 
-    with torch.no_grad():  # the transforms do not mind
+    with torch.no_grad():  # torch.func ignores an outer no_grad
         found = transform(value(module), weights)
     torch.testing.assert_close(found, transform(value(loops), weights))

@@ -1,4 +1,4 @@
-"""The script for a machine with a GPU: a failed job stops no other, and its output is kept."""
+"""bench/gpu_check.py: a failed job does not stop the others, and its output is kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import gpu_check
 from gpu_check import Job, Jobs, Part, Stage
 
-PARTS = {"speed": 3, "tune": 3, "truth": 3}  # and their stages
+PARTS = {"speed": 3, "tune": 3, "truth": 3}  # the number of stages of each part
 OK = ["ok"] * 3
-LIMIT = 5  # seconds, of a job that hangs; on a busy machine Python takes some to start
+LIMIT = 5  # seconds, for a job that hangs; starting Python takes some of them on a busy machine
 STUCK = "import signal, time\ndef stuck():\n    time.sleep(99)\n"
-FAILURES = {  # what is planted, the result, and what is in the log
+FAILURES = {  # the planted code, the result, and text that the log must contain
     "error": ("raise ValueError('planted')", "FAILED 1", "ValueError: planted"),
     "crash": ("import os\nos.kill(os.getpid(), 11)", "FAILED -11", "Segmentation fault"),
     "hang": (f"{STUCK}stuck()", "TOO LONG", "in stuck"),
@@ -37,7 +37,7 @@ def stages_of(name: str, out: Path, emulated: bool = True) -> list[Stage]:
 
 
 def run(out: Path, *jobs: Job, at_once: int = 1, seconds: float = 60) -> str:
-    """All jobs in one stage; what is in the log."""
+    """Run all jobs in one stage and return the log."""
     Part("part", out, seconds, [Stage("stage", at_once, 1, list(jobs))]).run()
     return (out / "part.txt").read_text()
 

@@ -62,7 +62,7 @@ def test_second_derivatives(engine, case):
 
 
 def derivatives(case: Case, rnn, order: int) -> list[torch.Tensor]:
-    """The gradient of the squared gradient of ... of the output, ``order`` times."""
+    """Replace the value by its squared gradient ``order`` times, and return the last gradients."""
     tensors = list(case.arguments(requires_grad=True).values())
     value = sum(y.sin().sum() for y in function_of(case, rnn)(*tensors))
     for _ in range(order):
@@ -115,7 +115,7 @@ def test_gradients_match_the_reference(case, dtype):
 
 
 def before_a_guard_page(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that ends where a page without read permission begins."""
+    """Return a copy that ends where a page without read permission begins."""
     page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
     end = -(-size // page) * page
     memory = mmap.mmap(-1, end + page)
@@ -138,7 +138,7 @@ def before_a_guard_page(tensor: torch.Tensor) -> torch.Tensor:
     ids=str,
 )
 def test_nothing_is_read_past_the_end_of_an_argument(engine, case):
-    """Which would be a segmentation fault."""
+    """A read past the end would be a segmentation fault."""
     arguments, flags = case.arguments(), case.flags()
     arguments = {name: before_a_guard_page(t).requires_grad_() for name, t in arguments.items()}
     if case.keep:
@@ -173,7 +173,7 @@ def test_gradients_do_not_share_memory():
 
 
 class Calls(TorchDispatchMode):
-    """Counts the ops that run."""
+    """Records the names of the ops that run."""
 
     def __init__(self):
         super().__init__()
@@ -194,12 +194,12 @@ def test_nothing_is_computed_for_what_needs_no_gradient(wanted, products):
         fusedrnn.rnn(**arguments)[0].sum().backward()
     assert calls.names.count("activation") == 1
     assert calls.names.count("adjoint") == 1
-    # the product with h0 apart, so that the states need not be copied
+    # w_hh takes two: the product with h0 is separate, so that the states need not be copied
     assert sum(calls.names.count(name) for name in ("mm", "addmm", "bmm")) == products
 
 
 class ZerosGiven(TorchDispatchMode):
-    """Names the ops of this library that are given a tensor of zeros."""
+    """Records the ops of this library that receive an all-zero tensor."""
 
     def __init__(self):
         super().__init__()

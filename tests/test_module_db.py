@@ -1,6 +1,7 @@
-"""PyTorch's own inputs for nn.RNN and nn.RNNCell, run on fusedrnn's, as its test_modules.py does.
+"""PyTorch's own test inputs for nn.RNN and nn.RNNCell, run on fusedrnn's modules.
 
-The inputs ship with torch, in ``torch.testing._internal.common_modules``; the tests do not.
+The tests follow PyTorch's test_modules.py. The inputs ship with torch, in
+``torch.testing._internal.common_modules``; PyTorch's tests do not.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Case:
     call: Any
 
     def modules(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-        """Ours and torch's, with the same weights."""
+        """Return our module and torch's, with the same weights."""
         args, kwargs = self.construct.args, {**self.construct.kwargs, "dtype": dtype}
         theirs = self.torch_cls(*args, **kwargs)
         ours = self.cls(*args, **kwargs)
@@ -99,7 +100,7 @@ def test_forward_and_gradients(case: Case) -> None:
 
 @pytest.mark.parametrize("torch_cls", OURS, ids=lambda c: c.__name__)
 def test_reference_function(torch_cls: Any) -> None:
-    """Unbatched input gives what torch's reference gets from a batch of one."""
+    """Unbatched input gives the same result as torch's reference, which runs a batch of one."""
     for sample in inputs(torch_cls, torch.float64):
         args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
         if isinstance(args[0], PackedSequence):
@@ -113,7 +114,7 @@ def test_reference_function(torch_cls: Any) -> None:
 
 
 def as_function(module: nn.Module, case: Case) -> tuple[Callable[..., Any], list[Tensor]]:
-    """The call as a function of its floating arguments and parameters, for gradcheck."""
+    """Return the call as a function of its floating arguments and parameters, for gradcheck."""
     names = [n for n, _ in module.named_parameters()]
     template = case.call.args
     arguments = [t.detach().clone().requires_grad_() for t in leaves(module, template)]

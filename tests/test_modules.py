@@ -32,7 +32,7 @@ OURS_AND_THEIRS = [
 
 
 def pair(*args: Any, **kwargs: Any) -> tuple[fusedrnn.RNN, nn.RNN]:
-    """Ours and torch's, with the same weights."""
+    """Return our module and torch's, with the same weights."""
     args = args or (I, H)
     theirs = nn.RNN(*args, **kwargs)
     ours = fusedrnn.RNN(*args, **kwargs)
@@ -55,7 +55,7 @@ def floats(result: Any) -> list[Tensor]:
 
 
 def fresh(argument: Any) -> Any:
-    """A copy of an argument that is a leaf and wants a gradient; None stays None."""
+    """Return a new leaf for an argument that requires a gradient, and other arguments unchanged."""
     if isinstance(argument, PackedSequence):
         return argument._replace(data=fresh(argument.data))
     if argument is None or not argument.requires_grad:
@@ -64,7 +64,7 @@ def fresh(argument: Any) -> Any:
 
 
 def run(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
-    """A call's result, and the gradients of a sum that tells all its elements apart."""
+    """Return a call's result, and its gradients for random cotangents."""
     arguments = tuple(fresh(a) for a in arguments)
     torch.manual_seed(1)  # for dropout
     result = module(*arguments)
@@ -83,7 +83,7 @@ def run(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, dict[str, T
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module, *arguments: Any) -> None:
-    """Same result, same strides, same gradients for every argument and parameter."""
+    """Compare results, strides and the gradients of all arguments and parameters."""
     our_result, our_grads = run(ours, arguments)
     their_result, their_grads = run(theirs, arguments)
     assert_close(floats(our_result), floats(their_result), check_stride=True)
@@ -168,7 +168,7 @@ def test_missing_arguments_are_named(args: tuple[int, ...]) -> None:
     our_type, our_text = error_of(fusedrnn.RNN, *args)
     their_type, their_text = error_of(nn.RNN, *args)
     assert our_type is their_type is TypeError
-    assert our_text == their_text.replace("RNNBase.", "RNN.")  # ours has a signature of its own
+    assert our_text == their_text.replace("RNNBase.", "RNN.")  # ours defines its own signature
 
 
 def test_dropout_on_one_layer_warns() -> None:
@@ -208,7 +208,7 @@ def test_skip_init(cls: type[nn.Module]) -> None:
 
 
 def test_base_classes() -> None:
-    """torch.compile refuses subclasses of nn.RNN; weight-drop code asks for nn.RNNBase."""
+    """torch.compile refuses subclasses of nn.RNN; weight-drop code checks for nn.RNNBase."""
     assert issubclass(fusedrnn.RNN, nn.RNNBase)
     assert not issubclass(fusedrnn.RNN, nn.RNN)
     assert issubclass(fusedrnn.RNNCell, nn.RNNCell)
@@ -218,7 +218,7 @@ def test_cell_constructor_checks_nothing() -> None:
     for kwargs in ({"bias": 1}, {"hidden_size": 0}, {"nonlinearity": "foo"}):
         kwargs = {"input_size": I, "hidden_size": H} | kwargs
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of initialising an empty weight
+            warnings.simplefilter("ignore")  # torch warns about initialising an empty weight
             assert repr(fusedrnn.RNNCell(**kwargs)) == repr(nn.RNNCell(**kwargs))
 
 
@@ -254,7 +254,7 @@ def test_one_seed_gives_one_set_of_weights(cls: Any, torch_cls: Any, layout: Any
     our_state, their_state = ours.state_dict(), theirs.state_dict()
     assert list(our_state) == list(their_state)
     assert_close(our_state, their_state, rtol=0, atol=0)
-    assert torch.equal(after_ours, after_theirs)  # the generator was left in the same place
+    assert torch.equal(after_ours, after_theirs)  # the generator was left in the same state
 
 
 @pytest.mark.parametrize(("cls", "torch_cls", "layout"), ALL_LAYOUTS, ids=layout_id)
@@ -376,7 +376,7 @@ def test_dtypes_are_like_torch(dtype: torch.dtype) -> None:
 
 
 def assert_as_accurate(ours: Any, theirs: Any, truth: Any) -> None:
-    """Our error against float64 is at most twice torch's own in this dtype; dtypes are equal."""
+    """Check that the dtypes match and our error is at most twice torch's in the same dtype."""
     for got, torch_got, exact in zip(floats(ours), floats(theirs), floats(truth), strict=True):
         assert got.dtype == torch_got.dtype
         torch_error = (torch_got.double() - exact).abs().max().item()
@@ -392,7 +392,7 @@ def test_low_precision_is_as_accurate_as_torch(dtype: torch.dtype) -> None:
 
 
 def transposed_storage(t: Tensor) -> Tensor:
-    """The same values with the strides of the transpose."""
+    """Return the same values with the strides of the transpose."""
     return t.detach().mT.contiguous().mT
 
 
@@ -453,7 +453,7 @@ def test_dropout_draws_the_same_random_numbers(layout: dict[str, Any], kind: str
         torch.manual_seed(3)
         module(torch.randn(T, B, I))
         results.append(torch.rand(1))
-    assert torch.equal(*results)  # the generator was left in the same place
+    assert torch.equal(*results)  # the generator was left in the same state
 
 
 def test_dropout_of_one_zeroes_all() -> None:
@@ -700,7 +700,7 @@ def test_pickle_after_functional_call() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_pickles_from_before_torch_1_8_load(bias: bool) -> None:
-    """They have no proj_size, and the weights themselves in place of their names."""
+    """Such pickles have no proj_size, and store the weights themselves instead of their names."""
     states = []
     for module in pair(I, H, 2, bidirectional=True, bias=bias):
         state = module.__getstate__()
@@ -737,7 +737,7 @@ def test_replicas_of_data_parallel() -> None:
     assert replica._flat_weights_names is not ours._flat_weights_names
 
 
-# ---- moving, and weights that are no plain parameters
+# ---- moving, and weights that are not plain parameters
 
 
 def test_weights_move_and_the_lists_follow() -> None:
@@ -772,21 +772,21 @@ def test_a_weight_replaced() -> None:
 
 
 def test_partial_flat_weights() -> None:
-    """As PyTorch's test of that name: weights deleted, and set again."""
+    """Like PyTorch's test of the same name: weights are deleted and set again."""
     ours, theirs = pair()
     x = torch.randn(T, B, I)
     for module in (ours, theirs):
         module.weight_hh_l0_original = module.weight_hh_l0
         del module.weight_hh_l0
         assert not hasattr(module, "weight_hh_l0")
-        module.float()  # tolerates the hole
+        module.float()  # must tolerate the missing weight
         assert module._flat_weights[1] is None
         module.weight_hh_l0 = module.weight_hh_l0_original
     assert_close(ours(x), theirs(x))
 
 
 def test_flat_weights_cannot_be_edited() -> None:
-    """nn.RNN computes with whatever stands in that list."""
+    """nn.RNN, in contrast, computes with whatever tensors are in that list."""
     ours, _ = pair(I, H, 2)
     before = ours(torch.ones(T, B, I))
     doubled = [w * 2 for w in ours._flat_weights]
@@ -799,7 +799,10 @@ def test_flat_weights_cannot_be_edited() -> None:
 
 
 def test_flat_weights_can_be_assigned_as_they_are() -> None:
-    """After swapping weights, as programs for nn.RNN do; a parametrized weight is new each time."""
+    """Programs for nn.RNN assign the list after swapping weights.
+
+    A parametrized weight is a new tensor on each access.
+    """
     ours, _ = pair(I, H, 2)
     del ours.weight_hh_l0
     ours.weight_hh_l0 = torch.zeros(H, H)
@@ -811,7 +814,7 @@ def test_flat_weights_can_be_assigned_as_they_are() -> None:
 
 
 def test_weight_drop() -> None:
-    """AWD-LSTM: a weight is a plain tensor, computed anew for each call (pytorch #32346)."""
+    """AWD-LSTM: a weight is a plain tensor, recomputed for each call (pytorch #32346)."""
     ours, theirs = pair(I, H, 2)
     x = sequence()
     results = []
@@ -860,12 +863,12 @@ def test_parametrized_weights(name: str) -> None:
     for module in modules:
         torch.manual_seed(2)
         PARAMETRIZATIONS[name](module)
-        # In training each look at a spectral_norm weight is a step of its power iteration. We look
-        # once a call, nn.RNN several times.
+        # In training mode, each read of a spectral_norm weight runs a step of its power iteration.
+        # We read the weight once per call, nn.RNN several times.
         module.eval()
     x = sequence(dtype=torch.float64)
     assert_same(*modules, x)
-    for module in modules:  # a step of the optimizer reaches the weight that is used
+    for module in modules:  # an optimizer step must change the weight that is used
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
         module(x)[0].sum().backward()
         optimizer.step()
@@ -877,7 +880,7 @@ def test_deepcopy_of_parametrized_weights(name: str) -> None:
     ours, _ = pair()
     PARAMETRIZATIONS[name](ours)
     x = torch.randn(T, B, I)
-    ours.eval()(x)  # nn.RNN cannot be copied after this: it holds on to the computed weight
+    ours.eval()(x)  # nn.RNN cannot be copied after this: it keeps the computed weight
     assert_close(copy.deepcopy(ours)(x), ours(x))
 
 
@@ -908,7 +911,7 @@ def test_functional_call(dtype: torch.dtype) -> None:
         output, h_n = torch.func.functional_call(module, leaves, (x,))
         results.append((output, h_n, *torch.autograd.grad(output.sum(), list(leaves.values()))))
     assert_close(*results)
-    assert_close(ours(x.float()), theirs(x.float()))  # and its own weights are back
+    assert_close(ours(x.float()), theirs(x.float()))  # its own weights are restored
 
 
 def test_methods_that_others_call() -> None:

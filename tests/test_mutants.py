@@ -1,4 +1,4 @@
-"""The mutation tester: how it changes a line, and what it calls killed, survived and no mutant."""
+"""The mutation tester: how it changes a line, and what counts as killed, survived and no mutant."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_sample_does_not_depend_on_where_a_line_stands():
 
 @pytest.mark.parametrize("listed", ["equivalent_mutants.txt", "fixed_mutants.txt"])
 def test_listed_mutants_are_mutants_of_the_code(listed):
-    """One of a line that has changed is to be written anew, or removed."""
+    """If a listed line has changed, rewrite its entry or remove it."""
     every = {
         (mutant.file, mutant.original, text)
         for file in mutants.files_named(mutants.TESTS)
@@ -66,7 +66,7 @@ def test_listed_mutants_are_mutants_of_the_code(listed):
     }
     found = dict(mutants.records(mutants.ROOT / "tests" / listed))
     assert set(found) <= every
-    assert all(found.values()) == (listed == "equivalent_mutants.txt")  # these have reasons
+    assert all(found.values()) == (listed == "equivalent_mutants.txt")  # only these have reasons
 
 
 def planted(file: str, old: str, new: str, test: str) -> tuple[Mutant, list[str]]:
@@ -96,7 +96,7 @@ def test_planted_mutants():
         (of_engine("spins < 1000", "spins < 1001"), None),
         (of_engine("[s & 1]", "[s & one]"), ""),
         (of_engine("i < 2", "i <= 1"), ""),  # the same machine code
-        (of_alpha("0 < alpha <= 1", fits), None),  # nothing is left of the others
+        (of_alpha("0 < alpha <= 1", fits), None),  # the earlier mutants leave no trace
     ]
     with mutants.workers(1, timeout=1000) as pool:
         found = [pool.submit(mutants.outcome, *mutant).result()[0] for mutant, _ in expected]

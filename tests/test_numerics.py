@@ -17,19 +17,19 @@ from fusedrnn import reference
 
 
 def apply(nonlinearity: str, z: torch.Tensor) -> torch.Tensor:
-    """The engine's nonlinearity of each number, by a recurrence whose weight is 0."""
+    """Apply the engine's nonlinearity elementwise, through a recurrence whose weight is 0."""
     u = z.view(1, -1, 64)
     return fusedrnn.recurrence(u, None, u.new_zeros(64, 64), nonlinearity=nonlinearity)[0].view(-1)
 
 
 def floats(first: int, last: int, stride: int) -> torch.Tensor:
-    """The positive floats whose bits are first, first + stride, ..., a multiple of 64 of them."""
+    """Return floats with the bits first, first + stride, ...; their count is a multiple of 64."""
     count = (last - first) // stride // 64 * 64
     return torch.arange(count, dtype=torch.int32).mul(stride).add(first).view(torch.float32)
 
 
 def ulps(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Errors in units of the last place of float32, of numbers in float64."""
+    """Return the errors in float32 units in the last place; ``exact`` is float64."""
     _, exponent = torch.frexp(exact)
     return (found.double() - exact).abs() * torch.exp2(24.0 - exponent)
 
@@ -38,7 +38,7 @@ TINY, TEN = 0x20000000, 0x41200000  # bits of 1e-19 and 10.0
 
 
 def stride(engine: Engine) -> int:
-    """Every so many floats: few on an engine that takes microseconds for each."""
+    """Return which floats to test: every 137th, fewer on the emulator, which takes µs for each."""
     return 13999 if engine.kind == "emulated" else 137
 
 
@@ -62,7 +62,7 @@ def test_tanh_of_float64_is_within_2_ulp(engine):
     z = floats(TINY, TEN, stride(engine)).double()
     found, exact = apply("tanh", z), z.tanh()
     _, exponent = torch.frexp(exact)
-    assert ((found - exact).abs() * torch.exp2(53.0 - exponent)).max() <= 3  # torch's has 1 of them
+    assert ((found - exact).abs() * torch.exp2(53.0 - exponent)).max() <= 3  # 1 is torch's error
 
 
 def test_tanh_of_the_ends(engine):
@@ -72,7 +72,7 @@ def test_tanh_of_the_ends(engine):
 
 @pytest.mark.parametrize("nonlinearity", ["sigmoid", "softplus", "elu"])
 def test_what_is_made_of_exp(engine, nonlinearity):
-    # softplus: torch takes z itself beyond 20, which is 2e-9 off
+    # beyond 20, torch's softplus returns z itself, which is off by 2e-9
     z = torch.linspace(-20, 20, 64 * (50 if engine.kind == "emulated" else 1000))
     torch.testing.assert_close(
         apply(nonlinearity, z).double(), reference.NONLINEARITIES[nonlinearity](z.double()),
@@ -93,7 +93,7 @@ def test_what_is_made_of_exp_at_the_ends_of_the_range(engine, nonlinearity):
 
 
 def derivatives(function, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first and the second derivative of an elementwise function at each z."""
+    """Return the first and second derivatives of an elementwise function at each z."""
     z = z.detach().requires_grad_()
     (first,) = torch.autograd.grad(function(z).sum(), z, create_graph=True)
     if not first.requires_grad:  # a constant
@@ -105,15 +105,15 @@ def derivatives(function, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("nonlinearity", list(reference.NONLINEARITIES))
 def test_slopes_are_as_accurate_as_torch_in_saturation_too(engine, nonlinearity, dtype):
-    # 0.31: no z where a nonlinearity has a corner
+    # the offset of 0.31 keeps z away from the kinks of the nonlinearities
     z = (torch.linspace(-24, 24, 64 * (16 if engine.kind == "emulated" else 256)) + 0.31).to(dtype)
     function = reference.NONLINEARITIES[nonlinearity]
     ours, theirs = derivatives(lambda z: apply(nonlinearity, z), z), derivatives(function, z)
-    if nonlinearity == "softplus":  # torch's is z itself beyond 20
+    if nonlinearity == "softplus":  # torch's default returns z itself beyond 20
         function = functools.partial(F.softplus, threshold=40)
     exact = derivatives(function, z.double())
     for our, their, truth in zip(ours, theirs, exact):
-        # the largest error among 64 neighbours, whose slopes are of one size
+        # the largest error among 64 neighbours, whose slopes are of similar size
         our_error, their_error, size = (
             t.view(-1, 64).abs().amax(1)
             for t in (our.double() - truth, their.double() - truth, truth)
@@ -121,14 +121,14 @@ def test_slopes_are_as_accurate_as_torch_in_saturation_too(engine, nonlinearity,
         eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
         granted = 4 * eps * size.clamp(min=smallest)
         if nonlinearity in ("tanh", "retanh"):
-            granted += 2 * eps  # 1 - h * h, of an h within 2 ulp
+            granted += 2 * eps  # the slope is 1 - h * h, and h is within 2 ulp
         assert (our_error <= 2 * their_error + granted).all()
 
 
 def leaky_step(
     k: float, z: float, alpha: float, nonlinearity: str, dtype=torch.float32, w: float = 0
 ) -> float:
-    """One step of one unit from the state k, driven by z."""
+    """Run one leaky step of one unit, from the state k and with the input z."""
     h, _ = fusedrnn.recurrence(
         torch.full((1, 1, 1), z, dtype=dtype), torch.full((1, 1), k, dtype=dtype),
         torch.full((1, 1), w, dtype=dtype), nonlinearity=nonlinearity, alpha=alpha,
@@ -152,7 +152,7 @@ def test_a_leak_neither_cancels_nor_overflows(engine):
 def test_alpha_of_one_gives_the_bits_of_no_leak(engine, nonlinearity, dtype):
     case = Case(T=4, B=3, H=5, dtype=dtype, nonlinearity=nonlinearity, keep=True)
     arguments = case.arguments()
-    arguments["x"][:, 0] = 0  # and the biases below: -0.0 must stay what it is
+    arguments["x"][:, 0] = 0  # with the biases of -0.0 below: -0.0 must stay -0.0
     arguments["b_ih"].fill_(-0.0)
     arguments["b_hh"].fill_(-0.0)
     arguments["h0"][1] = 1e30 if dtype != torch.float64 else 1e300
@@ -238,7 +238,7 @@ def test_every_16_bit_number_is_widened_and_narrowed_right(engine):
         torch.testing.assert_close(apply("identity", z), z, rtol=0, atol=0, equal_nan=True)
         wide = torch.randn(1 << 16) * torch.exp2(torch.randint(-26, 18, (1 << 16,)).float())
         half, rest = wide.to(dtype), (wide - wide.to(dtype).float()).to(dtype)
-        # u + x @ w in one rounding: the sum of two 16-bit numbers, as torch rounds it
+        # u + x @ w is rounded once: the sum of two 16-bit numbers, as torch rounds it
         total = fusedrnn.rnn(
             half.view(1, -1, 1), torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype),
             h0=None, nonlinearity="identity",

@@ -1,4 +1,4 @@
-"""The way to ONNX: one node RNN a layer and direction, which onnxruntime runs on any T and B."""
+"""ONNX export: one RNN node per layer and direction, which onnxruntime runs for any T and B."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from torch.testing import assert_close
 import fusedrnn
 from fusedrnn.reference import NONLINEARITIES
 
-if not os.environ.get("CI"):  # where what .ci/requirements.txt names must be there
+if not os.environ.get("CI"):  # in CI, a missing package is an error
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed (see .ci/requirements.txt)")
 
 import onnx
 import onnxruntime
 
-# What torch says of itself whenever it decomposes a program; as to ours, see the last test.
+# torch emits this about its own code when it decomposes a program. The last test checks our
+# warnings.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 
 I, H = 4, 6
@@ -32,8 +33,8 @@ T_AND_B = {0: Dim("T"), 1: Dim("B")}
 
 
 def export(model: nn.Module | torch.export.ExportedProgram, *arguments: Any, **options: Any) -> Any:
-    """The model as ONNX, which onnx itself has checked."""
-    with warnings.catch_warnings():  # what a user sees is test_no_warning_of_ours's business
+    """Export the model to ONNX and check the result with onnx."""
+    with warnings.catch_warnings():  # the last test checks warnings
         warnings.simplefilter("ignore")
         program = torch.onnx.export(model, arguments, verbose=False, **options)
     proto = program.model_proto
@@ -55,7 +56,7 @@ def run(proto: onnx.ModelProto, *arguments: Tensor) -> list[Tensor]:
 
 
 class Function(nn.Module):
-    """One layer by :func:`fusedrnn.rnn`, or by the bare recurrence."""
+    """One layer, computed by :func:`fusedrnn.rnn` or, if bare, by :func:`fusedrnn.recurrence`."""
 
     def __init__(self, bare: bool = False, **flags: Any) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "relu without bias": ({"nonlinearity": "relu", "bias": False}, False),
     "batch_first from a state": ({"batch_first": True}, True),
     "bidirectional": ({"bidirectional": True}, False),
-    "layers from a state": ({"num_layers": 3, "dropout": 0.5}, True),  # in eval, nothing drops
+    "layers from a state": ({"num_layers": 3, "dropout": 0.5}, True),  # dropout is off in eval mode
     "all from a state": (
         {"num_layers": 2, "nonlinearity": "relu", "bidirectional": True, "batch_first": True},
         True,
@@ -240,7 +241,7 @@ def test_the_old_exporter_by_torchscript(mode):
     rnn = fusedrnn.RNN(I, H, **mode).eval()
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and warns of every size asked for
+        warnings.simplefilter("ignore")  # it is deprecated, and warns about every size it reads
         torch.onnx.export(
             rnn,
             (torch.randn(5, 5, I),),
@@ -260,7 +261,7 @@ def test_the_old_exporter_by_torchscript(mode):
 
 
 def test_no_warning_that_a_linear_layer_does_not_give():
-    """torch and onnxscript warn for themselves; a layer of ours must not add to it."""
+    """torch and onnxscript emit warnings of their own; our layers must not add any."""
 
     def seen(model: nn.Module) -> set[tuple[type, str]]:
         with warnings.catch_warnings(record=True) as caught:

@@ -1,6 +1,6 @@
 """Programs that load, trace, script, quantize, initialise, or count the operations of a module.
 
-These tests show what README's Limits says of them, most on a stand-in for the program.
+These tests check what README's Limits says about such programs, mostly with a stand-in for them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def python(code: str, cwd: Path) -> None:
 
 
 def results(rnn: nn.Module, cell: nn.Module) -> list[Tensor]:
-    """What two modules compute, with their gradients; for equal weights, in any process."""
+    """Return the results and gradients of two modules, the same in any process."""
     torch.set_num_threads(1)
     x = torch.linspace(-1, 1, T * B * I).view(T, B, I)
     output, h_n = rnn(x)
@@ -71,7 +71,7 @@ def results(rnn: nn.Module, cell: nn.Module) -> list[Tensor]:
 
 
 def test_whole_modules_load_in_a_process_that_imported_fusedrnn(tmp_path: Path) -> None:
-    """With weights_only=True, torch.load's default; the globals of the user stay safe, too."""
+    """With weights_only=True, torch.load's default; safe globals that the user added are kept."""
     rnn = fusedrnn.RNN(I, H, 2, "relu", bidirectional=True)
     cell = fusedrnn.RNNCell(I, H)
     torch.save({"rnn": rnn, "cell": cell}, tmp_path / "modules.pt")
@@ -90,7 +90,7 @@ def test_whole_modules_load_in_a_process_that_imported_fusedrnn(tmp_path: Path) 
 
 
 def test_of_a_whole_model_only_other_classes_must_be_made_safe(model: Model, x: Tensor) -> None:
-    """torch.load allows no module class by default, nn.RNN included."""
+    """By default, torch.load allows no module class, not even nn.RNN."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -124,7 +124,7 @@ def test_a_traced_file_loads_after_fusedrnn_is_imported(tmp_path: Path) -> None:
 
 
 class LeafTracer(fx.Tracer):
-    """As in the docstring of fusedrnn.RNN."""
+    """The tracer shown in the docstring of fusedrnn.RNN."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, OURS) or super().is_leaf_module(m, module_qualified_name)
@@ -213,7 +213,7 @@ def test_initialisers_see_the_layer_before_replace_and_after_restore(model: Mode
 def test_torch_nn_rnn_can_be_assigned_while_a_model_is_built(
     monkeypatch: pytest.MonkeyPatch, x: Tensor
 ) -> None:
-    """For code that names nn.RNN to build a layer, derive from it or test for it."""
+    """For code that uses nn.RNN by name to build a layer, as a base class or in isinstance."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn, "RNN", fusedrnn.RNN)
         patch.setattr(torch.nn, "RNNCell", fusedrnn.RNNCell)
@@ -246,7 +246,7 @@ def test_torch_nn_rnn_can_be_assigned_while_a_model_is_built(
 
 
 def count_by_class(model: nn.Module, x: Tensor, rules: dict[type, Callable[..., int]]) -> int:
-    """As thop and ptflops do: a forward hook, found by the exact class of each module."""
+    """Count as thop and ptflops do: with a forward hook chosen by each module's exact class."""
     counts: list[int] = []
 
     def hook(rule: Callable[..., int]) -> Any:

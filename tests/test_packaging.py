@@ -1,4 +1,4 @@
-"""What a user meets before the first line of their own: installing and importing."""
+"""Installing and importing the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def unbuilt(tmp_path: Path) -> Path:
-    """A checkout as git has it: Python sources, nothing built."""
+    """A fresh checkout: Python sources, nothing built."""
     shutil.copytree(
         ROOT / "fusedrnn",
         tmp_path / "fusedrnn",
@@ -31,7 +31,7 @@ def unbuilt(tmp_path: Path) -> Path:
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run with `cwd` before the checkout that .venv's .pth file names."""
+    """Run Python in `cwd`, which takes precedence over the checkout in .venv's .pth file."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
@@ -63,7 +63,7 @@ def test_another_torch_says_which_and_what_to_run(unbuilt: Path) -> None:
 
 
 def test_setup_without_torch_says_what_to_run() -> None:
-    """As in a build environment of pip's own, where torch is not installed."""
+    """As in pip's isolated build environment, where torch is not installed."""
     code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py')"
     run = python(code, ROOT)
     assert run.returncode == 1
@@ -89,7 +89,7 @@ BUILT = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """All that is in the repository, and nothing built."""
+    """A copy of the repository without build products."""
     copy = tmp_path / "checkout"
     for name in ("fusedrnn", "csrc", "tests", "bench", "examples", ".ci", ".github"):
         shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
@@ -101,7 +101,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_sdist_is_the_checkout(checkout: Path) -> None:
-    """Setuptools alone would leave out headers, and take along what it does not build."""
+    """By default, setuptools would leave out headers and include build products."""
     before = {str(p.relative_to(checkout)) for p in checkout.rglob("*") if p.is_file()}
     (checkout / "fusedrnn" / "_build_info.py").write_text("")  # as in a checkout that is in use
     (checkout / "fusedrnn" / "_C.so").write_text("")
@@ -119,7 +119,7 @@ def test_sdist_is_the_checkout(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_build_gives_a_wheel_that_runs_elsewhere(checkout: Path, tmp_path: Path) -> None:
-    """`python -m build` makes an sdist and, of that, a wheel; an empty venv takes it."""
+    """`python -m build` makes an sdist and, from it, a wheel that installs in an empty venv."""
     if not os.environ.get("CI"):
         pytest.importorskip(
             "build.__main__", reason="build is not installed (see .ci/requirements.txt)"
@@ -143,7 +143,8 @@ def test_build_gives_a_wheel_that_runs_elsewhere(checkout: Path, tmp_path: Path)
     venv = tmp_path / "venv"
     succeed(sys.executable, "-m", "venv", venv)
     (site,) = venv.glob("lib/python*/site-packages")
-    # the torch it was built with; the checkout is not there, for .pth files count in venvs alone
+    # Adds the torch that the wheel was built with. The checkout is not importable: the .pth file
+    # that names it has an effect only in its own venv.
     (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
     succeed(venv / "bin" / "pip", "install", "--no-index", "--no-deps", wheel)
     code = """

@@ -1,4 +1,4 @@
-"""The CPU planner as a table: what it decides at the shapes people use, and what it never does."""
+"""The CPU planner: its decisions for common shapes, as a table, and limits it must not exceed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ plan_cpu = _C.plan_cpu
     [
         # (T, B, I, H), threads -> groups that split the batch, groups that split the units
         ((256, 1, 64, 64), 2, (1, 1)),  # a step is shorter than a barrier
-        ((256, 16, 128, 256), 2, (2, 1)),  # rows of the batch never meet
+        ((256, 16, 128, 256), 2, (2, 1)),  # rows of the batch are independent
         ((100, 32, 256, 512), 2, (2, 1)),
         ((100, 32, 256, 512), 8, (8, 1)),
         ((256, 1, 64, 1024), 2, (1, 2)),  # one row: only its units can be split
         ((256, 1, 64, 1024), 8, (1, 8)),
-        ((1, 1, 10, 20), 8, (1, 1)),  # not worth waking anybody
+        ((1, 1, 10, 20), 8, (1, 1)),  # not worth waking another thread
         ((8, 0, 10, 20), 8, (1, 1)),
     ],
 )

@@ -1,7 +1,7 @@
-"""The CUDA planner as a table: what it decides for the GPUs and shapes that people use, and what it
-never does. No GPU is needed: the planner is a pure function.
+"""The CUDA planner: its decisions for common GPUs and shapes, as a table, and limits it must not
+exceed. No GPU is needed: the planner is a pure function.
 
-What is to be reached on an H100, in µs a step of the chain; the model predicts all of it:
+Targets on an H100, in µs per step of the recurrence. The model predicts that all are met:
 
 =====  =====  =====  =======  ====
 B      I      H      bf16     f32
@@ -13,10 +13,10 @@ B      I      H      bf16     f32
 128    2048   2048   2.5      22
 =====  =====  =====  =======  ====
 
-Where clusters of 16 are fewer, or of 8 (`PESSIMISTIC`: GPCs of uneven size), some targets are
-missed by up to 40 %, and the last row by more: with one cluster of 8 too few, its rows come in
-twice as many waves, or step by step. The GEMM that makes the inputs of all steps before the chain
-is not in these numbers; at (64, 1024, 1024) in float32 it takes 3 µs a step besides.
+With fewer clusters of 16 or of 8 (`PESSIMISTIC`: GPCs of uneven size), some targets are missed by
+up to 40 %. The last row misses by more: with one cluster of 8 too few, its batch rows run in twice
+as many waves, or step by step. The GEMM that computes the inputs of all steps before the
+recurrence is not included; at (64, 1024, 1024) in float32 it adds 3 µs per step.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ TINY = {
     "clusters": [8, 4, 2, 0, 0],
 }
 REAL = {d["name"]: d for d in (H100, PESSIMISTIC, A100, RTX4090, T4)}
-DEVICES = {**REAL, "tiny": TINY}  # where limits are near
+DEVICES = {**REAL, "tiny": TINY}  # small shapes reach the limits of tiny
 DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 BF16, F16, F32, F64 = "bfloat16", "float16", "float32", "float64"
 
 
 def plan(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **rest: Any) -> dict[str, Any]:
-    """``tf32`` is float32 where torch allows TF32."""
+    """Plan one problem; ``tf32`` is float32 where torch allows TF32."""
     return _C.plan_cuda(
         **{"T": 256, **rest},
         B=B,
@@ -112,7 +112,7 @@ def shape_of(plan: dict[str, Any]) -> tuple[str, int, int]:
 
 SHAPES = [(1, 64, 64), (256, 64, 64), (16, 128, 256), (1, 512, 512), (32, 256, 512)]
 SHAPES += [(64, 512, 512), (64, 1024, 1024), (4096, 64, 64), (128, 2048, 2048)]
-# Of each shape, the first letter of the regime; k is slices of K
+# The first letter of the regime for each shape; k stands for slices (of K)
 TABLE = [
     (H100, BF16, "bbcccccbk"),
     (H100, F16, "bbcccccbk"),
@@ -147,7 +147,7 @@ def test_where_the_weights_live(device, dtype, expected):
 
 
 def largest(device: dict[str, Any], dtype: str, regime: str) -> int:
-    """The largest H that a regime can run, of one row and no inputs."""
+    """Return the largest H that a regime can run, with one row and no inputs."""
     possible = [
         plan(device, dtype, 1, 0, H, T=1000, regime=regime)["regime"] == regime
         for H in range(1, 4000)
@@ -230,7 +230,7 @@ def test_a_cell_is_no_slower_than_one_fused_step():
         for B, I, H in [(1, 1, 1), (1, 64, 64), (64, 512, 512), (4096, 64, 64)]:
             free, step = (plan(device, dtype, B, I, H, T=1, regime=r) for r in (None, "step"))
             assert total(free) <= total(step)
-    assert plan(H100, F32, 1, 1, 1, T=1)["regime"] == "step"  # nothing to keep
+    assert plan(H100, F32, 1, 1, 1, T=1)["regime"] == "step"  # one step: no weights to keep
     assert plan(H100, F32, 4096, 64, 64, T=1)["regime"] == "step"
 
 
@@ -249,7 +249,7 @@ def test_the_smallest_layer():
             assert shape_of(plan(device, dtype, 1, I, 1)) == ("block", 1, 1)
 
 
-# ---- wishes ----
+# ---- overrides ----
 
 
 def devices_for(regime: str) -> list[dict[str, Any]]:
@@ -286,7 +286,7 @@ def test_a_wish_for_less_leaves_the_rest_to_the_planner():
     for fuse in (True, False):
         found = plan(H100, BF16, 64, 64, 512, fuse_input=fuse)
         assert (found["regime"], found["fuse_input"]) == ("cluster", fuse)
-        # without inputs there is nothing to fuse, and the rest of the wish stands
+        # without inputs there is nothing to fuse, and the rest of the override applies
         wish = {"regime": "grid", "tile": 7, "split": 2}
         found = plan(H100, BF16, 4, 0, 64, **wish, fuse_input=fuse)
         assert {name: found[name] for name in wish} == wish
@@ -328,7 +328,7 @@ def test_the_model_comes_near_that_with_fewer_clusters():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", REAL.values(), ids=REAL)
 def test_backward_takes_hardly_longer(device, dtype):
-    """At most 1.3 times as long on an H100; elsewhere, what rows carry takes scarce memory."""
+    """At most 1.3 times as long on an H100, else 1.5: values carried by rows take scarce memory."""
     most = 1.3 if device["architecture"] == 90 else 1.5
     for (B, I, H), leaky in itertools.product(SHAPES, (False, True)):
         forward = plan(device, dtype, B, I, H, T=1000, leaky=leaky)["microseconds"]
@@ -373,12 +373,14 @@ def test_more_rows_fit_nowhere_where_fewer_do_not(dtype, regime):
             for B in (1, 2, 9, 33, 100, 1000, 30000, 1000000)
         ]
         assert fits == sorted(fits, reverse=True), (device["name"], H)
-        if regime != "grid":  # which has to run at once; others go on in waves
+        if regime != "grid":  # a grid must run at once; the others can run in waves
             assert len({*fits[3:]}) == 1, (device["name"], H)
 
 
 def test_more_rows_of_a_plan_never_need_less_of_the_device():
-    """All wishes fixed. Rows come in whole tiles, so teams may fall; their room does not."""
+    """With all overrides fixed. Rows come in whole tiles: there may be fewer teams, but not less
+    room (teams times rows).
+    """
     for (place, tile), regime in itertools.product(enumerate(TILES), REGIMES[1:]):
         slices = regime == "slices"
         if tile.slices < slices or tile.only_slices > slices:
@@ -408,12 +410,12 @@ def test_nobody_waits_where_not_all_can_run_at_once():
         assert found["regime"] in ("step", "block", "cluster")
 
 
-# ---- where a chain is cut ----
+# ---- where the sequence is split ----
 
-# T, B, I, H; of forward and of backward, in float32 and bfloat16, the part of the steps before the
-# cut, in percent.
+# T, B, I, H; then the percentage of steps before the split: forward and backward in float32, then
+# forward and backward in bfloat16.
 CUTS = [
-    ((1024, 1, 64, 64), "0 0 0 0"),  # products take no time
+    ((1024, 1, 64, 64), "0 0 0 0"),  # the GEMMs take no time
     ((1024, 16, 512, 128), "21 55 0 0"),
     ((1024, 64, 128, 128), "25 53 0 0"),
     ((1024, 16, 128, 256), "0 62 0 0"),
@@ -436,18 +438,20 @@ def test_where_the_chain_is_cut(shape, expected):
 
 
 def test_a_cut_balances_both_sides():
-    """The rest of the chain takes as long as the products of what came before, on idle SMs."""
+    """The rest of the recurrence takes as long as the GEMMs of the first part on the idle SMs."""
     T, B, I, H = 4096, 16, 512, 128
     found = plan(H100, F32, B, 0, H, T=T, adjoint=True, products=2 * I + H)
     idle = 1 - found["blocks"] * found["teams"] / H100["sms"]
-    cycles = B * H * (2 * I + H) / (128 * 0.75) / H100["sms"]  # as gemm_time has it
+    cycles = B * H * (2 * I + H) / (128 * 0.75) / H100["sms"]  # the formula of gemm_time
     products = cycles / H100["clock"] / 1000 / idle
     beside, after = found["cut"] * products, (T - found["cut"]) * found["microseconds"]
     assert beside == pytest.approx(after, rel=0.05)
 
 
 def test_what_a_cut_may_not_break():
-    """Rows of a packed batch end at any step; a leak carries more than bfloat16 can store."""
+    """Packed batches (rows end at any step) and leaks in 16 bits (which carry more bits than a
+    state can store) are not split.
+    """
     for dtype, rest in ((F32, {"packed": True}), (BF16, {"leaky": True}), (F16, {"leaky": True})):
         for adjoint in (False, True):
             I, products = (0, 5000) if adjoint else (5000, 0)
@@ -491,11 +495,11 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
     }.get(dtype, (dtype,))
     assert split in tile.splits
     assert units <= tile.block_units // split
-    assert units * tile.number_size % 16 == 0  # what is sent at once
+    assert units * tile.number_size % 16 == 0  # sent 16 bytes at a time
     assert found["chunks"] % split == 0
     assert rows == B or rows % tile.rows == 0
 
-    # of shared memory, at least what the weights need that registers do not hold, and the states
+    # shared memory holds at least the states and the weights that do not fit into registers
     grid, slices = found["regime"] == "grid", found["slices"]
     chunks = -(-H // tile.chunk) + (-(-I // tile.chunk) if found["fuse_input"] else 0)
     groups = -(-rows // tile.rows)
@@ -520,7 +524,7 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
         slots = found["shared_memory"] - spilled - 2 * units * 4 - barriers - carried - partial
         assert slots in (2 * slot, 3 * slot, 4 * slot)
 
-    # all at once where they wait for each other, or it would be for ever
+    # blocks that wait for each other must be resident at the same time, or they would deadlock
     at_once = -(-teams // found["waves"])
     if found["regime"] == "slices":
         assert found["counters"] == teams * groups
@@ -553,7 +557,7 @@ WISHES = {
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
-    """Small ones as often as large ones."""
+    """Draw each order of magnitude equally often."""
     return st.integers(0, most.bit_length() - 1).flatmap(
         lambda bits: st.integers(1 << bits, min(most, 2 << bits))
     )
@@ -578,7 +582,7 @@ def test_no_plan_exceeds_a_limit(device, dtype, B, I, H, wishes, **rest):
 
 
 def test_no_plan_exceeds_a_limit_on_any_device():
-    """Devices that do not exist, and many more shapes of the sizes that people use."""
+    """Invented devices, and many more shapes of common sizes."""
     draw = random.Random(0)
     for _ in range(20000):
         sms = draw.randint(1, 200)
@@ -610,7 +614,7 @@ def test_no_plan_exceeds_a_limit_on_any_device():
 
 
 def test_planning_is_quick():
-    """It is done for every call: some microseconds, as a launch takes."""
+    """The planner runs on every call, so it may take only some microseconds, like a launch."""
     calls = [(H100, d, *shape) for d in DTYPES for shape in SHAPES]
     fastest = float("inf")
     for _ in range(5):
@@ -618,7 +622,7 @@ def test_planning_is_quick():
         for call in calls:
             plan(*call)
         fastest = min(fastest, (time.perf_counter() - start) / len(calls))
-    assert fastest < 200e-6  # 20 on an idle machine, of which Python has half
+    assert fastest < 200e-6  # 20 µs on an idle machine, half of them in Python
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Worker processes: data loaders, weights in shared memory, modules sent through pipes.
 
-A forked process that computes with more than one thread hangs where its parent has done so before:
-that is the OpenMP runtime's, and ``torch.nn.RNN``'s as well. Workers of a DataLoader have one.
+A forked process that computes with more than one thread hangs if its parent has already done so.
+This is a limitation of the OpenMP runtime, and ``torch.nn.RNN`` has it as well. DataLoader workers
+use one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ I, H = 4, 5
 
 
 class Encoded(Dataset):
-    """Sequences, each encoded by a frozen RNN in whichever process asks for it."""
+    """Sequences, each encoded by a frozen RNN in the process that reads it."""
 
     def __init__(self) -> None:
         self.rnn = fusedrnn.RNN(I, H, num_layers=2).requires_grad_(False)
@@ -43,7 +44,7 @@ def test_data_loader(context):
 
 
 def descend(rnn: fusedrnn.RNN, x: Tensor, start: Any, lock: Any) -> None:
-    """One step of Hogwild: the gradient at the weights of the start, added to the shared ones."""
+    """Run one Hogwild step: compute the gradient at the initial weights, update the shared ones."""
     torch.set_num_threads(1)
     rnn(x)[0].sin().sum().backward()
     start.wait()
@@ -77,7 +78,7 @@ def answer(asked: Any, answers: Any) -> None:
     rnn, x = asked.get()
     with torch.no_grad():
         answers.put(rnn(x)[0])
-    asked.get()  # the answer lies in this process's memory until it is taken
+    asked.get()  # stay alive until the answer, which is in this process's memory, is received
 
 
 def test_a_module_through_a_queue_to_a_forked_process():

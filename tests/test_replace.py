@@ -126,7 +126,7 @@ def test_hooks_are_kept() -> None:
     model.rnn.register_forward_hook(lambda m, a, r: seen.append(type(m)))
     handle = model.rnn.register_forward_pre_hook(lambda m, a: seen.append("removed"))
     fusedrnn.replace(model)
-    handle.remove()  # a handle from before still works
+    handle.remove()  # a handle from before replace() still works
     model(torch.randn(B, T, I))
     assert seen == [fusedrnn.RNN]
 
@@ -213,7 +213,7 @@ def built_with_fusedrnn(monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 def test_restore_gives_a_model_as_torch_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Down to the attributes of each module, whichever way the model was made."""
+    """Even the attributes of each module are equal, however the model was made."""
     theirs = Model()
     for model in (fusedrnn.replace(Model()), built_with_fusedrnn(monkeypatch)):
         assert type(model.rnn) is fusedrnn.RNN

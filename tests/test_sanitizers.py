@@ -27,14 +27,14 @@ TESTS = ("recurrence", "gradients", "threads", "numerics", "arguments")
 
 
 def runtime(name: str) -> str:
-    """Where g++ keeps a runtime library; the name itself if it has none."""
+    """Return the path of a g++ runtime library, or the bare name if there is none."""
     compiler = os.environ.get("CXX", "g++")
     return subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
-    """The package, built with sanitizers, in a folder of its own."""
+    """The package, built with sanitizers in a separate folder."""
     if any(runtime(name) == name for name in RUNTIMES):
         pytest.skip("this compiler has no sanitizers")
     base = tmp_path_factory.mktemp("sanitized")
@@ -60,7 +60,7 @@ def test_no_byte_is_read_or_written_astray(sanitized):
         env={
             **os.environ,
             "PYTHONPATH": str(sanitized),
-            # Python itself is not instrumented, so the runtimes must come first; and it leaks.
+            # Python is not instrumented, so the runtimes must be preloaded; and Python leaks.
             "LD_PRELOAD": ":".join(runtime(name) for name in RUNTIMES),
             "ASAN_OPTIONS": "detect_leaks=0",
         },
@@ -77,7 +77,7 @@ def test_no_byte_is_read_or_written_astray(sanitized):
 
 @functools.cache
 def program(sanitizer: str) -> Path:
-    """With all kernels."""
+    """Build the program with all kernels."""
     return build(sanitizer, "engine", sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 
 
@@ -107,7 +107,7 @@ def build(
 
 
 def run(path: Path, *problems: str, seed: int = 1, device: str = "tiny") -> Any:
-    """What the program returned and printed; before a sanitizer's report, the problem."""
+    """Run the program, which prints the problem before a sanitizer's report."""
     return emulator.run_program(path, device, str(seed), *problems, timeout=1200)
 
 
@@ -119,16 +119,16 @@ def assert_right(path: Path, *problems: str, **options: Any) -> None:
 
 
 def problems(regime: str, ways: Sequence[tuple[int, int]], shapes: Sequence[str]) -> Iterator[str]:
-    """Each shape for each tile and split, in each pass.
+    """Yield each shape for each tile and split, in each pass.
 
-    Shapes without an H get an odd one, which one block can just hold, or just not.
+    A shape without an H gets an odd H that one block can just hold, or just cannot.
     """
     for tile, split in ways:
-        held = TILES[tile].held * TILES[tile].chunk * split  # of K in registers
+        held = TILES[tile].held * TILES[tile].chunk * split  # the part of K in registers
         units = min(TILES[tile].block_units // split, held)
         H = {"step": 67, "block": units - 1, "slices": 69}.get(regime, units + 1)
         for shape in shapes:
-            if regime == "slices" and "unfused" not in shape:  # it multiplies inputs before
+            if regime == "slices" and "unfused" not in shape:  # its input GEMM runs before
                 shape += " unfused"
             for which in PASSES:
                 yield f"{regime} {which} tile={tile} split={split} H={H} {shape}"
@@ -150,7 +150,7 @@ EVERY_SHAPE = [
     "T=3 B=1 I=1",
     "T=4 B=9 I=5 h0 bias keep alpha",
     "T=2 B=10 I=16 h0 bias unfused",
-    "T=11 B=2 I=3 h0",  # what is prefetched some steps ahead
+    "T=11 B=2 I=3 h0",  # inputs are prefetched some steps ahead
     "T=11 B=2 I=16 descending",
     "T=11 B=1 I=16 H=24 h0 bias plain",
     "T=11 B=1 I=5 H=40 descending unfused plain",
@@ -166,7 +166,7 @@ def test_cuda_touches_no_byte_astray(regime):
     assert_right(program("address"), *problems(regime, ways, EVERY_SHAPE))
 
 
-# Buffers, and the problems in which they are one number too short.
+# Buffers, and the problem in which each of them is one element too short.
 SHORT = "tile=0 split=1 T=3 B=3 I=3 H=7 h0 bias keep alpha"
 SHORTENED = {
     **dict.fromkeys(["x", "w_ih", "b_ih", "b_hh", "alpha", "keep"], f"activation {SHORT}"),
@@ -191,8 +191,9 @@ def test_one_byte_astray_is_found(regime, name):
     assert re.search(r"#\d .*csrc/cuda/\w+\.cuh:\d+", result.stderr), result.stderr
 
 
-# All that threads do to wait for each other: plain products, tensor cores whose warps share units
-# and those that do not; teams of several blocks, groups of rows, and rows that end or begin late.
+# All ways in which threads wait for each other: products without tensor cores, and with tensor
+# cores whose warps do or do not share units; teams of several blocks, groups of rows, and rows that
+# end early or begin late.
 WAITING_WAYS = [
     (tile_of("fma_f32"), 1),
     (tile_of("fma_f64"), 1),
@@ -219,13 +220,13 @@ def test_cuda_has_no_race(regime, seed):
 
 @pytest.mark.slow
 def test_blocks_without_units_have_no_race():
-    """Of a cluster of 16 blocks 13 have units."""
+    """Only 13 blocks of a cluster of 16 have units."""
     shape = f"cluster tile={tile_of('mma_bf16')} split=8 H=130 T=3 B=3 I=3 h0"
     assert_right(program("thread"), *(f"{shape} {which}" for which in PASSES), device="h100")
 
 
-# What can be forgotten in csrc/cuda: a file, its text, what stands there instead (FORGET is whether
-# to), and a problem in which that is a race.
+# Synchronisation that can be left out of csrc/cuda: the file, the text to replace, the replacement
+# (FORGET: whether to leave it out), and a problem in which leaving it out is a race.
 BLOCK = "block tile=0 split=1 T=3 B=2 I=3 H=33 h0"
 TENSOR, SPLIT = (
     f"block tile={tile_of('mma_bf16')} split={split} T=3 B=2 I=3 H=33 h0" for split in (1, 2)
@@ -345,8 +346,9 @@ FORGOTTEN = {
 }
 
 
-# The adjoint begins with zeros, which were there one barrier before; without inputs the last slab
-# is not where sums are added up; and beside what rows carry there is no room for so many groups.
+# Where leaving it out is not a race: the adjoint starts from zeros, which were written one barrier
+# earlier; without inputs, the last slab is not in the memory where sums are added up; and next to
+# the values that rows carry there is no room for that many groups.
 NO_RACE = {
     ("block-begin", "adjoint"),
     ("slabs-end", "adjoint"),
@@ -359,7 +361,7 @@ NO_RACE = {
 
 @functools.cache
 def forgetful() -> Path:
-    """With kernels of a copy of csrc in which each of FORGOTTEN can be chosen at run time."""
+    """Build with a copy of csrc in which each entry of FORGOTTEN can be selected at run time."""
     folder = ROOT / "build" / "forgetful"
     copied = {path: path.read_text() for path in (ROOT / "csrc").glob("**/*.*h")}
     for number, (file, text, instead, _) in enumerate(FORGOTTEN.values(), 1):
@@ -399,8 +401,8 @@ def test_a_forgotten_barrier_is_found(barrier, which):
 
 @functools.cache
 def limited() -> Path:
-    """A check build. The emulated clock advances by 64 a read: a wait ends after three million
-    polls, before the emulator reports a livelock."""
+    """Build the program with time limits. The emulated clock advances by 64 per read, so a wait
+    ends after three million polls, before the emulator reports a livelock."""
     return build(
         None,
         "limited",

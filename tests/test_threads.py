@@ -1,4 +1,4 @@
-"""The engine's threads: how they divide the work, and that nobody sees it."""
+"""The engine's threads: how they divide the work, and that the results do not depend on it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_thread_keeps_no_scratch_memory_of_a_huge_call():
-    """The matrix is packed into 128 MB; a second call would reuse what the first one left."""
+    """The matrix is packed into 128 MB; a second call would reuse what the first one kept."""
 
     def call(size: int) -> None:
         x, w_ih, w_hh = torch.zeros(25, 1, 1), torch.zeros(size, 1), torch.zeros(size, size)

@@ -1,4 +1,4 @@
-"""What type checkers see of the installed package, as its users' checkers do: py.typed and all."""
+"""What type checkers report for users of the installed package, which has a py.typed file."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def pyright(*arguments: str, cwd: Path) -> dict:
-    if not os.environ.get("CI"):  # where .ci/requirements.txt's are installed
+    if not os.environ.get("CI"):  # in CI, a missing package is an error
         pytest.importorskip("pyright", reason="pyright is not installed (.ci/requirements.txt)")
         if shutil.which("node") is None:
             pytest.skip("pyright runs on node, and there is none")
@@ -101,7 +101,7 @@ def test_pyright_sees_constructor_and_overloads(files):
 
 
 def test_pyright_knows_every_type_of_the_public_modules(tmp_path):
-    """The commands, a demonstration and the derivatives' classes are nobody's interface."""
+    """The commands, a demonstration and the classes of the derivatives are not public."""
     report = pyright("--verifytypes", "fusedrnn", "--ignoreexternal", cwd=tmp_path)
     public = re.compile(r"fusedrnn\.(modules|functional|onnx|explain|reference|[a-zA-Z]+$)")
     symbols = [

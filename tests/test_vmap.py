@@ -33,14 +33,14 @@ V = 4
 
 @pytest.fixture(autouse=True)
 def no_fallback() -> Iterator[None]:
-    """Without its fallback, a loop with a warning, vmap raises where an op has no rule."""
+    """Disable vmap's fallback (a loop with a warning), so that an op without a rule raises."""
     torch._C._functorch._set_vmap_fallback_enabled(False)
     yield
     torch._C._functorch._set_vmap_fallback_enabled(True)
 
 
 def loop(f: Callable, in_dims: Any = 0) -> Callable:
-    """What vmap means."""
+    """Return what vmap(f, in_dims) is defined to compute, as a loop over the samples."""
 
     def looped(*args: Any) -> Any:
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
@@ -55,7 +55,10 @@ def loop(f: Callable, in_dims: Any = 0) -> Callable:
 
 
 def stacked(case: Case, names: tuple[str, ...]) -> tuple[list[Tensor], tuple[int | None, ...]]:
-    """All arguments, V different ones of those that are named, V at a place of its own in each."""
+    """Return all arguments and their in_dims.
+
+    The named arguments hold V different samples, stacked along a dimension that varies.
+    """
     arguments, in_dims = case.arguments(), []
     keep = case.flags()["keep"]
     if keep is not None:
@@ -67,7 +70,7 @@ def stacked(case: Case, names: tuple[str, ...]) -> tuple[list[Tensor], tuple[int
         different = [value.roll(v, 0) * (1 if name == "keep" else 1 - v / 9) for v in range(V)]
         dim = place % (value.dim() + 1)
         arguments[name] = torch.stack(different, dim).to(value.dtype)
-        in_dims.append(dim if place % 2 else dim - value.dim() - 1)  # from either end
+        in_dims.append(dim if place % 2 else dim - value.dim() - 1)  # counted from either end
     return list(arguments.values()), tuple(in_dims)
 
 
@@ -122,8 +125,7 @@ def test_any_argument(case, names):
 
 
 def both(case: Case, rnn: Callable, only: tuple[int, ...]) -> Callable:
-    """A smooth number made of both results, as a function of the arguments ``only``, which come
-    first."""
+    """Return a smooth scalar of both results, as a function whose first arguments are ``only``."""
     f = function_of(case, rnn)
 
     def value(*args: Any) -> Tensor:
@@ -135,7 +137,8 @@ def both(case: Case, rnn: Callable, only: tuple[int, ...]) -> Callable:
     return value
 
 
-# By what batches, f, its arguments, their in_dims: derivatives are those by the first two.
+# Arguments: vmap or the loop, f, the arguments of f, their in_dims. Derivatives are with respect to
+# the first two arguments.
 COMPOSITIONS = {
     "vmap of grad": lambda over, f, a, d: over(grad(f, (0, 1)), d)(*a),
     "vmap of vjp": lambda over, f, a, d: over(
@@ -202,7 +205,7 @@ def test_chunks_and_nothing_to_batch():
 @pytest.mark.parametrize("names", [("x", "keep"), ("w_hh", "w_ih"), ("h0",)], ids="+".join)
 @pytest.mark.parametrize("case", [Case(keep=True), Case(lengths=(3, 1), keep=True)], ids=str)
 def test_no_sample_at_all(case, names):
-    """An empty batch, as Poisson sampling draws it now and then."""
+    """An empty batch, which Poisson sampling occasionally draws."""
     args, in_dims = stacked(case, names)
     empty = [a if d is None else a.narrow(d, 0, 0) for a, d in zip(args, in_dims)]
     f = both(case, fusedrnn.rnn, tuple(range(len(args))))
@@ -232,7 +235,7 @@ def test_sequences_packed_differently_are_refused():
 
 
 def calls_of(size: int, T: int, names: tuple[str, ...]) -> list[str]:
-    """The ops behind per-sample gradients of all weights, and nothing batched but ``names``."""
+    """Return the ops run for per-sample gradients of all weights, with only ``names`` batched."""
     case = Case(T=T, B=2)
     arguments = case.arguments()
     weights = {k: arguments.pop(k) for k in ("w_ih", "w_hh", "b_ih", "b_hh")}
@@ -253,7 +256,7 @@ def calls_of(size: int, T: int, names: tuple[str, ...]) -> list[str]:
 def test_per_sample_gradients_without_a_loop(names):
     calls = calls_of(2, 8, names)
     assert calls.count("activation") == calls.count("adjoint") == 1
-    assert calls.count("bmm") <= 4  # dw_ih; dw_hh, and its part from h0; x once for all
+    assert calls.count("bmm") <= 4  # dw_ih; dw_hh, and its part from h0; x for all samples
     assert calls == calls_of(64, 80, names)
 
 

@@ -1,5 +1,5 @@
-// The CPU engine: one parallel region for a whole sequence. Each thread owns some rows of the
-// batch and some hidden units, and walks through time with them.
+// The CPU engine: one parallel region for the whole sequence. Each thread owns some rows of the
+// batch and some hidden units, and runs the time loop for them.
 #include "engine.h"
 
 #include <algorithm>
@@ -26,11 +26,11 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 
-// A barrier for threads that expect each other within a microsecond. They spin, and give their
-// core away if that was wrong: the machine may be shared.
+// A barrier for threads that should all arrive within a microsecond. They spin first, and yield the
+// core if that takes too long, because the machine may be shared.
 class SpinBarrier {
  public:
-  // Each thread counts its own visits in `visits`.
+  // `visits` counts the visits of the calling thread.
   void wait(int threads, int64_t& visits) {
     if (threads == 1) return;
     const int64_t full = ++visits * threads;
@@ -50,7 +50,7 @@ class SpinBarrier {
   alignas(kCacheLine) std::atomic<int64_t> arrived_{0};
 };
 
-// Aligned memory that frees itself.
+// Owns memory aligned to cache lines.
 class Block {
  public:
   explicit Block(int64_t bytes = 0) : bytes_(bytes) {
@@ -65,9 +65,9 @@ class Block {
   int64_t bytes_;
 };
 
-// Scratch memory of one call. The calling thread keeps a block of the size that its last call
-// needed, up to a limit: fresh memory from the system costs a page fault for every 4 KB, more than
-// packing a megabyte of weights into it.
+// Scratch memory of one call. The calling thread keeps a block of the size that its largest call
+// needed, up to a limit, because fresh memory costs a page fault for every 4 KB. For a megabyte of
+// weights, that takes longer than packing them.
 class Scratch {
  public:
   Scratch() {
@@ -104,7 +104,7 @@ thread_local int64_t Scratch::wanted_ = 0;
 
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-// The i-th of `parts` nearly equal pieces of [0, n).
+// The start of the i-th of `parts` nearly equal pieces of [0, n).
 constexpr int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
 
 template <class C>
@@ -119,7 +119,7 @@ class Run {
         widened_(stored_size != int64_t(sizeof(C))),
         vectors_(ceil_div(p_.H, k_.lanes)),
         width_(vectors_ * k_.lanes),
-        // rows a multiple of 2 KB apart would share cache sets
+        // rows that are a multiple of 2 KB apart would share cache sets
         state_row_(width_ + (width_ * int64_t(sizeof(C)) % 2048 == 0 ? k_.lanes : 0)) {
     const bool adjoint = p_.pass == Pass::adjoint;
     plan_ = make_plan({p_.T, p_.B, p_.I, p_.H, int64_t(sizeof(C)), k_.lanes, k_.rows, k_.vectors,
@@ -140,7 +140,7 @@ class Run {
         stored_.load(at(p_.first.data, b * p_.first.row), p_.H,
                      (adjoint ? carry_ : state_[0]) + b * state_row_);
     }
-    // Rows that start later (packed, descending) find their first state in either buffer.
+    // Packed rows that start later (descending) may read their first state from either buffer.
     if (p_.batch_sizes) std::memcpy(state_[1], state_[0], size_t(p_.B * state_row_) * sizeof(C));
 
     tile_row_ = plan_.pack ? k_.vectors * k_.lanes : width_;
@@ -149,7 +149,7 @@ class Run {
     for (int i = 0; i < plan_.threads(); ++i) workers_.emplace_back(*this, i);
   }
 
-  // False if the runtime gave fewer threads than planned: nothing has been done then.
+  // Returns false, without doing anything, if the runtime provides fewer threads than planned.
   bool run() {
     const int threads = plan_.threads();
     if (threads == 1) {
@@ -178,15 +178,15 @@ class Run {
   }
   void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
 
-  // Rows that repay packing, as measured. The adjoint multiplies by W_hh itself, whose rows serve
-  // as panels if no number must be widened; forward, weights as they lie are multiplied by dot
-  // products.
+  // The number of rows above which packing pays off, as measured. Without packing, the adjoint uses
+  // the rows of W_hh itself as panels, which requires that no number is widened. The other passes
+  // use dot products with the unpacked weights.
   int64_t rows_to_pack() const {
     if (p_.pass == Pass::adjoint) return widened_ ? 0 : 48;
     return p_.H * (p_.H + p_.I) * int64_t(sizeof(C)) > (1 << 20) ? 24 : 12;
   }
 
-  // Rows of the batch at time t.
+  // The number of batch rows at time t.
   int64_t alive(int64_t t) const { return p_.batch_sizes ? p_.batch_sizes[t] : p_.B; }
 
   int64_t place(const Series& s, int64_t t, int64_t b) const {
@@ -215,7 +215,7 @@ class Run {
     const C* w_input;
   };
 
-  // What one thread does.
+  // The work of one thread.
   class Worker {
    public:
     Worker(Run& run, int index)
@@ -282,7 +282,7 @@ class Run {
     }
     bool multiplies_by_dot() const { return p_.pass != Pass::adjoint && !plan_.pack; }
 
-    // Threads with the same hidden units share their panels, and the packing of them.
+    // Threads with the same hidden units share panels and divide the packing among themselves.
     void pack() {
       const bool adjoint = p_.pass == Pass::adjoint;
       const bool state =
@@ -299,7 +299,8 @@ class Run {
       }
     }
 
-    // Lists the input rows of the next chunk of steps, widened, and multiplies them if planned.
+    // Collects the input rows of the next chunk of steps, widened if needed, and multiplies them if
+    // project_ahead is set.
     void prepare_inputs(int64_t s0) {
       const int64_t s1 = std::min(s0 + plan_.chunk, p_.T);
       int64_t n = 0;
@@ -335,11 +336,11 @@ class Run {
         f(cut(n, blocks, i), cut(n, blocks, i + 1) - cut(n, blocks, i));
     }
 
-    // Does row b, on its way to the s-th step, keep what it carries?
+    // Whether row b carries its state into the s-th step.
     bool keeps(int64_t s, int64_t b) const {
       if (!p_.keep) return true;
       if (p_.pass != Pass::adjoint) return r_.kept(time(s), b);
-      // Backward, the cut lies where the step came from: before the step after.
+      // In the adjoint, the keep of the previously visited step decides, if row b was in it.
       return s == 0 || b >= r_.alive(time(s - 1)) || r_.kept(time(s - 1), b);
     }
 
@@ -347,15 +348,16 @@ class Run {
       const int64_t t = time(s), rows = rows_at(t);
       const C* from = r_.state_[s & 1];
       C* to = r_.state_[(s + 1) & 1];
-      // Rows that ended before this step leave their state in both buffers: nobody writes it again.
+      // Rows that ended before this step are not written again, so both buffers need their state.
       if (p_.batch_sizes && s > 0) {
         const int64_t ended = std::min(row1_, r_.alive(time(s - 1)));
         for (int64_t b = row0_ + rows; b < ended; ++b)
           std::memcpy(to + b * r_.state_row_ + column0_, from + b * r_.state_row_ + column0_,
                       size_t(column1_ - column0_) * sizeof(C));
       }
-      // At first a derivative has nothing to multiply, unless a first state was given. Forward,
-      // zeros are multiplied like any state: what is NaN or Inf in W_hh must show.
+      // At the first step of a derivative there is nothing to multiply, unless an initial state was
+      // given (that of the adjoint is in carry_). The forward pass multiplies zeros like any state,
+      // so that NaN and Inf in W_hh propagate.
       const bool zero_state =
           s == 0 && (p_.pass == Pass::adjoint || (p_.pass == Pass::tangent && !p_.first.data));
       const auto states_of = [&](const C* states, int64_t first, int64_t count, const C** list) {
@@ -409,7 +411,7 @@ class Run {
             product.tile_row = r_.tile_row_;
             r_.k_.product[count - 1][panel.vectors - 1](product);
             if (p_.pass == Pass::adjoint) {
-              // Without a leak nothing is carried but the gradient of a row's last state.
+              // Without a leak, the only carry is the gradient of a row's last state.
               for (int64_t i = 0; i < count; ++i) {
                 const int64_t b = row0_ + first + i;
                 const bool begins = s == 0 || b >= r_.alive(time(s - 1));
@@ -458,7 +460,8 @@ class Run {
     // Waits for the threads that own other hidden units of these rows.
     void meet() { r_.groups_[group_].wait(plan_.hidden_groups, visits_group_); }
 
-    // Each row's last state; backward, one more product leads to the state before its first step.
+    // Stores each row's last state. The adjoint needs one more product, to reach the state before
+    // the first step.
     void finish() {
       if (!p_.last.data) return;
       const C* last = r_.state_[p_.T & 1];
@@ -493,7 +496,7 @@ class Run {
         });
     }
 
-    // Where the walk of row b ended.
+    // The time of the last step of row b.
     int64_t last_time(int64_t b) const {
       int64_t t = time(p_.T - 1);
       while (r_.alive(t) <= b) --t;
@@ -509,10 +512,10 @@ class Run {
     int64_t column0_, column1_;  // hidden units, the last ones padded
     std::vector<Panel> panels_;
     C* tile_;
-    std::vector<const C*> inputs_;  // x of a chunk's steps, row by row
+    std::vector<const C*> inputs_;  // x of the steps of a chunk, row by row
     C* widened_ = nullptr;
     C* projected_ = nullptr;
-    int64_t chunk_row_ = 0;  // rows of the chunk that came before this step
+    int64_t chunk_row_ = 0;  // rows of the chunk before this step
     int64_t visits_everyone_ = 0, visits_group_ = 0;
   };
 
@@ -520,10 +523,10 @@ class Run {
   const Kernels<C>& k_;
   const StorageKernels<C>& stored_;
   const int64_t size_;
-  const bool widened_;       // numbers are computed wider than they are stored
+  const bool widened_;       // the compute type is wider than the storage type
   const int64_t vectors_;    // across H
   const int64_t width_;      // H, padded to vectors
-  const int64_t state_row_;  // distance of rows in state_ and carry_
+  const int64_t state_row_;  // elements between rows of state_ and carry_
   int64_t tile_row_;
   Plan plan_;
   Scratch scratch_;
@@ -531,7 +534,7 @@ class Run {
   C *w_state_ = nullptr, *w_input_ = nullptr;
   C *bias_ = nullptr, *alpha_ = nullptr;
   C* zeros_;
-  C* state_[2];  // e before and after a step, in turns
+  C* state_[2];  // e before and after a step, alternating
   C* carry_ = nullptr;
   std::vector<Worker> workers_;
   SpinBarrier everyone_;

@@ -8,13 +8,13 @@
 
 namespace fusedrnn::cpu {
 
-// The instruction set in use: at first the best that this machine has.
+// The instruction set in use; by default the best that this machine supports.
 const InstructionSet& instruction_set();
 
-// Uses another; false if this machine does not have it.
+// Selects another instruction set. Returns false if this machine does not support it.
 bool use_instruction_set(const std::string& name);
 
-// Runs a problem on at most `threads` threads and returns when it is done. B, T and H are at
+// Runs a problem on at most `threads` threads and returns when it is done. B, T and H must be at
 // least 1.
 void run(const Problem& problem, int threads);
 

@@ -1,5 +1,5 @@
-// What an instruction set provides: a table of kernels, torch-free. The engine (engine.cpp) is
-// compiled once and calls through these pointers; kernels_*.cpp fill one table each.
+// The table of kernels that each instruction set provides. Torch-free. The engine (engine.cpp) is
+// compiled once and calls through these pointers; each kernels_*.cpp fills one table.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ constexpr int kMaxVectors = 4;  // vectors across the register tile, at most
 constexpr int kMaxDotRows = 4;  // rows of the tile of `dot`, at most
 
 // tile[i][:] = state[i] · w_state + init[i] + input[i] · w_input
-// for `rows` rows and one panel of columns. Weights are packed: row k of a panel is `width` wide.
-// Rows come as pointers, so that a forgotten state is a pointer to zeros.
+// for the rows of a register tile and one panel of columns. Weights are in panels: row k of a panel
+// is `width` wide. Rows are passed as pointers, so that a state reset by `keep` can point to zeros.
 template <class C>
 struct Product {
   const C* const* state;
@@ -30,7 +30,7 @@ struct Product {
   int64_t tile_row;
 };
 
-// The same product with weights as they lie: tile[i][j] = state[i] · w_state[j] + ..., j < columns.
+// The same product with unpacked weights: tile[i][j] = state[i] · w_state[j] + ..., j < columns.
 template <class C>
 struct DotProduct {
   const C* const* state;
@@ -47,15 +47,16 @@ struct DotProduct {
   int64_t tile_row;
 };
 
-// One panel of one step: what Problem calls in, gate and out, moved to the first row and column.
+// One panel of one step. in, gate and out are those of Problem, offset to the first row and column
+// of the panel.
 template <class C>
 struct Step {
   int64_t rows, columns;
   const C* tile;
   int64_t tile_row;
-  const C* const* state;  // k of each row, at the panel's first column
+  const C* const* state;  // k of each row (adjoint: the carry), at the panel's first column
   C* next;                // e[t], at the panel's first row and column
-  C* carry;               // adjoint with alpha: written
+  C* carry;               // adjoint with alpha: the new carry, written
   int64_t state_row;      // of next and carry
   const C* alpha;         // optional
   const void* in[2];
@@ -66,11 +67,11 @@ struct Step {
   int64_t out_row[2];
 };
 
-// Kernels for one storage type; they compute in C.
+// Kernels for one storage type. C is the compute type.
 template <class C>
 struct StorageKernels {
-  // panel[k * width + j] = w[k * k_stride + j * j_stride] for j < columns, 0 up to width, a
-  // multiple of the lanes. One of the strides is 1.
+  // panel[k * width + j] = w[k * k_stride + j * j_stride] for j < columns, and 0 for columns <= j <
+  // width. width is a multiple of the lanes. One of the strides is 1.
   void (*pack)(const void* w, int64_t k_stride, int64_t j_stride, int64_t size, int64_t columns,
                int64_t width, C* panel);
   void (*load)(const void* from, int64_t n, C* to);
@@ -81,7 +82,7 @@ struct StorageKernels {
 
 template <class C>
 struct Kernels {
-  int lanes;                                                  // numbers in a vector
+  int lanes;                                                  // numbers per vector
   int rows;                                                   // rows of the register tile
   int vectors;                                                // vectors across it
   void (*product[kMaxRows][kMaxVectors])(const Product<C>&);  // by rows - 1, vectors - 1

@@ -1,4 +1,4 @@
-// The CPU kernels for whatever the compiler targets by itself: SSE2 on x86-64, NEON on arm64.
+// The CPU kernels for the compiler's default target: SSE2 on x86-64, NEON on arm64.
 #include <math.h>
 
 #include <cstdint>

@@ -1,16 +1,16 @@
-// The kernels of one instruction set, filled into a table. Included by kernels_*.cpp, which says
-// for which: FUSEDRNN_ISA, FUSEDRNN_VECTOR_BYTES, FUSEDRNN_TILE_ROWS, FUSEDRNN_TILE_VECTORS.
+// The kernels of one instruction set and the table of them. Included by each kernels_*.cpp, which
+// defines FUSEDRNN_ISA, FUSEDRNN_VECTOR_BYTES, FUSEDRNN_TILE_ROWS and FUSEDRNN_TILE_VECTORS first.
 #include "kernels.h"
 #include "simd.h"
-// after simd.h: its functors use Vec's functions
+// after simd.h, because its functors use Vec's functions
 #include "../epilogues.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
 
 // ---- the product ----
 
-// acc += rows · panel, over k in [k, end). `Split` sums run side by side where a tile is too small
-// to hide the latency of an FMA; they are added in a fixed order, so that the bits do not depend on
+// acc += rows · panel, over k in [k, end). A tile too small to hide the latency of an FMA uses
+// `Split` independent sums. They are added in a fixed order, so that the bits do not depend on
 // timing.
 template <int Rows, int Vectors, int Split, class C>
 FUSEDRNN_FORCE_INLINE void accumulate(Vec<C> (&acc)[Rows][Vectors], const C* const (&row)[Rows],
@@ -52,9 +52,9 @@ FUSEDRNN_FORCE_INLINE void accumulate(Vec<C> (&acc)[Rows][Vectors], const C* con
   }
 }
 
-// acc += rows · panel, where acc is zero if `fresh`. The error of a sum grows with its length and
-// with what it starts from, so each block of terms is summed from zero: in one go the error would
-// be several times that of a BLAS.
+// acc += rows · panel. `fresh` means that acc is zero. The rounding error of a sum grows with its
+// length and with its starting value, so each block of terms is summed from zero. A single running
+// sum would have several times the error of a BLAS.
 template <int Rows, int Vectors, int Split, class C>
 FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], bool fresh, const C* const* rows,
                                     int64_t size, const C* w, int64_t w_stride) {
@@ -80,7 +80,7 @@ FUSEDRNN_FORCE_INLINE void multiply(Vec<C> (&acc)[Rows][Vectors], bool fresh, co
 template <int Rows, int Vectors, class C>
 void product(const Product<C>& p) {
   constexpr int L = Vec<C>::lanes;
-  // 8 sums keep two FMA units of latency 4 busy.
+  // 8 independent sums keep two FMA units of latency 4 busy.
   constexpr int Tile = Rows * Vectors;
   constexpr int Split = Tile >= 8 ? 1 : Tile >= 2 ? 8 / Tile : 4;
   Vec<C> acc[Rows][Vectors];
@@ -98,7 +98,7 @@ void product(const Product<C>& p) {
     }
 }
 
-// acc[i][j] += rows[i] · w[j], where a vector runs along the row.
+// acc[i][j] += rows[i] · w[j], vectorised along k.
 template <int Rows, int Columns, class C, class S>
 FUSEDRNN_FORCE_INLINE void dot_accumulate(Vec<C> (&acc)[Rows][Columns], const C* const* rows,
                                           int64_t size, const S* w, int64_t w_row) {

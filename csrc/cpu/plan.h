@@ -1,4 +1,4 @@
-// How the CPU engine divides a recurrence among threads: a pure function, tested as a table.
+// How the CPU engine divides a recurrence among threads. A pure function, tested with a table.
 #pragma once
 
 #include <algorithm>
@@ -8,30 +8,31 @@ namespace fusedrnn::cpu {
 
 struct PlanInput {
   int64_t T, B, I, H;   // I = 0: no input product
-  int64_t number_size;  // bytes of the numbers that are computed with
+  int64_t number_size;  // bytes of the compute type
   int lanes, tile_rows, tile_vectors;
   int threads;
-  int64_t rows_to_pack;  // more rows than these in all repay packing the weights
+  int64_t rows_to_pack;  // packing the weights pays off above this total number of rows
 };
 
 struct Plan {
-  // The batch is split among groups of threads, which never meet; within a group the hidden units
-  // are split, and the group meets at a barrier after each step.
+  // The batch is split among groups of threads, which do not synchronise in the time loop. Within a
+  // group the hidden units are split, and its threads wait at a barrier after each step.
   int batch_groups = 1;
   int hidden_groups = 1;
   bool pack = true;            // copy the weights into panels first
-  bool project_ahead = false;  // multiply the input of several steps at once, before their chain
-  int64_t chunk = 1;           // of so many steps
+  bool project_ahead = false;  // compute the input product of several steps at once, before them
+  int64_t chunk = 1;           // project_ahead: the number of steps
 
   int threads() const { return batch_groups * hidden_groups; }
 };
 
-// Cycles, for a core with two vector FMAs and two vector loads a cycle. The figures need to rank
-// plans, not to predict times; they were fitted on AVX-512 machines with 1 and 2 MB of L2.
+// Costs in cycles, for a core that does two vector FMAs and two vector loads per cycle. The figures
+// only have to rank plans, not to predict times. They were fitted on AVX-512 machines with 1 and
+// 2 MB of L2.
 struct CostModel {
   static constexpr double kRegion = 12000;  // waking the thread pool and joining it
   static constexpr double kBarrier = 800;   // threads meeting,
-  static constexpr double kMeeting = 1.1;   // and a step waiting for the last: others run here too
+  static constexpr double kMeeting = 1.1;   // and waiting for the slowest: the machine is shared
   static constexpr double kCall = 60;       // one tile: two calls through pointers
   static constexpr double kEpilogue = 12;   // nonlinearity, loads and stores of one vector
   static constexpr double kL1 = 32 << 10, kL2 = 768 << 10;
@@ -82,8 +83,8 @@ inline Plan make_plan(const PlanInput& in) {
 
   plan.pack = in.T * in.B > in.rows_to_pack;
 
-  // One product over several steps fills the register tile where a step has too few rows; and a
-  // group that waits at barriers should not also multiply between them.
+  // One product over several steps fills the register tile if a step has too few rows. And a group
+  // that waits at barriers should not compute input products between them.
   const int64_t rows = (in.B + plan.batch_groups - 1) / plan.batch_groups;
   if (in.I > 0 && plan.pack && in.T > 1 && (rows < 4 || plan.hidden_groups > 1)) {
     plan.project_ahead = true;

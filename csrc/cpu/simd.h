@@ -1,9 +1,9 @@
-// Vec<T>: a vector of numbers, for the instruction set that the including file compiles for.
+// Vec<T>: a vector of numbers, for the instruction set that the including file is compiled for.
 //
-// Included once per instruction set, after `#pragma GCC target`, with FUSEDRNN_ISA naming a
-// namespace and FUSEDRNN_VECTOR_BYTES its width. The namespace keeps code for different machines
-// apart: an inline function shared between them would be linked once, compiled for any of them.
-// For the same reason nothing here calls the standard library, except for scalar libm.
+// Included once per instruction set, after `#pragma GCC target`. FUSEDRNN_ISA is the namespace and
+// FUSEDRNN_VECTOR_BYTES the vector width. Each instruction set needs its own namespace: if several
+// shared an inline function, the linker would keep one copy, compiled for any of them. For the same
+// reason nothing here calls the standard library, except for scalar libm.
 #include "../recurrence.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
@@ -32,8 +32,8 @@ struct Vec {
   Raw raw;
 
   Vec() = default;
-  // From a Raw, or a number for every lane. One template: as overloads, gcc takes them for the
-  // same.
+  // From a Raw, or from one number for every lane. One template, because gcc takes two overloads
+  // for the same function.
   template <class X>
   FUSEDRNN_FORCE_INLINE Vec(X x) {
     if constexpr (sizeof(X) == sizeof(Raw)) {
@@ -54,7 +54,7 @@ struct Vec {
   friend FUSEDRNN_FORCE_INLINE Mask operator==(Vec a, Vec b) { return a.raw == b.raw; }
   friend FUSEDRNN_FORCE_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a.raw : b.raw; }
 
-  // a b + c, in one rounding where the machine has FMA
+  // a b + c, with a single rounding if the instruction set has FMA
   friend FUSEDRNN_FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if FUSEDRNN_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4)
@@ -71,7 +71,7 @@ struct Vec {
 #endif
   }
 
-  // By halves, so that the additions do not wait for one another.
+  // Adds the upper half to the lower one, so that the additions of a round are independent.
   FUSEDRNN_FORCE_INLINE T sum() const {
     T part[lanes];
     *reinterpret_cast<Unaligned*>(part) = raw;
@@ -81,7 +81,7 @@ struct Vec {
   }
 };
 
-// ---- numbers as they are stored ----
+// ---- storage types ----
 
 FUSEDRNN_FORCE_INLINE float widen(bf16 x) {
   return __builtin_bit_cast(float, uint32_t(x.bits) << 16);
@@ -94,7 +94,7 @@ FUSEDRNN_FORCE_INLINE void narrow(float x, bf16& to) {  // round to nearest even
 }
 
 FUSEDRNN_FORCE_INLINE float widen(f16 x) {
-  // Shift exponent and mantissa into place; the multiplication rebiases, denormals included.
+  // Shift exponent and mantissa into place; the multiplication rebiases, also for denormals.
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0;  // Inf, NaN
@@ -111,7 +111,7 @@ FUSEDRNN_FORCE_INLINE void narrow(float x, f16& to) {  // round to nearest even
   } else if (magnitude >= 0x477ff000) {
     bits = 0x7c00;  // at least 65520: Inf
   } else if (magnitude < 0x38800000) {
-    // Denormal: adding 0.5 leaves the value, in units of 2^-24, in the low bits, rounded.
+    // Denormal: after adding 0.5, the low bits are the rounded value in units of 2^-24.
     const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
     bits = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000;
   } else {
@@ -147,7 +147,7 @@ FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v) {
   }
 }
 
-// The first n numbers; the others read as 0 and are not written. No byte beyond them is touched.
+// Load or store only the first n numbers. The other lanes load as 0. No byte past them is accessed.
 template <class C, class S>
 FUSEDRNN_FORCE_INLINE Vec<C> load(const S* p, int64_t n) {
   using V = Vec<C>;
@@ -178,7 +178,7 @@ FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = some[i];
 }
 
-// Lane i is lane from[i] of a and b, counted through both.
+// Lane i of the result is lane from[i] of a and b concatenated.
 template <class V, class From>
 FUSEDRNN_FORCE_INLINE V shuffle(V a, V b, From from) {
 #ifdef __clang__
@@ -191,8 +191,8 @@ FUSEDRNN_FORCE_INLINE V shuffle(V a, V b, From from) {
 #endif
 }
 
-// Transposes a square of numbers held in rows: in each round, halves of twice the size change
-// places across the diagonal.
+// Transposes a square matrix held as rows. A round swaps the off-diagonal blocks, size x size, of
+// each square block of twice that size; the size doubles from round to round.
 template <class T>
 FUSEDRNN_FORCE_INLINE void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
   constexpr int lanes = Vec<T>::lanes;
@@ -215,11 +215,11 @@ FUSEDRNN_FORCE_INLINE void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
 
 // ---- exp, expm1, log1p, tanh ----
 //
-// e^y = 2^n e^r with |r| <= ln2 / 2, and e^r - 1 = r + r² P(r). Where there is FMA, tanh is within
-// 1.7 ulp in f32 (every float was tried) and odd; elsewhere these are libm's.
+// e^y = 2^n e^r with |r| <= ln2 / 2, and e^r - 1 = r + r² P(r). With FMA, tanh is odd and in f32
+// within 1.7 ulp (tested for every float). Without FMA, these functions call libm.
 
 #if FUSEDRNN_VECTOR_BYTES == 16
-// In double, since libm's tanhf is off by more than 2 ulp.
+// In double, because libm's tanhf is off by more than 2 ulp.
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> each(Vec<T> x, double (*f)(double)) {
   for (int i = 0; i < Vec<T>::lanes; ++i) x.raw[i] = T(f(x.raw[i]));
@@ -248,10 +248,10 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
+  static constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float infinite = 89, zero = -104;  // e^y of these, rounded
+  static constexpr float infinite = 89, zero = -104;  // where e^y rounds to infinity, to 0
   static constexpr float tanh_is_one = 10, expm1_is_minus_one = -20;
   static FUSEDRNN_FORCE_INLINE Vec<float> polynomial(Vec<float> r) {  // P, minimax (Cephes)
     const Vec<float> r2 = r * r;
@@ -271,7 +271,7 @@ struct ExpConstants<double> {
                           ln2_low = 1.90821492927058770002e-10;
   static constexpr double infinite = 710, zero = -746;
   static constexpr double tanh_is_one = 22, expm1_is_minus_one = -40;
-  static FUSEDRNN_FORCE_INLINE Vec<double> polynomial(Vec<double> r) {  // Taylor's: 1 / k!
+  static FUSEDRNN_FORCE_INLINE Vec<double> polynomial(Vec<double> r) {  // Taylor series: 1 / k!
     constexpr double inverse_factorials[] = {
         1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
         1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800, 1.0 / 39916800,
@@ -294,7 +294,7 @@ FUSEDRNN_FORCE_INLINE void split_exp(Vec<T> y, typename Vec<T>::Mask& n, Vec<T>&
   rest = fma(K::polynomial(r), r * r, r);
 }
 
-// 2^n, if that is a normal number
+// 2^n; must be a normal number
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> power_of_two(typename Vec<T>::Mask n) {
   using K = ExpConstants<T>;
@@ -308,12 +308,12 @@ FUSEDRNN_FORCE_INLINE Vec<T> exp(Vec<T> y) {
   typename V::Mask n;
   V rest;
   split_exp(select(y > infinite, infinite, select(y < zero, zero, y)), n, rest);
-  // in two factors, since 2^n may be too large or too small for one
+  // 2^n in two factors, because it may be too large or too small for one
   const V half = power_of_two<T>(n >> 1);
   return fma(rest, half, half) * power_of_two<T>(n - (n >> 1));
 }
 
-// e^y - 1, for y whose e^y is a normal number
+// e^y - 1; e^y must be a normal number
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> expm1_of_normal(Vec<T> y) {
   typename Vec<T>::Mask n;
@@ -323,14 +323,14 @@ FUSEDRNN_FORCE_INLINE Vec<T> expm1_of_normal(Vec<T> y) {
   return fma(rest, scale, scale - Vec<T>(1));
 }
 
-// e^y - 1, for y of at most 0
+// e^y - 1 for y <= 0
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> expm1(Vec<T> y) {
   const Vec<T> least = ExpConstants<T>::expm1_is_minus_one;
   return expm1_of_normal(select(y < least, least, y));
 }
 
-// 1 / x; of f32 with AVX-512 only to 14 bits, in a third of the time.
+// 1 / x. For f32 with AVX-512, accurate to only 14 bits, in a third of the time.
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> rough_inverse(Vec<T> x) {
 #if FUSEDRNN_VECTOR_BYTES == 64
@@ -352,8 +352,8 @@ FUSEDRNN_FORCE_INLINE Vec<T> log1p_of_at_most_one(Vec<T> u) {
   return fma(twice * s2, series, twice);
 }
 
-// tanh|x| = t / (t + 2) with t = e^2|x| - 1. The quotient is corrected by its remainder, which the
-// rounding of t + 2 is part of; so it may start from a rough one.
+// tanh|x| = t / (t + 2) with t = e^2|x| - 1. The quotient is corrected by its remainder, which
+// includes the rounding error of t + 2. So a rough quotient is enough to start from.
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> tanh(Vec<T> x) {
   using V = Vec<T>;

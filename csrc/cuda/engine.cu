@@ -13,7 +13,7 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next one to ask would get it again
+  cudaGetLastError();  // clear it, or the next call that checks would report it again
   throw std::runtime_error(std::string("fusedrnn: ") + what + ": " + cudaGetErrorString(error));
 }
 
@@ -41,8 +41,8 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-// Raises the limits that a launch may need. They are the kernel's own and stay, so it is always the
-// same limit: another thread may be about to launch.
+// Raises the limits that a launch may need. They are attributes of the kernel and persist, so the
+// value is always the same: another thread may be about to launch it.
 void allow(const void* kernel, const Device& device, int64_t cluster) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              int(device.shared_memory)),
@@ -52,7 +52,7 @@ void allow(const void* kernel, const Device& device, int64_t cluster) {
           "clusters of more than 8 blocks");
 }
 
-// A launch, perhaps of clusters, and perhaps of blocks that all run at once.
+// The configuration of a launch, optionally of clusters, optionally cooperative.
 struct Launch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[2] = {};
@@ -70,12 +70,13 @@ struct Launch {
     attribute.val.clusterDim.x = unsigned(blocks);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  // The kernel before may still run when this one begins.
+  // Programmatic dependent launch: this kernel may start while the previous one still runs.
   void waits_for_itself() {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
+  // A cooperative launch: all blocks run at the same time, or the launch fails.
   void all_at_once() {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
@@ -83,7 +84,7 @@ struct Launch {
   }
 };
 
-// Makes a device the current one for as long as it lives.
+// Makes a device current for the lifetime of this object.
 class OnDevice {
  public:
   explicit OnDevice(int index) {
@@ -97,8 +98,8 @@ class OnDevice {
   int before_;
 };
 
-// Of one block, 2, 4, 8 and 16, how many clusters the device holds at once. Not a division: SMs
-// come in groups of uneven size, and a cluster lies in one of them.
+// Counts how many clusters of 1, 2, 4, 8 and 16 blocks the device runs at once. A division would be
+// wrong: SMs come in groups of uneven size, and a cluster must fit into one group.
 void count_clusters(Device& device) {
   for (int log2 = 0; log2 < 5; ++log2) device.clusters[log2] = 0;
   device.clusters[0] = device.sms;
@@ -112,19 +113,19 @@ void count_clusters(Device& device) {
       allow(kernel, device, int64_t(1) << log2);
       check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), "occupancy");
     } catch (const std::runtime_error&) {
-      clusters = 0;  // no such clusters here
+      clusters = 0;  // the device does not support this cluster size
     }
     device.clusters[log2] = clusters;
   }
 }
 
 Device ask(int index) {
-  const OnDevice guard(index);  // whose kernels and occupancy are asked for
+  const OnDevice guard(index);  // the queries below refer to the current device
   Device device;
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, index), "device properties");
   device.name = properties.name;
-  // Or an older one that the kernels were compiled for, where the driver made these of their PTX.
+  // If the driver compiled the kernels from the PTX of an older architecture, use that one.
   cudaFuncAttributes compiled;
   check(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(tile_kernels(0).of_pass[0])),
         "the kernels");
@@ -132,7 +133,7 @@ Device ask(int index) {
   device.sms = properties.multiProcessorCount;
   device.shared_memory = int64_t(properties.sharedMemPerBlockOptin);
   device.clock = attribute(cudaDevAttrClockRate, index) / 1e6;
-  // two transfers a cycle
+  // two transfers per cycle
   device.memory_bandwidth = 2.0 * attribute(cudaDevAttrMemoryClockRate, index) *
                             attribute(cudaDevAttrGlobalMemoryBusWidth, index) / 8 / 1e6;
   device.cooperative = attribute(cudaDevAttrCooperativeLaunch, index) != 0;
@@ -140,7 +141,7 @@ Device ask(int index) {
   return device;
 }
 
-// As many numbers as the 4 KB of a kernel's arguments have room for.
+// As many numbers as fit into the 4 KB of a kernel's arguments.
 struct Numbers {
   static constexpr int kMost = 480;
   int64_t v[kMost];
@@ -149,11 +150,11 @@ __global__ void write_numbers(int64_t* to, const __grid_constant__ Numbers numbe
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) to[i] = numbers.v[i];
 }
 
-std::mutex mutex;  // of these two:
+std::mutex mutex;  // guards the next two variables
 std::map<int, std::unique_ptr<const Device>> known;
 Wish wanted_of_plans;
 
-// Whether rows of `count` numbers can be copied by so many bytes at once.
+// Whether rows of `count` numbers can be copied `bytes` at a time.
 bool fits(const Series& series, int64_t count, int64_t number_size, int64_t bytes) {
   const auto whole = [&](int64_t n) { return n * number_size % bytes == 0; };
   return reinterpret_cast<uintptr_t>(series.data) % uintptr_t(bytes) == 0 && whole(series.row) &&
@@ -198,7 +199,7 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
     p.packs = p.packs && (!series->data || fits(*series, problem.H, size, 2 * size));
   const bool constant = problem.pass != Pass::tangent && !p.offsets && !problem.keep &&
                         !problem.alpha && !problem.in[1].data && !problem.out[1].data;
-  // To peers states go by 16 bytes.
+  // States are sent to peers 16 bytes at a time.
   const bool sends = plan.regime == Regime::cluster && problem.H * size % 16 == 0 &&
                      plan.units * size % 16 == 0 && p.receivers == p.blocks;
   p.plain = constant && (plan.regime == Regime::block || sends) && plan.rows <= tile.rows &&
@@ -237,7 +238,9 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
                                                  : of_tile.plain)[int(problem.pass)];
   const int64_t cluster = plan.regime == Regime::cluster ? plan.blocks : plan.slices;
   allow(reinterpret_cast<const void*>(kernel), device, cluster);
-  // Teams whose blocks wait for each other come in as many as run at once; others as SMs get free.
+  // In the slices and grid regimes the blocks of a team wait for each other, so each launch has
+  // only as many teams as can run at once. In the others, the hardware starts teams as SMs become
+  // free.
   const bool waits = slices || plan.regime == Regime::grid;
   const int64_t waves = waits ? plan.waves : 1, of_a_wave = (plan.teams + waves - 1) / waves;
   for (int64_t first = 0; first < plan.teams; first += of_a_wave) {

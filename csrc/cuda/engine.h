@@ -1,4 +1,4 @@
-// The CUDA engine without torch: a plan, made by plan.h, is carried out on a stream.
+// The torch-free part of the CUDA engine: runs a plan (plan.h) on a stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,28 +11,27 @@
 
 namespace fusedrnn::cuda {
 
-// What the planner needs to know of a device; asked once of the CUDA runtime, for each device.
+// The device properties that the planner needs. The CUDA runtime is queried once per device.
 const Device& device_properties(int index);
 
-// What a run needs besides the problem, all in the memory of the device.
+// The device memory that a run needs besides the tensors of the problem.
 struct Workspace {
   const int64_t* offsets = nullptr;  // [T + 1]: rows before each step; packed problems only
   unsigned* counters = nullptr;      // [plan.counters] zeros
   void* carry = nullptr;             // [plan.carry_bytes], not initialised
 };
 
-// Launches what the plan says and returns at once. Nothing is allocated and nobody waits, so that a
-// stream can be captured. Throws std::runtime_error, with the plan in words, where a launch fails.
-// Problem::batch_sizes stays on the host; every other pointer is the device's.
+// Launches the kernels of the plan and returns at once. It neither allocates nor synchronises, so
+// the stream can be captured. Throws std::runtime_error, with the plan in words, if a launch fails.
+// Problem::batch_sizes is a host pointer; all other pointers are device pointers.
 void run(const Problem& problem, const PlanInput& in, const Plan& plan, const Device& device,
          const Workspace& workspace, cudaStream_t stream);
 
-// Copies numbers from the host without waiting, as arguments of kernels: a graph that is captured
-// keeps them, where it would read host memory anew at every replay.
+// Copies numbers from the host without synchronising, by passing them as kernel arguments. A
+// captured graph stores these, whereas a memcpy would read host memory again at every replay.
 void copy_to_device(const int64_t* from, int64_t count, int64_t* to, cudaStream_t stream);
 
-// What tests and the curious wish of all plans from now on; {} gives the choice back to the
-// planner.
+// Sets the overrides for all plans from now on, for tests and experiments; {} removes them.
 void wish(const Wish& wanted);
 Wish wished();
 

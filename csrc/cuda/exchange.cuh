@@ -1,4 +1,4 @@
-// How states get from block to block, and copies that wait for nobody.
+// Barriers and messages by which blocks exchange states, and asynchronous copies.
 #pragma once
 
 #include <cstdint>
@@ -43,14 +43,15 @@ class TimeLimit {
 #endif
 };
 
-// What PTX calls a place in shared memory.
+// The address of a place in shared memory, as PTX instructions take it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // ---- clusters ----
 
-// All threads of the cluster; what they wrote into each other's shared memory is then seen.
+// A barrier for all threads of the cluster. Afterwards they see what the others wrote into shared
+// memory, their own or a peer's.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
@@ -58,7 +59,7 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// An mbarrier in shared memory: a phase of it ends with so many arrivals.
+// Initialises an mbarrier in shared memory. Each of its phases ends after `count` arrivals.
 __device__ __forceinline__ void init_arrivals(uint64_t* arrived, int count = 1) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -69,23 +70,25 @@ __device__ __forceinline__ void init_arrivals(uint64_t* arrived, int count = 1) 
 #endif
 }
 
-// Among threads of a block: what they did before they arrived is seen by those who waited.
+// Arrives at an mbarrier of this block. Threads that wait for the phase see all earlier writes of
+// this thread.
 __device__ __forceinline__ void arrive(uint64_t* arrived) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(arrived))
                : "memory");
 #endif
 }
-// Arrives, but only when this thread's copies are there.
+// Arrives when the asynchronous copies that this thread has issued are complete.
 __device__ __forceinline__ void arrive_after_copies(uint64_t* arrived) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(arrived))
                : "memory");
 #endif
 }
-// The scope is the block, also for bytes from peers: they lie in this block's own shared memory,
-// which no cache duplicates. With the scope of the cluster each warp would invalidate its L1
-// (CCTL.IVALL). CUTLASS waits for a cluster's bytes in the same way.
+// Waits for the end of the phase with parity `phase`. The scope is the block, even for bytes from
+// peers: they are written into this block's own shared memory, which no cache duplicates. With
+// cluster scope, each warp would invalidate its L1 (CCTL.IVALL). CUTLASS waits for a cluster's
+// bytes in the same way.
 __device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned phase,
                                                   const TimeLimit& limit) {
 #if __CUDA_ARCH__ >= 900
@@ -103,8 +106,9 @@ __device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned ph
 #endif
 }
 
-// Arrivals of bytes, counted by an mbarrier of one arrival a phase: that of the thread which says
-// how many bytes are expected. Bytes may come before it does.
+// Makes the current phase also wait for `bytes` bytes from send_to_peer(), and arrives. The
+// mbarrier has one arrival per phase, by the thread that calls this. Bytes may come before the
+// call.
 __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -114,8 +118,8 @@ __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
 #endif
 }
 
-// Stores 4, 8 or 16 bytes where `peer` has in its shared memory what `place` is in ours, and counts
-// them there: one hop, and no fence.
+// Stores 4, 8 or 16 bytes at the address in the shared memory of block `peer` that corresponds to
+// `place` in this block's, and counts them at the peer's mbarrier. It takes one hop and no fence.
 template <class Numbers>
 __device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrived, int peer,
                                              const Numbers& numbers) {
@@ -152,7 +156,8 @@ __device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrive
 
 // ---- the grid ----
 
-// One more has arrived. Who waits for it sees all that this thread did before, or knows of.
+// Counts an arrival. A thread that reads the new count with read_count() sees all earlier writes of
+// this thread, and the writes of other threads that this thread has synchronised with.
 __device__ __forceinline__ void count_arrival(unsigned* arrived) {
 #if __CUDA_ARCH__ >= 700
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
@@ -166,8 +171,9 @@ __device__ __forceinline__ unsigned read_count(const unsigned* arrived) {
   return now;
 }
 
-// All blocks of a team, which run at once: `arrived` counts them, over all steps together. Their
-// threads see each other's writes to global memory afterwards, through L2.
+// A barrier for all blocks of a team, which must run at the same time. `arrived` counts arrivals
+// over all steps and is never reset; `full` is the count at which this barrier opens. Afterwards
+// the threads see each other's writes to global memory if they read them through L2.
 __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full,
                                              const TimeLimit& limit) {
   __syncthreads();
@@ -178,7 +184,7 @@ __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full,
   __syncthreads();
 }
 
-// What other blocks wrote: L1 may hold an older version, L2 does not.
+// Loads what another block may have written: L1 may hold an older version, L2 does not.
 template <class T>
 __device__ __forceinline__ T load_through_l2(const T* from) {
   T value;
@@ -197,7 +203,7 @@ __device__ __forceinline__ T load_through_l2(const T* from) {
 
 // ---- copies from global to shared memory ----
 
-// 16 bytes, past L1.
+// Copies 16 bytes, bypassing L1.
 __device__ __forceinline__ void copy_through_l2(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
@@ -207,7 +213,7 @@ __device__ __forceinline__ void copy_through_l2(void* to, const void* from) {
 #endif
 }
 
-// The same where `exists`, or zeros; `from` is then any address that is aligned.
+// The same if `exists`; otherwise writes zeros, and `from` may be any aligned address.
 __device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool exists) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -216,7 +222,7 @@ __device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool ex
 #endif
 }
 
-// 4, 8 or 16 bytes, aligned alike.
+// Copies 4, 8 or 16 bytes. Both addresses must be aligned to that size.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t address = shared_address(to);
@@ -236,14 +242,16 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
 #endif
 }
 
-// This thread's copies are there; after a barrier, everyone's.
+// Waits for this thread's copies. After a subsequent barrier, the copies of all threads are
+// visible.
 __device__ __forceinline__ void copies_done() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
-// Copies in groups: the end of one, and a wait for all but the last few.
+// Copies in groups: the first function closes a group, the second waits for all groups but the last
+// `left`.
 __device__ __forceinline__ void end_of_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -256,15 +264,15 @@ __device__ __forceinline__ void wait_for_copies_but() {
 #endif
 }
 
-// From there to L2, and nobody waits.
+// Prefetches the cache line at `from` into L2. Does not wait.
 __device__ __forceinline__ void prefetch_into_l2(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// ---- kernels of a stream, one after another ----
+// ---- programmatic dependent launch (Launch::waits_for_itself) ----
 
-// The next kernel may begin, if it was launched to wait for itself; and what the one before wrote
-// is there.
+// The first function allows the next kernel in the stream to start; the second waits until the
+// previous kernel has ended and its writes are visible.
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

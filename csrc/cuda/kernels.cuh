@@ -1,5 +1,5 @@
-// The kernels of a tile. Included by kernels_*.cu, a file for each arithmetic, so that they compile
-// side by side.
+// The kernels of a tile. Included by kernels_*.cu, one file per arithmetic so that they compile in
+// parallel.
 #pragma once
 
 #include "persistent.cuh"

@@ -1,4 +1,4 @@
-// Kernels for float32 where torch allows TF32.
+// Kernels for float32 when torch allows TF32.
 #include "kernels.cuh"
 
 namespace fusedrnn::cuda {

@@ -1,5 +1,6 @@
-// What a step computes for one unit of one row, and where everything lies: common to the kernels
-// that keep weights on the chip (persistent.cuh) and the one that does not (step.cuh).
+// The computation of a step for one unit of one row, and the addresses of what it loads and stores.
+// Common to the kernels that keep weights on the chip (persistent.cuh, slices.cuh) and the one that
+// does not (step.cuh).
 #pragma once
 
 #include "exchange.cuh"
@@ -8,33 +9,33 @@
 
 namespace fusedrnn::cuda {
 
-// Steps that take as long as memory does to answer, or longer. From 10.0 on the compiler would
-// spill registers for it.
+// How many steps ahead data is prefetched into L2: together they take at least as long as a load
+// from memory. 0 from architecture 10.0 on, where the compiler would spill registers for it.
 #if __CUDA_ARCH__ < 1000
 constexpr int kFar = 8;
 #else
 constexpr int kFar = 0;
 #endif
 
-// The team of this block.
+// The index of this block's team (the blocks that share a W_hh, plan.h).
 __device__ __forceinline__ unsigned team(const Params& p) {
   return unsigned(p.first_team) + blockIdx.x / unsigned(p.blocks);
 }
 
-// A step of the walk: where its rows lie, and how many there are.
+// A step of the time loop: where its rows are, and how many there are.
 struct Step {
   int64_t t;
-  int64_t offset;  // packed: rows before it
-  int alive;       // of the rows b0, b0 + 1, ... of this layer
+  int64_t offset;  // packed: number of rows before step t
+  int alive;       // how many of this layer's rows b0, b0 + 1, ... have a step t
 };
 
-// Numbers that are loaded or stored at once.
+// N numbers that are loaded or stored together.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {
   T v[N];
 };
 
-// The word that has as many bytes.
+// The unsigned integer of `bytes` bytes.
 template <int bytes>
 struct Word {
   using type = uint32_t;
@@ -48,19 +49,20 @@ struct Word<8> {
   using type = uint64_t;
 };
 
-// Some rows of the batch, b0 and on, and some hidden units, j0 and on, N neighbours at a time.
+// The part of a layer that a block computes: batch rows from b0 on and hidden units from j0 on, N
+// neighbouring units at a time.
 template <class S, Pass pass, int N>
 struct Layer {
   using C = Computed<S>;
   using Numbers = Pack<S, N>;
   static constexpr bool kForward = pass != Pass::adjoint;
 
-  // What a step brings to N units of one row: words as they come from memory, since to unpack them
-  // is to wait for them.
+  // The inputs of a step for N units of one row. They are kept as loaded until they are used,
+  // because unpacking waits for the loads.
   using Raw = typename Word<sizeof(Numbers)>::type;
   struct Inputs {
     Raw in[2], gate;
-    uint32_t keep;  // not 0 where what this step leaves goes on
+    uint32_t keep;  // 0: the next step does not start from the state that this step leaves
   };
   static __device__ __forceinline__ Numbers unpack(Raw raw) {
     Numbers numbers;
@@ -85,7 +87,7 @@ struct Layer {
         units(int(max(int64_t(0), min(int64_t(params.units), q.H - j0)))),
         leaky(q.alpha != nullptr) {}
 
-  // ---- the walk ----
+  // ---- the time loop ----
 
   __device__ Step step(int64_t s) const {
     if (s < 0 || s >= q.T) return {0, 0, 0};
@@ -94,7 +96,8 @@ struct Layer {
     const int64_t offset = p.offsets[t], alive = p.offsets[t + 1] - offset - b0;
     return {t, offset, int(max(int64_t(0), min(int64_t(rows), alive)))};
   }
-  // Packed, rows join on a descending walk and leave on an ascending one.
+  // The first and last step of a row. Packed rows join late in a descending loop and end early in
+  // an ascending one.
   __device__ int64_t first_step(int row) const {
     if (!p.offsets || !q.descending) return 0;
     return search([&](int64_t s) { return step(s).alive > row; });
@@ -103,7 +106,7 @@ struct Layer {
     if (!p.offsets || q.descending) return q.T - 1;
     return search([&](int64_t s) { return step(s).alive <= row; }) - 1;
   }
-  // The first step for which `reached` is true, after which it stays so; or T.
+  // The first step for which `reached` is true, or T. Once true, it must stay true.
   template <class Reached>
   __device__ int64_t search(const Reached& reached) const {
     int64_t low = 0, high = q.T;
@@ -133,21 +136,22 @@ struct Layer {
     return !q.keep || keep_of(step, row) != 0;
   }
 
-  // Where row `row` has the state that step `now` starts from; null is zeros.
+  // The address of the state from which row `row` starts step `now`; null stands for zeros.
   __device__ const S* state_before(int row, const Step& before, const Step& now) const {
     if (row < before.alive) {
-      // Forward, a cut lies before the step that starts; backward, before the one that ended.
+      // keep = false at a step separates it from the step that precedes it in the forward pass. The
+      // later of the two is `now` in the forward pass and `before` in the backward pass.
       return keeps(kForward ? now : before, row) ? at(q.out[0], before, row, 0) : nullptr;
     }
     return kForward && q.first.data && keeps(now, row) ? at(q.first, row, 0) : nullptr;
   }
-  // And after its last step; backward, for ∂L/∂h0.
+  // The same after the row's last step. Used backward, for ∂L/∂h0.
   __device__ const S* state_after_all(int row) const {
     const Step end = step(last_step(row));
     return keeps(end, row) ? at(q.out[0], end, row, 0) : nullptr;
   }
 
-  // What a row carries into its first step.
+  // The value that a row carries into its first step.
   __device__ C first_carry(int row, int64_t j, const Step& start) const {
     if (!q.first.data || (kForward && !keeps(start, row))) return C(0);
     return widen(*at(q.first, row, j));
@@ -161,15 +165,16 @@ struct Layer {
   __device__ C bias(int64_t j) const { return value_of(q.b_ih, j) + value_of(q.b_hh, j); }
   __device__ C alpha(int64_t j) const { return value_of(q.alpha, j); }
 
-  // How many steps on, in memory, lies what is brought into L2 while a step's own is loaded. 0 near
-  // the end, or where rows lie at no fixed distance.
+  // The distance, in steps of t, of the data to prefetch into L2 while the data of `step` is
+  // loaded. 0 (no prefetch) near the end, and when packed, where the distance of steps is not
+  // constant.
   __device__ int far_ahead(const Step& step) const {
     if (kFar == 0 || p.offsets) return 0;
     if (q.descending) return step.t >= kFar ? -kFar : 0;
     return step.t + kFar < q.T ? kFar : 0;
   }
 
-  // Of a row, the numbers of N units; those that exist.
+  // Load and store N units of a row, as far as they exist.
   __device__ Raw load(const Series& series, const Step& step, int row, int unit, int far) const {
     const S* from = at(series, step, row, j0 + unit);
     if (far) prefetch_into_l2(from + far * series.step);
@@ -201,15 +206,17 @@ struct Layer {
     for (int n = 0; n < (pass == Pass::activation ? 1 : 2); ++n)
       if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit, far);
     if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit, far);
-    // Forward, what a step leaves meets the keep of the next one; backward, its own.
+    // Forward, the keep of the next step applies to the state that this step leaves; backward, that
+    // of this step.
     in.keep = 1;
     if (q.keep)
       in.keep = !kForward ? keep_of(now, row) : row < after.alive ? keep_of(after, row) : 0;
     return in;
   }
 
-  // Gives what the next step multiplies to `hand`, before it is stored, as others may wait for it.
-  // `carry` is what the row carries, and will carry.
+  // Computes a step. Calls `hand` with the values that the next step multiplies, before storing the
+  // results, because other blocks may wait for them. Updates `carry`, the value that the row
+  // carries.
   template <class Hand>
   __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
                                           const Step& now, bool begins, bool ends, const C* bias,
@@ -225,7 +232,7 @@ struct Layer {
         activation(phi, sum + first + bias[n], carry[n], leaky, alpha[n], state, other);
         carry[n] = state;
       } else {
-        // Where nothing came before there is nothing to multiply, be W_hh NaN or not.
+        // Without an initial state, a row's first step has no product, even if W_hh is NaN.
         if (begins && !(kForward && q.first.data)) sum = C(0);
         const C p = gate(phi, C(widen(gates.v[n])), leaky, alpha[n]);
         if constexpr (pass == Pass::tangent) {
@@ -247,7 +254,7 @@ struct Layer {
     if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
   }
 
-  // The same, with what the row carries in memory, where it does.
+  // The same, with the carry in memory; `carried` is null if the row carries nothing.
   template <class Hand>
   __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
                                           const Step& before, const Step& now, const Step& after,
@@ -264,7 +271,7 @@ struct Layer {
       for (int n = 0; n < N; ++n) carried[n] = carry[n];
   }
 
-  // Backward, the product after the last step leads to ∂L/∂h0.
+  // Backward: stores ∂L/∂h0, computed from the product after the last step.
   __device__ __forceinline__ void finish(const C (&sums)[N], int unit, int row,
                                          const C* carried) const {
     const bool keep = !q.keep || keeps(step(last_step(row)), row);
@@ -276,7 +283,8 @@ struct Layer {
                                                             : sums[n]);
   }
 
-  // Before the walk, by so many threads: bias and alpha of units, and what rows carry.
+  // Before the time loop, stores bias and alpha of the units and the initial carries of the rows.
+  // Called by `threads` threads.
   __device__ void prepare(C* vectors, C* carry, int threads) const {
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < p.units; unit += threads) {

@@ -1,5 +1,5 @@
-// Numbers as they are stored and as they are computed with; and the functions that epilogues.h
-// wants of its V, for float and double in device code.
+// Conversions between the types in which numbers are stored and computed, and the functions that
+// epilogues.h needs for its type V, here float and double in device code.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@ template <class V>
 __device__ __forceinline__ V select(bool condition, V yes, V no) {
   return condition ? yes : no;
 }
-// CUDA's tanh is within 2 ulp and odd, its exp and expm1 within 2 ulp.
+// CUDA's tanh is odd and within 2 ulp; its exp and expm1 are within 2 ulp.
 __device__ __forceinline__ float tanh(float z) { return ::tanhf(z); }
 __device__ __forceinline__ double tanh(double z) { return ::tanh(z); }
 __device__ __forceinline__ float exp(float z) { return ::expf(z); }
@@ -31,7 +31,7 @@ __device__ __forceinline__ double log1p_of_at_most_one(double z) { return ::log1
 
 namespace fusedrnn::cuda {
 
-// What numbers stored as S are computed with.
+// The type in which numbers that are stored as S are computed.
 template <class S>
 struct ComputedWith {
   using type = float;
@@ -61,8 +61,8 @@ __device__ __forceinline__ __half narrow<__half>(float v) {
   return __float2half_rn(v);
 }
 
-// The relative error of the hardware's tanh is at most 2^-11; rounding to bfloat16 adds 2^-9. For
-// float16, which rounds with 2^-12, it would be too large.
+// The hardware's tanh. Its relative error is at most 2^-11, to which rounding to bfloat16 adds
+// 2^-9. For float16, where rounding adds only 2^-12, the error would be too large.
 struct HardwareTanh : Tanh {
   static __device__ __forceinline__ float value(float z) {
     asm("tanh.approx.f32 %0, %0;" : "+f"(z));
@@ -72,8 +72,8 @@ struct HardwareTanh : Tanh {
 template <class S>
 using TanhFor = std::conditional_t<std::is_same_v<S, __nv_bfloat16>, HardwareTanh, Tanh>;
 
-// The nonlinearity that a kernel was launched with. A kernel for each would be nine times as many;
-// the branch is the same for all threads. The two that people use are inline, the others a call.
+// The nonlinearity, chosen at run time: one kernel for each would mean nine times as many, and all
+// threads take the same branch. The two common ones are inline, the others are function calls.
 template <class S>
 struct Chosen {
   using V = Computed<S>;
@@ -114,7 +114,7 @@ struct Chosen {
   }
 };
 
-// Calls `use` with the nonlinearity, so that one branch surrounds everything that is computed.
+// Calls `use` with the nonlinearity, so that there is one branch around the whole computation.
 template <class S, class Use>
 __device__ __forceinline__ void with_nonlinearity(Nonlinearity which, const Use& use) {
   if (which == Nonlinearity::tanh)

@@ -1,4 +1,4 @@
-// What a kernel is launched with.
+// The arguments of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -10,28 +10,28 @@ namespace fusedrnn::cuda {
 
 struct Params {
   Problem problem;
-  const int64_t* offsets;  // packed: rows before each step, on the device
-  unsigned* counters;      // grid: one for each team; slices: for each group of its rows
-  void* carry;             // step, with a leak: what rows carry, [B, H]
+  const int64_t* offsets;  // packed: number of rows before each step, on the device
+  unsigned* counters;      // grid: one per team; slices: one per group of rows of each team
+  void* carry;             // step, with a leak: the carries of the rows, [B, H]
   Regime regime;
-  int first_team;           // of this launch
-  int blocks, rows, units;  // of a team, of a team, of a block
+  int first_team;           // index of the first team of this launch
+  int blocks, rows, units;  // blocks and batch rows of a team, hidden units of a block
   int receivers;            // blocks of a team that have units
-  int split_log2;           // of the warps that share the K of their units
-  int slices, groups;       // slices: of K, of which one has `chunks`; and of a team's rows
-  int slots, slab, slabs;   // buffers for states; chunks that one has of a slice; and how many do
-  int state_k;              // where inputs follow the states in K
-  int chunks;               // of K
-  int e_row, e_size;        // shared memory: numbers of a row and of a buffer of e, and what begins
+  int split_log2;           // log2 of the number of warps that share the K of the same units
+  int slices, groups;       // slices: slices of K; groups of rows of a team
+  int slots, slab, slabs;   // slices: buffers for states; chunks per buffer; buffers per slice
+  int state_k;              // offset in K of the inputs, which follow the states
+  int chunks;               // of K; slices: of a slice
+  int e_row, e_size;        // numbers in a row and in a buffer of e; below: bytes in shared memory
   int e_offset, carry_offset, vectors_offset, partial_offset, arrivals_offset;
-  int x_copy;         // bytes by which x can be copied; 0: number by number
-  bool state_copies;  // rows of out[0] are whole multiples of 16 bytes
-  bool packs;         // all series can be loaded and stored by two numbers
-  bool plain;         // plain.cuh can run it;
-  int64_t x_step, in_step, gate_step, out_step;  // there, bytes from a step to the next
+  int x_copy;         // bytes of x copied at a time; 0: number by number
+  bool state_copies;  // rows of out[0] can be copied 16 bytes at a time
+  bool packs;         // all series can be loaded and stored two numbers at a time
+  bool plain;         // plain.cuh can run the problem;
+  int64_t x_step, in_step, gate_step, out_step;  // for it: bytes from one step to the next
 };
 
-// The kernels of a tile (plan.h), and those of a step, one for each pass.
+// The kernels of a tile (plan.h) and those of the step regime, one per pass.
 using PersistentKernel = void (*)(Params);
 struct TileKernels {
   PersistentKernel of_pass[kPasses];
@@ -42,7 +42,7 @@ struct StepKernels {
   StepKernel of_pass[kPasses];
 };
 
-// kernels_*.cu; in the order of kTiles
+// Defined in kernels_*.cu, in the order of kTiles.
 extern const TileKernels kFmaF32[4], kFmaF64[2], kMmaBf16[2], kMmaF16[2], kMmaTf32[2];
 extern const TileKernels kSlicesF32, kSlicesBf16, kSlicesF16, kSlicesTf32;
 extern const StepKernels kStepF32, kStepF64, kStepBf16, kStepF16;

@@ -1,9 +1,10 @@
-// The kernel that keeps the weights on the chip and walks through time. A team of blocks shares a
-// W_hh and owns some rows of the batch; each block owns some hidden units of them, and all states
-// of its rows come to it each step:
-//   block    the team is one block, and states pass through its shared memory
-//   cluster  blocks write into the shared memory of all their peers
-//   grid     states pass through the output tensor, which lies in L2
+// The kernel that keeps the weights on the chip and runs the time loop. A team is a set of blocks
+// that share one W_hh and compute the same batch rows. Each block computes some of the hidden units
+// and receives all states of the team's rows in each step. How states are exchanged depends on the
+// regime:
+//   block    the team is one block, and states stay in its shared memory
+//   cluster  each block writes its states into the shared memory of all its peers
+//   grid     states pass through the output tensor, which is in L2
 #pragma once
 
 #include "exchange.cuh"
@@ -21,8 +22,8 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
   using C = typename Base::C;
   using Base::b0, Base::j0, Base::kForward, Base::p, Base::q, Base::rows, Base::step, Base::units;
   using typename Base::Inputs, typename Base::Numbers;
-  static constexpr int kItems = Product::kItems;  // N neighbours each
-  // What steps bring is loaded while the step before is computed, if registers are left for it.
+  static constexpr int kItems = Product::kItems;  // each of N neighbouring units
+  // Load the inputs of a step while the previous one is computed, if registers are left for that.
   static constexpr bool kAhead = kItems <= 2;
 
  public:
@@ -39,13 +40,13 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
   __device__ void run() {
     hold_weights();
     begin(p, b0, j0, shared_);
-    // Nobody sends to a block without units, so nobody would wait for it either.
+    // A block without units exits: its peers neither send to it nor expect anything from it.
     if (p.regime == Regime::cluster && units == 0) return;
     const bool through_l2 = p.regime == Regime::grid;
-    // Backward, one more product after the last step leads to ∂L/∂h0.
+    // Backward, one more product after the last step gives ∂L/∂h0.
     const int64_t end = q.T + (!kForward && q.last.data);
-    // Steps count from the first that has a row: in a step without any, nothing would hold the
-    // blocks of a cluster together.
+    // Steps are counted from the first one that has rows. In a step without rows no bytes are sent,
+    // so nothing would synchronise the blocks of a cluster.
     const int64_t skipped = Base::first_step(0);
     Step before{}, now = step(skipped), after = step(skipped + 1);
     Inputs next[kItems];
@@ -61,7 +62,8 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
       } else {
         if (p.regime == Regime::cluster && goes_on) expect(s, alive);
         if (!kForward && q.last.data) {
-          // Packed, rows that ended leave their state for the end of the walk.
+          // Packed: the product after the last step may read either buffer, so copy the states of
+          // rows that have just ended into the other one.
 #pragma unroll 1
           for (int row = now.alive; row < before.alive; ++row)
             for (int j = threadIdx.x; j < p.state_k; j += kThreads)
@@ -71,7 +73,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
       }
       for (int first = 0; first < alive; first += Product::kRows) {
         const S* states = from + first * p.e_row;
-        if (through_l2) {  // states of one group after another, and while it is multiplied the next
+        if (through_l2) {  // gather the next group of rows while this one is multiplied
           copies_done();
           __syncthreads();
           if (first + Product::kRows < alive)
@@ -114,12 +116,12 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
       now = after;
       after = second_after;
     }
-    // Nobody may leave while a peer could still write into its shared memory.
+    // A block must not exit while a peer may still write into its shared memory.
     if (p.regime == Regime::cluster) cluster_barrier();
   }
 
  protected:
-  // ---- before the walk ----
+  // ---- before the time loop ----
 
   __device__ void hold_weights() {
     Weights w;
@@ -135,7 +137,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
     product_.hold(w, p.chunks, p.e_row);
   }
 
-  // Static, since it is not inlined: a call with `this` would move the weights out of registers.
+  // Static because it is not inlined: passing `this` would force the weights out of registers.
   static __device__ __noinline__ void begin(const Params& p, int64_t b0, int64_t j0,
                                             unsigned char* shared) {
     const Base layer(p, b0, j0);
@@ -149,7 +151,8 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
     layer.prepare(vectors, carry, kThreads);
     __syncthreads();
     if (p.regime == Regime::grid) return;
-    // Packed and descending, rows begin late: until then both buffers have their first state.
+    // In a packed descending loop rows join late. Until then, both buffers hold their initial
+    // state.
     if (kForward && q.first.data)
       for (int row = 0; row < layer.rows; ++row) {
         const bool keep = layer.keeps(layer.step(layer.first_step(row)), row);
@@ -169,7 +172,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
       __syncthreads();
   }
 
-  // ---- what a step brings ----
+  // ---- the inputs of a step ----
 
   __device__ __forceinline__ void load_inputs(Inputs (&in)[kItems], int first, const Step& now,
                                               const Step& after) const {
@@ -180,7 +183,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
         in[i] = Base::inputs(product_.unit(i), first + product_.row(i), now, after, far);
   }
 
-  // The inputs of a step for `count` rows, behind their states.
+  // Loads x of a step for `count` rows, and stores it behind their states in e.
   static __device__ __forceinline__ void load_x(const Base& layer, S* e, const Step& step,
                                                 int first, int count) {
     const Params& p = layer.p;
@@ -204,8 +207,8 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
 
   __device__ S* buffer(int64_t s) const { return e_ + (s & 1) * p.e_size; }
 
-  // Grid: the states that a step starts from, out of global memory, and its inputs: of a group of
-  // rows, a warp for each.
+  // Grid: loads, for a group of rows, the states from which a step starts and its x from global
+  // memory. One warp loads the states of one row.
   __device__ __forceinline__ void gather(int first, int alive, bool finishing, const Step& before,
                                          const Step& now) {
     const int count = min(Product::kRows, alive - first), H = int(q.H);
@@ -230,18 +233,18 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
     if (q.I) load_x(*this, e, now, first, count);
   }
 
-  // Cluster: for each of the two buffers, what counts the bytes that have arrived.
+  // Cluster: the mbarriers, one per buffer, that count the bytes that have arrived.
   static __device__ uint64_t* arrivals(const Params& p, unsigned char* shared) {
     return reinterpret_cast<uint64_t*>(shared + p.arrivals_offset);
   }
 
-  // Cluster: so much will come from all blocks of the team in step s.
+  // Cluster: announces how many bytes the blocks of the team will send to this one in step s.
   __device__ __forceinline__ void expect(int64_t s, int alive) const {
     const int size = (int(q.H) + N - 1) / N * int(sizeof(Numbers));
     if (threadIdx.x == 0) expect_bytes(arrivals(p, shared_) + ((s + 1) & 1), alive * size);
   }
 
-  // To everyone in the team who multiplies it.
+  // Sends states to all blocks of the team that have units, including this one.
   __device__ __forceinline__ void send(int64_t s, S* place, const Numbers& numbers) const {
     if (p.regime == Regime::block) {
       *reinterpret_cast<Numbers*>(place) = numbers;
@@ -250,16 +253,17 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
     const uint64_t* const arrived = arrivals(p, shared_) + ((s + 1) & 1);
     const int self = int(blockIdx.x) & (p.blocks - 1);  // a power of two
 #pragma unroll kUnroll
-    for (int i = 0; i < p.blocks; ++i) {  // each begins with itself: never all with the same
+    for (int i = 0; i < p.blocks; ++i) {  // each block starts with itself, to spread the load
       const int peer = i ^ self;
       if (peer < p.receivers) send_to_peer(place, arrived, peer, numbers);
     }
   }
 
-  // Ends a step: what was sent to this block has arrived. That is all that a cluster needs: a block
-  // sends into a buffer only after everyone's states of the step before came, and they came after
-  // their last use of that buffer. No thread of a block may fall two steps behind, though: it would
-  // take a later phase for the one that it waits for.
+  // Ends a step: waits until everything that was sent to this block has arrived. A cluster needs no
+  // other barrier: a block sends into a buffer only after it has received the states of the
+  // previous step from all peers, and they sent these after their last use of that buffer. But no
+  // thread of a block may fall two steps behind, because it would mistake a later phase for the one
+  // that it waits for.
   __device__ __forceinline__ void meet(int64_t s) const {
     if (p.regime == Regime::grid) {
       grid_barrier(p.counters + team(p), unsigned(s + 1) * unsigned(p.blocks),
@@ -275,7 +279,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
 
   unsigned char* const shared_;
   Product product_;
-  S* const e_;        // two buffers, in turns
+  S* const e_;        // two buffers, used alternately
   C* const carry_;    // [rows][units]
   C* const vectors_;  // bias, then alpha
   float* const partial_;

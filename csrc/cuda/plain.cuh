@@ -32,9 +32,9 @@ class PlainWalk : Walk<Product, pass> {
     Base::hold_weights();
     Base::begin(p, b0, j0, shared_);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    // This is 0 (it is the alpha of a unit), but the compiler cannot know. A parameter to which it
-    // is added stays in a register; otherwise the compiler loads it from constant memory in each
-    // step, at 30 cycles. Tiles of 4 items have no registers left for that.
+    // This is 0 (it is the alpha of a unit), but the compiler cannot know that. A parameter to
+    // which it is added stays in a register; otherwise the compiler loads it from constant memory
+    // in each step, at 30 cycles. Tiles of 4 items have no registers left for that.
     const int zero = kItems < 4 ? *reinterpret_cast<volatile int*>(vectors_ + p.units) : 0;
     const int e_row = p.e_row + zero, chunks = p.chunks + zero;
     product_.settle(rows, units);
@@ -78,7 +78,8 @@ class PlainWalk : Walk<Product, pass> {
     const char* x = track(q.x, warp, first_x);
     const int copied = pinned(warp < rows ? int(q.I) - first_x : 0);
     const int x_place = pinned(warp * e_row + p.state_k + first_x);
-    // The next step's inputs are loaded while at least so many steps are left, this one included.
+    // The next step's inputs are loaded while at least this many steps are left, including this
+    // one.
     const int with_next_x = pinned(copied > 0 ? 2 : INT32_MAX);
     const int with_next = pinned(loads ? 2 : INT32_MAX);
 
@@ -88,7 +89,7 @@ class PlainWalk : Walk<Product, pass> {
     Numbers results[kItems];
     const int half = p.e_size + zero;
     int from = 0;
-    const int end = kForward || !q.last.data ? 0 : -1;  // one more product leads to ∂L/∂h0
+    const int end = kForward || !q.last.data ? 0 : -1;  // one more product gives ∂L/∂h0
     unsigned s = 0;
     for (int left = int(q.T); left > end; --left, ++s) {
       const bool finishing = !kForward && left == 0;
@@ -128,7 +129,7 @@ class PlainWalk : Walk<Product, pass> {
             continue;
           }
           const Numbers ins = Base::unpack(now_in[i]), gates = Base::unpack(now_gate[i]);
-          // The first step has no product, even if W_hh is NaN; it has ∂L/∂h_n, if that is given.
+          // The first step has no product, even if W_hh is NaN; it starts from ∂L/∂h_n if given.
           if (!kForward && s == 0)
 #pragma unroll
             for (int n = 0; n < N; ++n)

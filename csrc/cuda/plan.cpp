@@ -12,13 +12,14 @@ constexpr int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
-// What an SM does in a cycle, from public figures; where none is known, those of the H100. They
-// need to rank plans, and a GPU run tells how well they predict (bench/README.md).
+// Throughput and latency of an SM, from public figures. An architecture without any gets those of
+// the RTX 4090 (8.9).
+// They serve to rank plans. How well they predict is measured on a GPU (bench/README.md).
 struct Speeds {
-  double fma_f64;      // multiplications in float64, of which float32 has 128
+  double fma_f64;      // multiplications per cycle in float64; in float32 they are 128
   double mma;          // cycles of a warp scheduler for an m16n8k16 in 16 bits, or m16n8k8 in TF32
-  double mma_latency;  // cycles until the next mma may add to the same sum
-  double gemm;         // multiplications of a large GEMM in 16 bits; half of it in TF32
+  double mma_latency;  // cycles until the next mma can add to the same sum
+  double gemm;         // multiplications per cycle in a large 16-bit GEMM; half as many in TF32
 };
 
 Speeds speeds(int architecture) {
@@ -32,28 +33,28 @@ Speeds speeds(int architecture) {
   }
 }
 
-// Cycles.
-constexpr double kLoad = 33;  // shared memory, to the first number
-constexpr double kFma = 4;    // until its result can be added to
+// In cycles, unless a comment gives another unit.
+constexpr double kLoad = 33;  // latency of a load from shared memory
+constexpr double kFma = 4;    // latency of an FMA
 constexpr double kShuffle = 25;
 constexpr double kBarrier = 35;       // __syncthreads
 constexpr double kEpilogue = 70;      // tanh, and a store into shared memory
-constexpr double kItem = 40;          // instructions for every number that a thread owns
+constexpr double kItem = 40;          // instructions for each number that a thread owns,
 constexpr double kSend = 4;           // and for sending it to one peer
-constexpr double kPartial = 90;       // warps adding what they found for the same units
-constexpr double kClusterHop = 240;   // from a store at a peer until the peer knows of it
-constexpr double kClusterBytes = 14;  // a cycle and SM, from SM to SM
-constexpr double kGridHop = 2100;     // from stores, through L2 and a barrier there, to everyone
-constexpr double kFlagHop = 1600;     // and to a warp that does nothing but wait for a flag there
+constexpr double kPartial = 90;       // adding the partial sums of warps that share K
+constexpr double kClusterHop = 240;   // from a store at a peer until it is visible there
+constexpr double kClusterBytes = 14;  // bytes per cycle and SM, from SM to SM
+constexpr double kGridHop = 2100;     // from stores, through a barrier in L2, to all blocks,
+constexpr double kFlagHop = 1600;     // and to a warp that only polls a flag in L2
 constexpr double kL2Latency = 700;    // until the first states of a group are in shared memory
-constexpr double kL2Bytes = 24;       // a cycle and SM
-constexpr double kSetUp = 700;        // and what the loads of a chunk of weights take, once
-constexpr double kLaunch = 2.2;       // µs, a kernel after another in a stream;
-constexpr double kNextLaunch = 1.2;   // where it may begin before the other ends
-constexpr double kGemmLaunch = 6;     // µs, what a GEMM before the chain costs at least
+constexpr double kL2Bytes = 24;       // bytes per cycle and SM
+constexpr double kSetUp = 700;        // loading a chunk of weights, once per launch
+constexpr double kLaunch = 2.2;       // µs, from one kernel of a stream to the next;
+constexpr double kNextLaunch = 1.2;   // µs, if the next may begin before the previous one ends
+constexpr double kGemmLaunch = 6;     // µs, least cost of a GEMM before the recurrence
 constexpr double kCut = 12;           // µs, for a second stream and a second launch of each kernel
-constexpr double kQueueForward = 20;  // µs that a CPU needs to queue a GEMM beside,
-constexpr double kQueueBackward = 100;  // and those of backward, in Python
+constexpr double kQueueForward = 20;  // µs of CPU time to queue an overlapping GEMM,
+constexpr double kQueueBackward = 100;  // and those of backward, from Python
 
 bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
   const bool has_mma = device.architecture >= 80 || tile.arithmetic == Arithmetic::mma_f16;
@@ -73,7 +74,8 @@ Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   const int64_t padded_k = plan.chunks * tile.chunk();
   const int64_t size = tile.number_size(), wide = tile.computed_size();
   Shared shared;
-  // Rows begin in different banks: 16 bytes apart for ldmatrix, 32 for loads of two TF32 numbers.
+  // Padding makes rows begin in different banks: 16 bytes apart for ldmatrix, 32 for loads of two
+  // TF32 numbers.
   shared.e_row = !tile.mma() ? padded_k : size == 2 ? padded_k + 8 : round_up(padded_k, 32) + 8;
   const int64_t rows = plan.regime == Regime::grid ? tile.rows : round_up(plan.rows, tile.rows);
   shared.e_size = rows * shared.e_row + tile.overrun(plan.split);
@@ -89,7 +91,7 @@ Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   return shared;
 }
 
-// A slice's.
+// The same for the slices regime.
 Shared shared_memory_of_slices(const Tile& tile, const PlanInput& in, const Plan& plan) {
   const int64_t size = tile.number_size(), slab = plan.slab * tile.chunk();
   const int64_t groups = ceil_div(plan.rows, tile.rows);
@@ -106,11 +108,11 @@ Shared shared_memory_of_slices(const Tile& tile, const PlanInput& in, const Plan
   return shared;
 }
 
-// Microseconds of one step of a team's walk, with its share of what comes before.
+// Predicted microseconds per step of a team, including a share of launching and loading weights.
 double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const Device& device) {
   const Speeds speed = speeds(device.architecture);
   const double groups = double(ceil_div(plan.rows, tile.rows));
-  // Warps without units wait: 8 warps on 4 schedulers, or fewer.
+  // Warps without units are idle: at most 8 warps are busy, on 4 schedulers.
   const double warp_units = (tile.mma() ? 16 : 4) * tile.units;
   const double busy = std::min(8.0, std::ceil(double(plan.units) / warp_units) * plan.split);
   const double per_scheduler = std::ceil(busy / 4);
@@ -118,8 +120,8 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
   const double spilled = std::max(0.0, chunks - tile.held());
   const double items = tile.mma() ? 2.0 * tile.units / std::min(plan.split, 2) : 1;
   const double peers = plan.regime == Regime::cluster ? double(plan.blocks) : 0;
-  // A group of rows takes as long as it keeps the busiest unit busy, or as long as one warp needs
-  // from its first load to its last store.
+  // A group of rows takes as long as it occupies the busiest resource, or as long as one warp takes
+  // from its first load to its last store, whichever is longer.
   double issue, feed, latency;
   if (tile.mma()) {
     issue = chunks * 2 * tile.units * speed.mma;
@@ -144,32 +146,33 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
     case Regime::cluster: cycles += kClusterHop; break;
     case Regime::grid: cycles += kGridHop + kL2Latency + gather; break;
     case Regime::step:
-    case Regime::slices: break;  // have their own
+    case Regime::slices: break;  // have cost models of their own
   }
   const double once = kLaunch + chunks * kSetUp / device.clock / 1000;
   return cycles / device.clock / 1000 + once / double(in.T);
 }
 
-// The same where K is cut into slices and groups of rows take turns.
+// The same for the slices regime, where K is split into slices and groups of rows take turns.
 double slices_time(const Tile& tile, const PlanInput& in, const Plan& plan, const Device& device) {
   const double groups = double(ceil_div(plan.rows, tile.rows)), chunks = double(plan.chunks);
   const double K = chunks * tile.chunk(), cluster_units = double(plan.slices * plan.units);
   const double spilled = std::max(0.0, chunks - tile.held());
   const double busy = std::min(8.0, std::ceil(cluster_units / 32) * (tile.mma() ? 1 : 2));
   const double per_scheduler = std::ceil(busy / 4);
-  // Of a group of rows: what the arithmetic units need; shared memory; and the two ways of states.
+  // Cycles for a group of rows: arithmetic, shared memory, and the two exchanges (partial sums from
+  // SM to SM, states through L2).
   double products, feed;
   if (tile.mma()) {
     products = per_scheduler * chunks * 2 * tile.units * speeds(device.architecture).mma;
     feed = busy * (chunks * 4 + spilled * 2 * tile.units * 4);
-  } else {  // 32 sums of a thread over half of K, where 12 loads go with 128 multiplications
+  } else {  // per thread 32 sums over half of K, with 12 loads for 128 multiplications
     products = per_scheduler * 32 * K / 2 * 1.1;
     feed = busy * 12 * K / 8;
   }
   const double sums = tile.rows * cluster_units * 4 * (plan.slices - 1) / plan.slices;
   const double sends = sums / kClusterBytes;
   const double gather = tile.rows * K * tile.number_size() / kL2Bytes;
-  // While a warp sends and finishes, another of its scheduler multiplies.
+  // While one warp sends and finishes, another warp of the same scheduler multiplies.
   const double others = 2 * kItem + 8 * kSend;
   const double turn = std::max({products + others, feed, sends, gather});
   const double trip =
@@ -180,8 +183,8 @@ double slices_time(const Tile& tile, const PlanInput& in, const Plan& plan, cons
 
 bool half(const PlanInput& in) { return in.storage == Storage::bf16 || in.storage == Storage::f16; }
 
-// µs a step for so many multiplications of each row and unit, made for all steps at once: I of them
-// for u = x W_ihᵀ.
+// Predicted microseconds per step of a GEMM over all steps, with `products` multiplications per row
+// and unit: I for u = x W_ihᵀ.
 double gemm_time(const PlanInput& in, int64_t products, const Device& device) {
   const Speeds speed = speeds(device.architecture);
   const double rate = half(in)                     ? speed.gemm
@@ -190,12 +193,12 @@ double gemm_time(const PlanInput& in, int64_t products, const Device& device) {
                                                    : 128 * 0.75;
   const double cycles = double(in.B) * double(products) * double(in.H) / rate / device.sms;
   const double bytes =
-      double(in.B) * double(products + 2 * in.H) * double(size_of(in.storage));  // u twice
+      double(in.B) * double(products + 2 * in.H) * double(size_of(in.storage));  // write and read u
   return std::max(cycles / device.clock, bytes / device.memory_bandwidth) / 1000 +
          kGemmLaunch / double(in.T);
 }
 
-// One launch a step: weights and states come through L2 each time, for every tile of the result.
+// One launch per step: every tile of the result loads its weights and states through L2 each time.
 Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   Plan plan;
   plan.regime = Regime::step;
@@ -219,8 +222,8 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   return plan;
 }
 
-// K cut into so many slices, or nothing. The inputs are multiplied before: K is what there is most
-// of.
+// A plan that splits K into 2^log2_slices slices, or none if that is impossible. The inputs are
+// multiplied beforehand, because K is large without them.
 std::optional<Plan> slices_plan(const PlanInput& in, const Device& device, int t, int log2_slices) {
   const Tile& tile = kTiles[t];
   Plan plan;
@@ -231,7 +234,7 @@ std::optional<Plan> slices_plan(const PlanInput& in, const Device& device, int t
   const int64_t cluster_units = plan.slices * plan.units;
   if (!tile.slices() || cluster_units > tile.block_units(1)) return std::nullopt;
   if (tile.mma() && device.architecture != 90) return std::nullopt;  // registers: slices.cuh
-  const int64_t clusters = ceil_div(in.H, cluster_units);            // of a team
+  const int64_t clusters = ceil_div(in.H, cluster_units);            // per team
   const int64_t at_once = device.clusters[log2_slices] / clusters;
   if (at_once == 0) return std::nullopt;
   plan.blocks = clusters * plan.slices;
@@ -243,8 +246,8 @@ std::optional<Plan> slices_plan(const PlanInput& in, const Device& device, int t
     plan.shared = shared_memory_of_slices(tile, in, plan);
     return plan.shared.end <= device.shared_memory;
   };
-  // As many rows as let all teams run at once; or as there is room for, in several waves. Then as
-  // many buffers.
+  // As many rows per team as let all teams run at once; or as many as there is room for, in several
+  // waves. Then as many buffers as there is room for.
   int64_t groups = std::min(ceil_div(ceil_div(in.B, at_once), tile.rows), int64_t(kMostGroups));
   while (groups > 0 && !fits(groups * tile.rows, 2)) --groups;
   if (groups == 0) return std::nullopt;
@@ -259,7 +262,7 @@ std::optional<Plan> slices_plan(const PlanInput& in, const Device& device, int t
   return plan;
 }
 
-// The best plan, the best of those wished for if there is one.
+// The plan predicted to be the fastest, of those that satisfy the overrides if there are any.
 Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
   const double gemm = in.I > 0 ? gemm_time(in, in.I, device) : 0;
   Plan best;
@@ -309,12 +312,12 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
           if (at_once == 0) return;
           plan.regime = regime;
           plan.blocks = blocks;
-          // Spread evenly, by the 16 bytes that are sent at once.
+          // Spread units evenly, in multiples of the 16 bytes that are sent at once.
           plan.units =
               std::min(most_units, round_up(ceil_div(in.H, blocks), 16 / tile.number_size()));
           const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
                               agrees(wish.split, split) && agrees_on_input(fuse);
-          // As many rows as let all teams run at once; or half of them, in two waves, and so on.
+          // As many rows per team as let all teams run at once; or half as many, in two waves; etc.
           for (int64_t waves = 1;; waves *= 2) {
             plan.rows = std::min(in.B, round_up(ceil_div(in.B, waves * at_once), tile.rows));
             plan.teams = ceil_div(in.B, plan.rows);
@@ -328,8 +331,8 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
             if (plan.rows <= tile.rows) break;
           }
         };
-        // Teams as small as can be, and larger ones: more blocks have fewer units each, which a
-        // block multiplies in less time where its schedulers are the limit (float64, mostly).
+        // Teams of as few blocks as possible, and larger ones: with more blocks each has fewer
+        // units, which is faster if a block's schedulers are the limit (mostly in float64).
         const int64_t fewest = ceil_div(in.H, most_units);
         if (fewest == 1) try_teams(Regime::block, 1, device.clusters[0]);
         const auto useful = [&](int64_t blocks) { return 2 * blocks <= in.H; };
@@ -346,22 +349,23 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
   return best;
 }
 
-// After how many steps to cut the chain of a plan, for products of all rows. A share of these finds
-// time beside the chain, such that that part of it takes as long as they do on idle SMs.
+// After how many steps to split the sequence so that GEMMs overlap the recurrence; 0: not at all.
+// The share of the GEMMs that overlaps is chosen so that, on the idle SMs, it takes as long as the
+// part of the recurrence that it overlaps.
 int64_t where_to_cut(const PlanInput& in, const Plan& plan, const Device& device,
                      const std::optional<int64_t>& wanted) {
   const bool forward = in.pass == Pass::activation;
   const int64_t products = !forward ? in.products : plan.fuse_input ? 0 : in.I;
-  // Not where a row carries more than the dtype that states are stored in.
+  // No split if rows carry more precision than the dtype in which states are stored.
   if (products == 0 || in.T < 2 || in.B == 0 || in.H == 0 || in.packed || (in.leaky && half(in)))
     return 0;
   if (wanted) return std::min(*wanted, in.T - 1);
-  if (plan.regime == Regime::step) return 0;  // the CPU, busy with launches, would come too late
+  if (plan.regime == Regime::step) return 0;  // the CPU is busy launching and would be too late
   const double T = double(in.T), gemm = gemm_time(in, products, device);
   const double busy = double(plan.blocks * ceil_div(plan.teams, plan.waves)) / device.sms;
   const double idle = std::max(0.0, 1 - busy);
   const double chain = plan.microseconds;
-  // Products must be queued, too, before the part of the chain that they run beside is through.
+  // The GEMMs must also be queued before the part of the recurrence that they overlap has ended.
   const double queued = forward ? kQueueForward : kQueueBackward;
   const double share = std::min(idle * chain / (idle * chain + gemm), 1 - queued / (chain * T));
   const double cost = kCut + double(plan.chunks) * kSetUp / device.clock / 1000;

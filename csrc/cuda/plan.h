@@ -1,5 +1,5 @@
-// How the CUDA engine runs a recurrence: a pure function of the problem and the device's
-// properties, tested as a table. Knows neither CUDA nor torch.
+// Plans how the CUDA engine runs a recurrence: a pure function of the problem and the device's
+// properties, tested with a table of cases. Depends neither on CUDA nor on torch.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,14 @@
 
 namespace fusedrnn::cuda {
 
-// Where W_hh lives while time passes, and how far its parts are from each other.
-//   step     in L2 or device memory: one launch a step
+// Where W_hh is kept during the time loop, and how states are exchanged. A team is a set of blocks
+// that share one W_hh and compute the same batch rows.
+//   step     in L2 or device memory: one launch per step
 //   block    in the registers and shared memory of one SM; the batch is split over SMs
 //   cluster  in those of 2 to 16 SMs, which write states into each other's shared memory
 //   grid     in those of many SMs, which exchange states through L2
-//   slices   likewise, and cut along K too: the SMs of a cluster each have a slice, and add up what
-//            they found in their shared memory; groups of rows take turns, so that the
+//   slices   as grid, but split along K too: each SM of a cluster has one slice of K, and they add
+//            up their partial sums through shared memory; groups of rows take turns, so that the
 //            multiplication of one hides the exchange of the others
 enum class Regime { step, block, cluster, grid, slices };
 constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid", "slices"};
@@ -25,35 +26,36 @@ struct Device {
   std::string name;
   int architecture;         // 90 for compute capability 9.0
   int sms;                  // streaming multiprocessors
-  int64_t shared_memory;    // bytes that a block may have
+  int64_t shared_memory;    // bytes available to a block
   double clock;             // GHz
   double memory_bandwidth;  // GB/s
-  // How many clusters of 1, 2, 4, 8 and 16 blocks, each block with an SM of its own, the device
-  // holds at once; 0 where it cannot.
+  // How many clusters of 1, 2, 4, 8 and 16 blocks, one block per SM, the device runs at once; 0 if
+  // it does not support the size.
   int clusters[5];
-  bool cooperative = true;  // whether it can have all blocks of a launch run at once
+  bool cooperative = true;  // supports cooperative launches
 };
 
 struct PlanInput {
   Pass pass;
   Storage storage;
-  bool tf32;           // f32 products may be rounded to TF32: torch's settings say so
+  bool tf32;           // torch's settings allow TF32 in f32 products
   int64_t T, B, I, H;  // I = 0: no input product
   bool leaky = false;
   bool packed = false;
-  // Adjoint: multiplications that follow for every row and unit, once what the steps left is known:
-  // I, I and H for the gradients of x, W_ih and W_hh. They need not wait for all steps.
+  // Adjoint: multiplications per row and unit in the GEMMs on the results of the recurrence: I, I
+  // and H for the gradients of x, W_ih and W_hh. They can start before all steps are done.
   int64_t products = 0;
 };
 
-// What multiplies, and how a block's 256 threads lie over the product (products.cuh).
+// The arithmetic of a product, and how it is divided among a block's 256 threads (products.cuh).
 enum class Arithmetic { fma_f32, fma_f64, mma_bf16, mma_f16, mma_tf32 };
 struct Tile {
   Arithmetic arithmetic;
-  int units;  // fma: of a thread, which are 32 times as many of a block; mma: 16 of a warp
-  int rows;   // of the batch at once
+  int units;  // fma: per thread, and 32 times as many per block; mma: per warp, times 16
+  int rows;   // batch rows at once
 
-  // slices.cuh: one of float32 for that alone, and the larger ones of tensor cores
+  // The tiles of slices.cuh: one for float32 that is used only there, and the larger ones of the
+  // tensor cores.
   constexpr bool only_slices() const { return rows == 32; }
   constexpr bool slices() const { return only_slices() || (mma() && units == 2); }
   constexpr bool mma() const { return arithmetic >= Arithmetic::mma_bf16; }
@@ -63,20 +65,21 @@ struct Tile {
                                                                                      : 2;
   }
   constexpr int computed_size() const { return arithmetic == Arithmetic::fma_f64 ? 8 : 4; }
-  // K is cut into chunks; a thread holds its part of `held` of them, and more lie in shared memory.
+  // K is divided into chunks. A thread holds its part of `held` chunks in registers; the rest is in
+  // shared memory.
   constexpr int chunk() const { return mma() ? 64 / number_size() : 128 / number_size(); }
-  // As many as fill 128 registers; fewer where the sums of many rows, or float64, need more of
-  // the other 127.
+  // As many as fill 128 registers; fewer if the sums of many rows, or float64, need more than the
+  // other 127.
   constexpr int held() const {
     if (only_slices()) return 0;
     if (mma()) return 16 / units;
     return units == 1 ? 28 : number_size() == 8 ? 14 : 32 / units;
   }
-  // Numbers behind the rows of a buffer that a product loads and ignores: two chunks for each warp
+  // Numbers behind the rows of a buffer that a product loads but ignores: two chunks for each warp
   // that shares K.
   constexpr int overrun(int split) const { return mma() ? 2 * split * chunk() : 0; }
   constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
-  // of a block, where `split` warps share the K of their units
+  // Units of a block if `split` warps share the K of the same units.
   constexpr int block_units(int split) const { return (mma() ? 128 / split : 32) * units; }
 };
 constexpr Tile kTiles[] = {
@@ -88,56 +91,60 @@ constexpr Tile kTiles[] = {
 };
 constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr int kThreads = 256;   // of a block, that multiply
-constexpr int kStepUnits = 64;  // of a block in the step regime,
-constexpr int kStepRows = 32;   // and its batch rows
+constexpr int kThreads = 256;   // per block, that multiply
+constexpr int kStepUnits = 64;  // step regime: hidden units per block,
+constexpr int kStepRows = 32;   // and batch rows
 
-// In the slices regime: threads of a block, with four warps (registers can only be given away by
-// as many) that fetch states and tell of new ones; and the units of a tile that are a block's own,
-// once all slices are added: two for each thread that multiplies, or for half of them.
+// Slices regime. kSliceThreads: threads per block, including four warps that fetch states and
+// signal new ones (four, because registers can only be reassigned in groups of four warps).
+// own_units: the units whose sums a block adds up over all slices and finishes; of a group of rows,
+// each thread that multiplies, or each of one half of them, then has two.
 constexpr int kSliceThreads = kThreads + 128;
 constexpr int own_units(const Tile& tile) { return tile.mma() ? 32 : 16; }
-constexpr int kMostGroups = 32;  // of rows, of a team
-constexpr int kMostSlots = 4;    // for states that are being fetched,
-constexpr int kSliceSlab = 2;    // each for so many chunks where tensor cores do not take them all
+constexpr int kMostGroups = 32;  // groups of rows per team
+constexpr int kMostSlots = 4;    // buffers for states that are being fetched
+constexpr int kSliceSlab = 2;    // chunks per buffer, except with tensor cores, which take all
 
-// Where a block's shared memory has what, in bytes, after the weights that registers do not hold.
+// The layout of a block's shared memory: byte offsets, after the weights that do not fit into
+// registers.
 struct Shared {
   int64_t e, carry, vectors, partial, arrivals, end;
   int64_t e_row,
-      e_size;  // e is 2 buffers, or the slots of slices, of e_size numbers: rows of e_row
+      e_size;  // numbers per row and per buffer of e, which is 2 buffers (slices: `slots` buffers)
 };
 
 struct Plan {
   Regime regime = Regime::step;
-  bool fuse_input = true;  // W_ih beside W_hh; otherwise one GEMM makes u before the chain
+  bool fuse_input = true;  // a step multiplies x by W_ih, too; otherwise GEMMs compute u = x W_ihᵀ
   int tile = 0;            // index into kTiles
-  int split = 1;           // mma: warps that share the K of their units
-  int64_t rows = 0;        // of the batch, that a team owns
-  int64_t units = 0;       // hidden units that a block owns
-  int64_t blocks = 0;      // of a team, which shares a W_hh
+  int split = 1;           // mma: warps that share the K of the same units
+  int64_t rows = 0;        // batch rows of a team
+  int64_t units = 0;       // hidden units of a block
+  int64_t blocks = 0;      // blocks of a team
   int64_t teams = 0;
-  int64_t waves = 1;         // of teams that run at once
-  int slices = 1;            // of K, each with a block of its own
+  int64_t waves = 1;         // teams run in so many waves, all teams of a wave at once
+  int slices = 1;            // of K, one for each block of a cluster
   int slots = 0;             // slices: buffers for states,
-  int64_t slab = 0;          // and the chunks that one has of a slice
-  int64_t chunks = 0;        // of K, or of a slice
-  int64_t state_chunks = 0;  // of these, of the states
+  int64_t slab = 0;          // and chunks per buffer
+  int64_t chunks = 0;        // of K; slices: of a slice
+  int64_t state_chunks = 0;  // those of `chunks` that belong to states
   Shared shared{};           // memory of a block
-  int64_t counters = 0;      // words of zeros that the workspace must have,
-  int64_t carry_bytes = 0;   // and memory for what rows carry from launch to launch
-  // Where that pays, products of all rows run on SMs that the chain leaves idle, which is then cut
-  // in two: after so many steps of the walk, or at 0 not at all. Activation: inputs of the steps
-  // before the cut are multiplied before the chain begins, and the others' beside it. Adjoint: what
-  // the steps before the cut left is multiplied beside those after it.
+  int64_t counters = 0;      // workspace: words that must be zero,
+  int64_t carry_bytes = 0;   // and bytes for the carries of rows between launches
+  // If it pays, GEMMs overlap the recurrence: they run on SMs that it leaves idle. For that the
+  // sequence is split in two after `cut` steps of the time loop; 0: it is not split. Activation:
+  // the inputs of the steps before the split are multiplied before the recurrence starts, those of
+  // the other steps while its first part runs. Adjoint: the GEMMs on the results of the steps
+  // before the split run during the steps after it.
   int64_t cut = 0;
-  // As the cost model has it: a step of the chain, and its share of the GEMM before the chain, of
-  // which a cut hides a part.
+  // Predicted times per step: of the recurrence, and of the GEMM for its inputs, part of which a
+  // split hides.
   double microseconds = 0;
   double input_microseconds = 0;
 };
 
-// What tests and the curious ask for, so far as it can run the problem.
+// Overrides for tests and experiments; ignored where no plan that can run the problem satisfies
+// them.
 struct Wish {
   std::optional<Regime> regime;
   std::optional<int> tile, split;
@@ -145,10 +152,10 @@ struct Wish {
   std::optional<int64_t> cut;
 };
 
-// The best plan, the best of those wished for if there is one.
+// Returns the plan predicted to be fastest, of those that satisfy the overrides if there are any.
 Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish = {});
 
-// The plan in a sentence or two, for explain() and for errors.
+// Describes the plan in a sentence or two, for explain() and for error messages.
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device);
 
 }  // namespace fusedrnn::cuda

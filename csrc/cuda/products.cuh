@@ -1,8 +1,9 @@
-// Products of the states of some batch rows with the weights that a block holds: two ways to lay
-// them over 256 threads. Either way the weights of a block, [units, K], are cut into chunks of K;
-// each thread holds its part of as many chunks as fit into 128 registers, and the rest lies in
-// shared memory in the order in which threads load it. States e [rows, K] are read from shared
-// memory. A product ends with each thread owning the sums of kItems pairs of unit and row.
+// Products of the states of some batch rows with the weights that a block holds, divided among 256
+// threads in two ways: Fma and Mma. In both, the weights of a block, [units, K], are divided into
+// chunks of K. Each thread holds its part of as many chunks as fit into 128 registers; the rest is
+// in shared memory, in the order in which threads load it. States e [rows, K] are read from shared
+// memory. After a product each thread owns the sums of kItems items; an item is kPack neighbouring
+// units of one row.
 #pragma once
 
 #include <cstdint>
@@ -16,19 +17,19 @@ namespace fusedrnn::cuda {
 
 constexpr int kWarps = kThreads / 32;
 
-// Of loops that load and multiply, or send: from 10.0 on the compiler takes more registers, and
-// would spill.
+// How far to unroll loops that load and multiply, or that send. From architecture 10.0 on the
+// compiler uses more registers and would spill.
 #if __CUDA_ARCH__ < 1000
 constexpr int kUnroll = 2;
 #else
 constexpr int kUnroll = 1;
 #endif
 
-// Which weights a block holds: rows of its units, and the columns of W_hh, then of W_ih.
+// The weights that a block holds: the rows of its units, with the columns of W_hh, then of W_ih.
 struct Weights {
   const void* w_hh;
   const void* w_ih;
-  int64_t w_hh_unit, w_hh_k;  // distance of units, and of numbers along K
+  int64_t w_hh_unit, w_hh_k;  // strides of units, and along K
   int64_t w_ih_unit;
   int units;              // that exist
   int64_t H, I, state_k;  // K: H states, padded to state_k, then I inputs
@@ -48,7 +49,7 @@ template <int n>
 using Number = std::integral_constant<int, n>;
 
 // Returns v, which the compiler then keeps in a register instead of recomputing it in each step.
-// All lanes of the warp must call it. On architectures where registers are short it does nothing.
+// All lanes of the warp must call it. Does nothing on architectures where registers are scarce.
 __device__ __forceinline__ int pinned(int v) {
 #if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
   return __shfl_sync(~0u, v, threadIdx.x % 32);
@@ -67,8 +68,8 @@ __device__ __forceinline__ uint32_t bits(T v) {
 
 // ---- plain multiplication and addition ----
 
-// A warp's lanes are 4 groups of units times 8 parts of K: a 16-byte load of e then serves 8
-// different lanes at once, and the other 24 by broadcast.
+// The lanes of a warp are divided into 4 groups of units times 8 parts of K. A 16-byte load of e
+// then has only 8 different addresses; the other 24 lanes are served by broadcast.
 template <class C, int UnitsPerThread, int Rows>
 struct Fma {
   using Stored = C;
@@ -98,7 +99,7 @@ struct Fma {
   const Vector* spilled;  // [chunk][unit][thread] in shared memory
   int lane, warp;
 
-  // The second is Mma's.
+  // The second parameter is used only by Mma.
   __device__ Fma(void* spill, int /*split_log2*/)
       : spilled(static_cast<const Vector*>(spill)),
         lane(threadIdx.x % 32),
@@ -108,7 +109,7 @@ struct Fma {
   // Whether this warp has any of a block's units.
   __device__ bool busy(int units) const { return warp * 4 * UnitsPerThread < units; }
 
-  // This thread's part of a chunk, whose loads all wait at once.
+  // This thread's part of a chunk. Its loads are all in flight at once.
   struct Part {
     Vector of[UnitsPerThread];
   };
@@ -164,12 +165,13 @@ struct Fma {
     }
   }
 
-  // The sums of rows e, e + e_row, ...
+  // Computes the sums of the rows at e, e + e_row, ...
   __device__ __forceinline__ void multiply(const C* e, int e_row, int chunks, float* /*partial*/,
                                            C (&item)[kItems][kPack]) {
     C sum[UnitsPerThread][Rows] = {};
     e += lane / 4 * kVector;
-    // Together, so that their loads wait at once: across branches the compiler moves none.
+    // Chunks are multiplied in groups so that the loads of a group are in flight together: the
+    // compiler moves no loads across branches.
     constexpr int kGroup = kHeld % 4 == 0 && Rows <= 2 ? 4 / Rows : 1;
 #pragma unroll
     for (int c = 0; c < kHeld; c += kGroup) {
@@ -217,7 +219,7 @@ struct Fma {
     item[0][0] = value[0];
   }
 
-  // Of the 8 lanes that share a unit, number `lane / 4` ended with sum `lane / 4 % kSums`.
+  // Of the 8 lanes that share units, number `lane / 4` has sum `lane / 4 % kSums` after a product.
   __device__ bool owns(int /*i*/) const { return lane / 4 < kSums; }
   __device__ int unit(int /*i*/) const { return first_unit() + lane / 4 % kSums % UnitsPerThread; }
   __device__ int row(int /*i*/) const { return lane / 4 % kSums / UnitsPerThread; }
@@ -251,7 +253,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, 
 }
 __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
                                     __nv_bfloat16) {
-#if __CUDA_ARCH__ >= 800  // the planner sends no bf16 to older ones
+#if __CUDA_ARCH__ >= 800  // the planner does not use bf16 on older architectures
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
       "{%8,%9}, {%0,%1,%2,%3};"
@@ -261,7 +263,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, 
 }
 __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1,
                                     float) {
-#if __CUDA_ARCH__ >= 800  // nor TF32
+#if __CUDA_ARCH__ >= 800  // the same for TF32
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
       "{%8,%9}, {%0,%1,%2,%3};"
@@ -280,7 +282,7 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit numbers; each lane says where one row of 16 bytes begins.
+// Loads four 8 x 8 matrices of 16-bit numbers. Each lane passes the address of a row of 16 bytes.
 __device__ __forceinline__ uint4 load_matrices(const void* row) {
   uint4 m;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -299,10 +301,10 @@ __device__ __forceinline__ uint4 load_transposed(const void* row) {
   return m;
 }
 
-// Weights stand still as the A operand, and the batch is its N of 8 rows. Warps share the units,
-// and `split` warps share the K of the same units, chunk by chunk in turns. Of the two units 2g and
-// 2g + 1, one is row g of A and the other row g + 8: so a thread owns neighbours, which it stores
-// at once.
+// The weights are the stationary A operand; N is 8 batch rows. The units are divided among warps,
+// and `split` warps share the K of the same units, taking chunks in turn. Of the units 2g and
+// 2g + 1, the first is row g of A and the second row g + 8: a thread then owns neighbouring units,
+// which it stores together.
 template <class S, int TilesPerWarp>
 struct Mma {
   using Stored = S;
@@ -311,12 +313,12 @@ struct Mma {
   static constexpr int kChunk = kTile.chunk();  // two fragments
   static constexpr int kFragment = kChunk / 2;
   static constexpr int kHeld = kTile.held();
-  static_assert(kHeld % 2 == 0);  // multiply
+  static_assert(kHeld % 2 == 0);  // multiply() relies on it
   static constexpr int kRows = 8;
   static constexpr int kItems = 2 * TilesPerWarp;
   static constexpr int kPack = 2;
-  static constexpr int kParts = kItems * 32;  // pairs of sums of a warp
-  static constexpr int kCopies = 1;           // as of Fma
+  static constexpr int kParts = kItems * 32;  // pairs of sums in a warp
+  static constexpr int kCopies = 1;           // see Fma
   static constexpr int neighbour(int join) { return 4 << join; }
 
   uint4 held[kHeld][2][TilesPerWarp];
@@ -324,7 +326,7 @@ struct Mma {
   int lane, warp, split_log2, part;
   int owned = 0;              // bit i: this warp finishes item i
   int first_state;            // offset of this lane's first load of states
-  int first_part, this_part;  // offsets of the partial sums: of the first warp of these units, own
+  int first_part, this_part;  // offsets of partial sums: first warp of these units; this warp
   int turn = 0;
 
   __device__ Mma(void* spill, int split_log2)
@@ -344,7 +346,7 @@ struct Mma {
   __device__ int first_unit() const { return (warp >> split_log2) * (16 * TilesPerWarp); }
   __device__ bool busy(int units) const { return first_unit() < units; }
 
-  // This thread's part of a chunk, whose loads all wait at once.
+  // This thread's part of a chunk. Its loads are all in flight at once.
   struct Part {
     uint4 of[2][TilesPerWarp];
   };
@@ -374,9 +376,10 @@ struct Mma {
     return part;
   }
 
-  // Chunks are a multiple of the warps that share them.
+  // `chunks` must be a multiple of the number of warps that share them.
   __device__ void hold(const Weights& weights, int chunks, int e_row) {
-    // In TF32, k and k + 4 of a fragment are neighbours in memory: the weights are permuted alike.
+    // In TF32, k and k + 4 of a fragment are neighbours in memory. The weights are permuted in the
+    // same way.
     first_state = pinned(part * kChunk + (kTf32 ? lane / 4 * e_row + lane % 4 * 2
                                                 : lane % 8 * e_row + lane / 8 * 8));
     uint4* spill = const_cast<uint4*>(spilled) + threadIdx.x;
@@ -401,7 +404,7 @@ struct Mma {
     }
   }
 
-  // A chunk of 8 rows of states, as the B operands of its two fragments.
+  // Loads a chunk of 8 rows of states as the B operands of its two fragments.
   static __device__ __forceinline__ uint4 load_states(const S* e) {
     if constexpr (kTf32) {
       const float2 first = *reinterpret_cast<const float2*>(e);
@@ -413,11 +416,11 @@ struct Mma {
   }
   __device__ __forceinline__ void multiply(const S* e, int /*e_row*/, int chunks, float* partial,
                                            float (&item)[kItems][kPack]) {
-    // Fragments in turns go to two sums, so that a product need not wait for the one before.
+    // Fragments alternate between two sums, so that a product need not wait for the previous one.
     float sum[2][TilesPerWarp][4] = {};
     const char* from = reinterpret_cast<const char*>(e + first_state);
     const int stride = kChunk * int(sizeof(S)) << split_log2, mine = chunks >> split_log2;
-    // Loads run two chunks ahead, also beyond the last chunk (Tile::overrun).
+    // Loads run two chunks ahead, even beyond the last chunk (Tile::overrun).
     const auto next = [&] {
       const uint4 states = load_states(reinterpret_cast<const S*>(from));
       from += stride;
@@ -453,13 +456,14 @@ struct Mma {
 #pragma unroll
     for (int m = 0; m < TilesPerWarp; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)  // the tensor core has rows 2t, 2t + 1 of the batch side by side
+      for (int i = 0; i < 4; ++i)  // the tensor core puts batch rows 2t, 2t + 1 side by side
         item[m * 2 + i % 2][i / 2] = sum[0][m][i] + sum[1][m][i];
     if (split_log2 > 0) add_parts(partial, item);
   }
 
-  // Adds the partial sums of the warps that share the units. Two buffers in turns: when a warp
-  // writes one again, all have passed the barrier after reading it.
+  // Adds the partial sums of the warps that share the units. Two buffers alternate: before a warp
+  // writes to one again, it passes the barrier of the other, which all warps reach after they have
+  // read the first.
   __device__ __forceinline__ void add_parts(float* partial, float (&item)[kItems][kPack]) {
     float2* const parts = reinterpret_cast<float2*>(partial) + turn;
     turn ^= kWarps * kParts;
@@ -493,7 +497,7 @@ struct Mma {
   __device__ int unit(int i) const { return first_unit() + i / 2 * 16 + lane / 4 * 2; }
   __device__ int row(int i) const { return lane % 4 * 2 + i % 2; }
   __device__ int copy() const { return 0; }
-  // Gives up the items whose row or unit exists for no lane of this warp.
+  // Drops the items whose row or unit exists for no lane of this warp.
   __device__ void settle(int rows, int units) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i)

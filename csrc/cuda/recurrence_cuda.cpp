@@ -15,23 +15,25 @@
 namespace fusedrnn::cuda {
 namespace {
 
-// A stream beside the current one: the thread's own, or a CUDA graph that one thread captures would
-// have what another does in the meantime. What is made on the current stream may be used beside it
-// without telling the allocator: its memory goes to others on that stream, after they have met.
+// A side stream, for work that overlaps the current stream's. Each thread has its own: otherwise a
+// CUDA graph that one thread captures would include what another queues in the meantime. Tensors
+// made on the current stream can be used on the side stream without record_stream(), because the
+// allocator reuses their memory only on the current stream, after that has waited for the side
+// stream.
 class Beside {
  public:
   explicit Beside(c10::cuda::CUDAStream here) : here_(here) {}
   Beside(const Beside&) = delete;
-  ~Beside() {  // after an error, too: memory is freed then
+  ~Beside() {  // after an error, too, because memory is freed then
     try {
       join();
-    } catch (const std::exception&) {  // the first one tells more
+    } catch (const std::exception&) {  // the first error is more informative
     }
   }
 
   void fork() {
-    // One for captures: what a graph replays and what runs meanwhile must not share the workspace
-    // that cuBLAS has for each stream.
+    // Captures have a stream of their own: a graph that is replayed and work that runs at the same
+    // time must not share the workspace that cuBLAS has for each stream.
     const bool captures =
         c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
     const auto device = here_.device_index();
@@ -69,7 +71,7 @@ class Beside {
 
 struct Engine {
   static at::ScalarType dtype(const Tensor& like) {
-    // the first tensor that an op looks at, while any other may have brought it here
+    // `like` is the first tensor that an op checks; another one may have selected the CUDA backend.
     TORCH_CHECK(like.is_cuda(), "fusedrnn: all tensors must be on cuda like the others, got ",
                 like.device());
     const c10::cuda::CUDAGuard guard(like.device());

@@ -1,6 +1,6 @@
-// A Call on the CUDA engine: the plan, what must be made before the chain, the launch. Shared by
-// the ops on CUDA tensors (recurrence_cuda.cpp) and by the tests, which run them on an emulator
-// (tests/emulated_engine.cpp); so nothing here calls libtorch_cuda.
+// Runs a Call on the CUDA engine: makes the plan, prepares what the recurrence needs, and launches
+// it. Shared by the ops on CUDA tensors (recurrence_cuda.cpp) and by the tests, which run them on
+// an emulator (tests/emulated_engine.cpp), so nothing here may call libtorch_cuda.
 #pragma once
 
 #include <ATen/Context.h>
@@ -16,7 +16,7 @@
 
 namespace fusedrnn::cuda {
 
-// Before architecture 80, neither tensor cores nor arithmetic know bf16.
+// Before architecture 80, neither tensor cores nor ordinary arithmetic support bf16.
 inline at::ScalarType dtype_on(const Device& device, at::ScalarType type) {
   return type == at::kBFloat16 && device.architecture < 80 ? at::kFloat : type;
 }
@@ -26,7 +26,7 @@ inline PlanInput plan_input(const Call& call) {
   PlanInput in;
   in.pass = p.pass;
   in.storage = p.storage;
-  // as cuBLAS asks; an error where old and new settings of torch contradict each other
+  // As torch does for cuBLAS. Throws if old and new settings of torch contradict each other.
   in.tf32 = p.storage == Storage::f32 && !at::NoTF32Guard::should_disable_tf32() &&
             at::globalContext().allowTF32CuBLAS();
   in.T = p.T;
@@ -38,7 +38,7 @@ inline PlanInput plan_input(const Call& call) {
   return in;
 }
 
-// Rows before each step and after the last, [T + 1].
+// The number of rows before each step, and of all steps, [T + 1].
 inline Tensor row_offsets(const Problem& p, const Tensor& like, cudaStream_t stream) {
   std::vector<int64_t> rows(size_t(p.T + 1));
   std::partial_sum(p.batch_sizes, p.batch_sizes + p.T, rows.begin() + 1);
@@ -47,7 +47,7 @@ inline Tensor row_offsets(const Problem& p, const Tensor& like, cudaStream_t str
   return offsets;
 }
 
-// Steps `from` to `end` of a forward walk, which start from the state that the one before left.
+// Steps `from` to `end` of a forward pass, starting from the state that step `from - 1` left.
 inline Problem part_of(const Problem& p, int64_t from, int64_t end) {
   const auto place = [&](const Series& series, int64_t t) -> void* {
     return series.data ? static_cast<char*>(series.data) + t * series.step * size_of(p.storage)
@@ -64,11 +64,11 @@ inline Problem part_of(const Problem& p, int64_t from, int64_t end) {
   return part;
 }
 
-// Tensors made here may go when their launches are queued: the allocator gives their memory to
-// nobody else on another stream. `beside` is a second one, and has
-//   fork()     from here on, there is work for it
-//   run(work)  work() queues that, after what was queued before the fork
-//   join()     what comes next waits for it
+// Tensors made here may be destroyed once their launches are queued, because the allocator does not
+// reuse their memory on another stream. `beside` is a side stream and has
+//   fork()     makes the side stream wait for what has been queued on `stream` so far
+//   run(work)  calls work(), which queues on the side stream
+//   join()     makes `stream` wait for the side stream
 template <class Beside>
 Plan run(Call& call, int device, cudaStream_t stream, Beside&& beside) {
   const Problem& problem = call.problem;
@@ -103,7 +103,7 @@ Plan run(Call& call, int device, cudaStream_t stream, Beside&& beside) {
   };
   call.project(u);
   project(0, plan.cut);
-  beside.fork();  // but the chain first, so that it finds SMs that are idle
+  beside.fork();  // the recurrence is launched before the second GEMM, so that it finds idle SMs
   launch(part_of(problem, 0, plan.cut));
   beside.run([&] { project(plan.cut, problem.T); });
   beside.join();

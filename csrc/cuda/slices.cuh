@@ -1,15 +1,17 @@
-// The kernel for weights that take a whole chip, and for many rows of the batch. A block keeps the
-// weights of many hidden units for a slice of K alone. The blocks of a cluster have the slices of
-// the same units; each multiplies, sends what it found for a peer's own units into that peer's
-// shared memory, and finishes its own. States go to the other clusters through the output tensor,
-// which lies in L2. So each block fetches a slice of the states instead of all of them. (Diamos et
-// al., Persistent RNNs, ICML 2016, cut W_hh likewise.)
+// The kernel for weights that need the whole chip, and for many batch rows. A block holds the
+// weights of many hidden units, but only for a slice of K. The blocks of a cluster hold the slices
+// of the same units, and each of them finishes some of these units, its own. A block multiplies its
+// slice, sends the partial sums of a peer's own units into that peer's shared memory, and finishes
+// its own units. States reach the other clusters through the output tensor, which is in L2. Each
+// block thus fetches a slice of the states instead of all of them. (Diamos et al., Persistent RNNs,
+// ICML 2016, split W_hh in the same way.)
 //
-// A group of rows is a recurrence of its own. Groups take turns, and while one is multiplied the
-// others are on their way. Three kinds of warps share the work of a turn, and meet at mbarriers:
-//   fetcher  waits until all blocks of the team have told of the group's states, and copies them
-//   workers  multiply them, send the sums to their owners, and finish the turn before this one
-//   tellers  tell the team that a turn of this block is finished
+// Each group of rows is an independent recurrence. A turn is one step of one group. Groups take
+// turns, and while one is multiplied, the states and sums of the others are in flight. Three kinds
+// of warps share the work of a turn and synchronise through mbarriers:
+//   fetcher  waits until all blocks of the team have signalled the group's states, and copies them
+//   workers  multiply them, send the sums to their owners, and finish the previous turn
+//   tellers  signal to the team that this block has finished a turn
 #pragma once
 
 #include "exchange.cuh"
@@ -18,8 +20,9 @@
 
 namespace fusedrnn::cuda {
 
-// A product adds up, for all units of a cluster and the rows of a group, slab by slab of K; then
-// each thread has the sums of some pairs of neighbouring units. Tensor cores: all K is one slab.
+// A product covers all units of a cluster and the rows of a group, and accumulates over slabs of K.
+// Each thread then has the sums of some pairs of neighbouring units. With tensor cores, all of K is
+// one slab.
 template <class S>
 struct SliceMma : Mma<S, 2> {
   using Base = Mma<S, 2>;
@@ -38,17 +41,17 @@ struct SliceMma : Mma<S, 2> {
   }
 };
 
-// Plain multiplication, 32 rows times 128 units. A warp has 16 rows and 32 units; of a lane, 4 rows
-// and 8 units, and every other 16 bytes of K: 12 loads for 128 multiplications. The weights all lie
-// in shared memory, [K / 4][unit].
+// Without tensor cores: 32 rows times 128 units. A warp has 16 rows and 32 units; a lane has 4
+// rows, 8 units and every other 16 bytes of K: 12 loads for 128 multiplications. All weights are in
+// shared memory, [K / 4][unit].
 struct SliceFma {
   using Stored = float;
   using Vector = Pack<float, 4>;
   static constexpr Tile kTile{Arithmetic::fma_f32, 4, 32};
   static constexpr int kUnits = kTile.block_units(1), kVectors = kTile.chunk() / 4;
   Vector* const weights;
-  // Lanes n and n ^ 1 load the same weights, n and n ^ 2 the same states: 16-byte loads are served
-  // in two halves of a warp only where all lanes have such a partner.
+  // Lanes n and n ^ 1 load the same weights, n and n ^ 2 the same states. The 16-byte loads of a
+  // warp are served in only two passes, a half-warp each, if all lanes have such a partner.
   const int column, line, half, unit0, row0;
   float sum[4][8];
 
@@ -62,8 +65,8 @@ struct SliceFma {
 
   __device__ bool busy(int units) const { return unit0 < units; }
 
-  // Units 8 c + u of the 32 of a warp, with c = 0 ... 3, lie beside each other: four lanes then
-  // load from different banks.
+  // Of the 32 units of a warp, units 8 c + u with c = 0 ... 3 are neighbours in memory, so that
+  // four lanes load from different banks.
   static __device__ int place(int unit) { return unit / 32 * 32 + unit % 8 * 4 + unit / 8 % 4; }
 
   __device__ void hold(const Weights& from, int chunks, int /*e_row*/) {
@@ -88,7 +91,7 @@ struct SliceFma {
 #pragma unroll
     for (int r = 0; r < 4; ++r)
       states[r] = reinterpret_cast<const Vector*>(e + (row0 + line + 4 * r) * e_row) + half;
-    // The other half of the lanes takes units u ^ 1, which lie in the other banks.
+    // The other half of the lanes takes the units in the order u ^ 1, which are in the other banks.
     const Vector* w[2];
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd)
@@ -116,7 +119,7 @@ struct SliceFma {
     }
   }
 
-  // Of the two lanes with the same rows and units, each adds up two of the rows.
+  // Two lanes have the same rows and units. Each of them adds up two of the rows.
   template <class F>
   __device__ __forceinline__ void each(const F& f) const {
     Pack<float, 2> pairs[2][4];
@@ -136,8 +139,9 @@ struct SliceFma {
   }
 };
 
-// Workers that hold weights in registers need more of them than others leave. Only 9.0a can move
-// them from warp to warp; plain 9.0 does without, more slowly.
+// Workers that hold weights in registers need more registers than an equal share, so the other
+// warps give some away. Only 9.0a can move registers between warps; plain 9.0 runs without, more
+// slowly.
 template <bool wanted>
 __device__ __forceinline__ void take_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -162,8 +166,8 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
   static constexpr Tile kTile = Product::kTile;
   static constexpr int kGroup = kTile.rows;
   static constexpr int kOwn = own_units(kTile);
-  // Each with a pair of units. Where these are half of the workers, groups go to either half in
-  // turns: to finish takes a while, and not much of anything.
+  // The threads that finish a group, each with a pair of units. If they are half of the workers,
+  // the two halves finish groups alternately: finishing takes long but uses few resources.
   static constexpr int kFinishers = kGroup * kOwn / 2, kHalves = kThreads / kFinishers;
   static_assert(kHalves * kFinishers == kThreads);
 
@@ -195,7 +199,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
       else
         fetch();
     }
-    // Nobody may leave while a peer could still write into its shared memory.
+    // A block must not exit while a peer may still write into its shared memory.
     cluster_barrier();
   }
 
@@ -211,14 +215,14 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
         init_arrivals(finished_ + g, kFinishers / 32);
       }
     }
-    // Rows that are not fetched are multiplied all the same.
+    // Start with zeros, because rows that are not fetched are multiplied, too.
     for (int i = threadIdx.x; i < p.slots * p.e_size; i += kSliceThreads) e_[i] = narrow<S>(0);
     Base::prepare(vectors(), carry(), kSliceThreads);
     cluster_barrier();
   }
 
-  // Calls turn(s, group, rows of it) for all steps and all groups that have rows in them, in the
-  // order in which everybody takes them.
+  // Calls turn(s, group, number of its rows) for all steps and all groups that have rows in them,
+  // in the order that all warps of all blocks follow.
   template <class Turn>
   __device__ __forceinline__ void each_turn(const Turn& turn) const {
     const int64_t end = q.T + (!kForward && q.last.data);
@@ -227,10 +231,10 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
       for (int g = 0; g * kGroup < alive; ++g) turn(s, g, min(kGroup, alive - g * kGroup));
     }
   }
-  // Backward, one more product after the last step leads to ∂L/∂h0.
+  // Backward, one more product after the last step gives ∂L/∂h0.
   __device__ bool is_finishing(int64_t s) const { return !kForward && s == q.T; }
 
-  // The buffers for states, which slabs of all turns take in turns.
+  // A position in the ring of buffers for states. The slabs of all turns use the buffers in order.
   struct Ring {
     int slot = 0;
     unsigned round = 0;
@@ -246,7 +250,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   // ---- workers ----
 
-  // A turn that is multiplied, and waits to be finished.
+  // A turn that has been multiplied but not finished.
   struct Pending {
     int64_t s;
     int group = -1, count;
@@ -260,13 +264,13 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
     const int cluster_units = int(min(int64_t(p.slices) * kOwn, q.H - (j0 - slice_ * kOwn)));
     const bool busy = product.busy(cluster_units);
     Pending pending;
-    unsigned phases = 0;  // of the groups' arrivals, a bit each
+    unsigned phases = 0;  // parity of the phase of arrived_, one bit per group
     Ring ring;
     each_turn([&](int64_t s, int group, int count) {
       const Inputs in = load_inputs(s, group);
       for (int i = 0; i <= p.slabs; ++i) {
-        // After the first slab, when its sums have come. But nobody fetches what a turn starts from
-        // before we have told of it.
+        // Finish the previous turn after the first slab, when its sums have arrived. But if it was
+        // of the same group, finish it first: this turn's states are fetched only after that.
         if (pending.group >= 0 && (i == 1 || pending.group == group)) finish(pending, phases);
         if (i == p.slabs) break;
         wait_for_arrivals(fetched_ + ring.slot, ring.round & 1, {p, s, "fetched states (slices)"});
@@ -289,7 +293,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
   }
 
   __device__ void hold_weights(Product& product) const {
-    const int64_t first = j0 - slice_ * kOwn;  // of the cluster's units
+    const int64_t first = j0 - slice_ * kOwn;  // first unit of the cluster
     Weights w = {};
     w.w_hh_unit = kForward ? q.w_hh_row : 1;
     w.w_hh_k = kForward ? 1 : q.w_hh_row;
@@ -303,7 +307,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
   __device__ static bool finishes(int group) {
     return kHalves == 1 || int(threadIdx.x) / kFinishers == group % kHalves;
   }
-  // The pair of this thread.
+  // The row in a group and the first unit of this thread's pair.
   __device__ static int own_row() { return threadIdx.x % kFinishers / (kOwn / 2); }
   __device__ static int own_unit() { return threadIdx.x % (kOwn / 2) * 2; }
 
@@ -340,11 +344,11 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   __device__ __forceinline__ void fetch() const {
     const int lane = threadIdx.x % 32;
-    // Of group number `lane`: its turns, and what its counter was when last seen.
+    // Each lane tracks the group of its number: the turns so far, and the counter as last read.
     unsigned turns = 0, told = 0;
     Ring ring;
     each_turn([&](int64_t s, int group, int count) {
-      // Each lane knows where one row comes from.
+      // Each lane has the source address of one row.
       const int row = group * kGroup + lane;
       const Step before = step(s - 1);
       const S* from = nullptr;
@@ -355,7 +359,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
           __all_sync(~0u, p.state_copies && (!from || is_finishing(s) || row < before.alive));
       const unsigned full = __shfl_sync(~0u, turns, group) * unsigned(p.blocks);
       if (lane == group) ++turns;
-      // One look at all counters may do for several turns.
+      // One read of all counters may be enough for several turns.
       const TimeLimit limit(p, s, "all blocks of the team (slices)");
       while (int(__shfl_sync(~0u, told, group) - full) < 0) {
         if (lane < p.groups) told = read_count(counters_ + lane);
@@ -375,7 +379,8 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
     });
   }
 
-  // Of the rows of a group, what K has from `first` on; zeros where that is nothing.
+  // Fetches a slab, which begins at `first` in the slice, for the rows of a group. Missing states
+  // become zeros.
   __device__ __forceinline__ void fetch_slab(S* e, int first, const S* from, int count,
                                              bool by_copies) const {
     const int lane = threadIdx.x % 32;
@@ -386,7 +391,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
           __shfl_sync(~0u, reinterpret_cast<unsigned long long>(from), row));
     };
     if (by_copies) {
-      // Of a slab, 16 or 32 lanes can copy a row; several rows are on their way at once.
+      // 16 or 32 lanes copy a row of a slab; several rows are in flight at once.
       constexpr int kPerCopy = 16 / int(sizeof(S)), kLanes = kTile.mma() ? 32 : 16;
 #pragma unroll 4
       for (int i = 0; i < kGroup; i += 32 / kLanes) {
@@ -413,7 +418,8 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   // ---- tellers ----
 
-  // To tell is to wait until memory has what was written: each of them has some of the groups.
+  // Signals (tells) finished turns to the team. Each signal waits until the written states are
+  // visible in memory, so the groups are divided among several warps (tellers).
   __device__ __forceinline__ void tell(int teller) const {
     unsigned phases = 0;
     each_turn([&](int64_t s, int group, int) {
@@ -425,7 +431,7 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
     });
   }
 
-  // Sums that peers found for a unit of ours.
+  // The partial sum from `slice` for one of this block's own units.
   __device__ float* received(int group, int slice, int row, int unit) const {
     return received_ + ((group * p.slices + slice) * kGroup + row) * kOwn + unit;
   }
@@ -436,17 +442,17 @@ class Slices : Layer<typename Product::Stored, pass, 2> {
 
   unsigned char* const shared_;
   const int slice_;
-  const int64_t k0_;          // where it begins
-  unsigned* const counters_;  // of groups: blocks that have told, over all steps together
+  const int64_t k0_;          // where the slice begins
+  unsigned* const counters_;  // per group: signals from all blocks, over all steps
   S* const e_;                // [slots], of kGroup rows
   float* const received_;
-  // mbarriers: slots with states, slots without, groups with sums, groups that are finished
+  // mbarriers: states fetched into a slot, slot freed, sums of a group arrived, group finished
   uint64_t *const fetched_, *const freed_, *const arrived_, *const finished_;
 };
 
 template <class Product, Pass pass>
 __global__ void __launch_bounds__(kSliceThreads, 1) sliced(const __grid_constant__ Params params) {
-#if __CUDA_ARCH__ >= 900  // the planner sends nothing to older ones, nor tensor cores to newer ones
+#if __CUDA_ARCH__ >= 900  // not planned on older ones, nor with tensor cores on newer ones
   if constexpr (__CUDA_ARCH__ < 1000 || !Product::kTile.mma()) {
     extern __shared__ __align__(16) unsigned char shared[];
     Slices<Product, pass>(params, shared).run();

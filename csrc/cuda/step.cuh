@@ -1,6 +1,6 @@
-// The fused kernel of one step, for any size: W_hh and W_ih come through L2 in slabs of K, of which
-// some are on their way while one is multiplied; both products are summed in registers, and the
-// epilogue follows.
+// The fused kernel of one step, for any size. W_hh and W_ih are loaded through L2 in slabs of K,
+// and the next slabs are in flight while one is multiplied. Both products are summed in registers;
+// the epilogue follows.
 #pragma once
 
 #include "layer.cuh"
@@ -10,7 +10,7 @@ namespace fusedrnn::cuda {
 
 constexpr int kSlabs = 3;  // in shared memory
 
-// 128 bytes of K. Weights lie as they do in memory, forward [unit][k] and backward [k][unit].
+// 128 bytes of K. Weights have the layout of global memory: forward [unit][k], backward [k][unit].
 template <class S, bool forward>
 struct alignas(16) Slab {
   static constexpr int kK = 128 / int(sizeof(S));
@@ -22,7 +22,7 @@ struct alignas(16) Slab {
   S e[kStepRows][kK + kPad];
 };
 
-// 64 units times 32 rows by plain multiplication. Four groups of threads share the K of a slab, so
+// 64 units times 32 rows without tensor cores. Four groups of threads share the K of a slab, so
 // that a thread can have 8 units times 4 rows: 12 loads for 128 multiplications.
 template <class S, bool forward>
 struct SlabFma {
@@ -37,8 +37,8 @@ struct SlabFma {
   __device__ static int group() { return threadIdx.x / 64; }
   __device__ static int column() { return threadIdx.x % 8; }
   __device__ static int line() { return threadIdx.x / 8 % 8; }
-  // The units of a thread are those that it loads at once; or, forward, so far apart that
-  // neighbours load from different banks.
+  // Forward, the units of a thread are 8 apart, so that neighbouring threads load from different
+  // banks; backward, they are those that one load brings.
   __device__ static int unit_of_sum(int u) {
     return forward ? column() + 8 * u : (u / kVector * 8 + column()) * kVector + u % kVector;
   }
@@ -54,7 +54,7 @@ struct SlabFma {
         states[r] = *reinterpret_cast<const Vector*>(&slab.e[line() + 8 * r][k]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        // forward, of one unit, some k; backward, of one k, some units
+        // forward, several k of one unit; backward, several units of one k
         const int v0 = forward ? 0 : j % kVector, u0 = forward ? j : j / kVector * kVector;
         const Vector weights = *reinterpret_cast<const Vector*>(
             forward ? &slab.w[unit_of_sum(u0)][k] : &slab.w[k + v0][unit_of_sum(u0)]);
@@ -68,7 +68,7 @@ struct SlabFma {
       }
     }
   }
-  // The groups' sums, in order, so that the bits do not depend on timing.
+  // Adds the sums of the groups in a fixed order, so that results are bitwise reproducible.
   __device__ void finish() {
     for (int g = 0; g < kGroups; ++g) {
       if (g == group())
@@ -87,7 +87,7 @@ struct SlabFma {
   __device__ int row(int i) const { return threadIdx.x / kStepUnits + 4 * i; }
 };
 
-// The same by tensor cores: of a warp, 16 units times 16 rows.
+// The same with tensor cores: each warp has 16 units times 16 rows.
 template <class S, bool forward>
 struct SlabMma {
   using Slab = cuda::Slab<S, forward>;
@@ -132,8 +132,8 @@ struct SlabProduct<__nv_bfloat16, forward> {
   using type = SlabMma<__nv_bfloat16, forward>;
 };
 
-// 16 bytes of which `count` numbers exist, the others are zeros; at once where memory is so
-// aligned.
+// Copies 16 bytes, of which only the first `count` numbers exist; the others become zeros. It is
+// one copy if all exist and `from` is aligned.
 template <class S>
 __device__ __forceinline__ void copy_some(S* to, const S* from, int64_t count) {
   constexpr int kVector = 16 / int(sizeof(S));
@@ -145,8 +145,9 @@ __device__ __forceinline__ void copy_some(S* to, const S* from, int64_t count) {
   }
 }
 
-// Step s of the walk; after the last, s = T, the product that leads to ∂L/∂h0. Two blocks of an SM
-// at once, so that the next step's may begin; but float64 takes the registers of two.
+// Step s of the time loop; s = T is the product after the last step, which gives ∂L/∂h0. Two blocks
+// fit on an SM, so that those of the next step can start; in float64 one block needs the registers
+// of two.
 template <class S, Pass pass>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     fused_step(const __grid_constant__ Params p, const int64_t s) {
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
 
   const int64_t state_slabs = (q.H + Slab::kK - 1) / Slab::kK;
   const int64_t count = state_slabs + (q.I + Slab::kK - 1) / Slab::kK;
-  // Both matrices, one after the other.
+  // The slabs of W_hh come first, then those of W_ih.
   const auto fetch_weights = [&](Slab& to, int64_t slab) {
     const bool recurrent = slab < state_slabs;
     const S* const matrix = static_cast<const S*>(recurrent ? q.w_hh : q.w_ih);
@@ -185,13 +186,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     }
   };
 
-  // While the step before runs: weights do not depend on it.
+  // Load weights while the previous step still runs, since they do not depend on it.
   let_next_begin();
   for (int i = 0; i < kSlabs - 1; ++i)
     if (i < count) fetch_weights(slabs[i], i);
   wait_for_the_one_before();
 
-  // A thread fetches of one row, 16 bytes of each slab.
+  // Each thread fetches 16 bytes per slab, always of the same row.
   const int row = threadIdx.x / 8, part = threadIdx.x % 8 * kVector;
   const S* const state = row >= alive ? nullptr
                          : finishing  ? layer.state_after_all(row)
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
         layer.leaky ? static_cast<C*>(p.carry) + ((layer.b0 + r) * q.H + j) : nullptr;
     const C sum[] = {product.item(i)};
     const bool begins = !finishing && r >= before.alive, ends = r >= after.alive;
-    // What a launch before stored, as the states are: through L2.
+    // An earlier launch stored the carry, so load it through L2, like the states.
     const C carried_on = carried && !begins ? load_through_l2(carried) : C(0);
     if (finishing) {
       layer.finish(sum, unit, r, &carried_on);

@@ -1,11 +1,11 @@
-// A copy for which nobody waits, also while a stream is captured.
+// A copy to the device that does not synchronise and can be captured.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace fusedrnn::cuda {
 
-// An int64 tensor of the CPU on a CUDA device.
+// Copies an int64 CPU tensor to a CUDA device.
 at::Tensor to_device(const at::Tensor& numbers, c10::Device device);
 
 }  // namespace fusedrnn::cuda

@@ -1,4 +1,4 @@
-"""CUDA kernels on a machine without a GPU: what nvcc compiled, run on the CPU. See README.md."""
+"""Run CUDA kernels, as nvcc compiles them, on the CPU of a machine without a GPU. See README.md."""
 
 from .build import BuildError, build_library, build_program, cuda_home, run_program
 from .library import DEVICES, ORDERS, Kernels, Library

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def compute(f: FunctionTranslator, i: Instruction, formula: str, wide: bool = False) -> None:
-    """`formula` in {0}, {1} ..., element by element, in the type's own arithmetic.
+    """Emit `formula` of {0}, {1} ..., element by element, in the type's own arithmetic.
 
     Halves are computed in f32, or in f64 if `wide` (where f32 would round twice).
     """
@@ -73,7 +73,7 @@ def finish(i: Instruction, value: str, type_: str) -> str:
 
 
 def direction(i: Instruction) -> str | None:
-    """'z', 'm' or 'p' if the result is not rounded to nearest."""
+    """Return 'z', 'm' or 'p' if the result is not rounded to nearest."""
     for m in ("rz", "rm", "rp"):
         if i.has(m):
             return m[1]
@@ -83,7 +83,7 @@ def direction(i: Instruction) -> str | None:
 def arithmetic(
     f: FunctionTranslator, i: Instruction, formula: str, directed: str, sign: str
 ) -> None:
-    """+, -, * or fma, in any rounding. `directed` is the f32 formula, `sign` names the f64 one."""
+    """Emit +, -, * or fma in any rounding; `directed` is the f32 formula, `sign` is for f64."""
     mode, type_ = direction(i), type_of(i)
     if not mode:
         compute(f, i, formula, wide=True)
@@ -97,7 +97,7 @@ def arithmetic(
 
 
 def carrying(f: FunctionTranslator, i: Instruction, sign: str) -> None:
-    """add.cc, addc, sub.cc, subc: the carry is one variable of the function."""
+    """Emit add.cc, addc, sub.cc or subc; the carry is one variable of the function."""
     f.needs_carry = True
     type_ = type_of(i)
     own, wide = cpp(type_), {4: "u64", 8: "u128"}[SIZES[type_]]

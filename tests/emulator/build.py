@@ -1,7 +1,7 @@
-"""Compiling .cu files for the emulator: nvcc, translation, g++, one library; all of it cached.
+"""Compile .cu files for the emulator: nvcc, translation, g++ and linking, all of it cached.
 
-nvcc runs once for each file, as it does in a real build: it leaves the host object and, with
---keep, the PTX that it gave to ptxas; ptxas tells how many registers each kernel takes.
+nvcc runs once for each file, as in a real build. It leaves the host object and, with --keep, the
+PTX that it passed to ptxas; `ptxas -v` prints the number of registers of each kernel.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ RUNTIME = HERE / "runtime"
 CACHE = HERE.parents[1] / "build" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 
-# What the translated kernels are compiled with. -Og compiles kernels of thousands of instructions
-# in two thirds of the time of -O1, and they run a tenth slower; at -O0, seven times slower.
-# Registers wrap around, PTX says when to fuse, and memory has no types. A frame that comes near
-# the size of a fiber's stack is an error, since nothing else guards that.
+# Flags for the translated kernels. -Og compiles kernels of thousands of instructions in two thirds
+# of the time of -O1, and they run a tenth slower; with -O0 they run seven times slower. Registers
+# wrap around, only PTX decides what is fused, and memory has no types. A frame that comes near the
+# size of a fiber's stack is an error, since the stacks have no guard pages.
 KERNEL_FLAGS = (
     *("-std=c++20", "-Og", "-g1", "-fPIC", "-w", "-mfma", "-mf16c", "-mavx2"),
     *("-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-fno-exceptions"),
@@ -43,7 +43,7 @@ RUNTIME_FLAGS = (
 )
 
 
-# What the translated kernels depend on, besides their PTX.
+# The files that translated kernels depend on, besides their PTX.
 TRANSLATION = (
     *("ptx.py", "rules.py", "arithmetic.py", "memory.py", "threads.py", "translate.py"),
     *("runtime/machine.h", "runtime/device_code.h"),
@@ -55,7 +55,7 @@ class BuildError(Exception):
 
 
 def cuda_home() -> Path | None:
-    """Where the CUDA toolkit is, if there is one. nvcc on PATH may be a script that calls it
+    """Return the CUDA toolkit's folder, or None. nvcc on PATH may be a script that calls one
     elsewhere."""
     nvcc = shutil.which("nvcc")
     places = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
@@ -74,12 +74,12 @@ def require_cuda_home() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The preloads of sanitizers are for the tests' own process, not for compilers."""
+    """Return the environment without preloaded sanitizers, which only the tests' process needs."""
     return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
 def run(command: Sequence[object], **options: object) -> str:
-    """Run a tool; returns what it printed."""
+    """Run a tool and return its output."""
     words = [str(c) for c in command]
     result = subprocess.run(
         words,
@@ -97,7 +97,7 @@ def run(command: Sequence[object], **options: object) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Only one process builds a thing; the others wait and then find it."""
+    """Hold a file lock: one process builds, and the others wait and then find the result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -127,13 +127,13 @@ def tool_version(tool: str) -> str:
 
 
 def system_file(path: str) -> bool:
-    """Headers of compilers and libraries are taken to change only with their version."""
+    """Return whether a file is of a compiler or library: it changes only with their version."""
     home = cuda_home()
     return path.startswith(("/usr/", "/lib/")) or (home is not None and path.startswith(f"{home}/"))
 
 
 def read_dependencies(path: Path, folder: Path) -> list[str]:
-    """The project's own files in a make rule that a compiler wrote."""
+    """Return the project's own files in a make rule that a compiler wrote."""
     text = path.read_text().replace("\\\n", " ")
     names = text.partition(":")[2].split()
     found = {os.path.realpath(folder / n) for n in names}
@@ -141,11 +141,11 @@ def read_dependencies(path: Path, folder: Path) -> list[str]:
 
 
 def cached(key: str, make: Callable[[Path], None], sources: Path | None = None) -> Path:
-    """The folder of results for a key and for the contents of the files they were made from.
+    """Return the folder of results for a key and for the contents of the files they were made from.
 
-    The key covers all but the included headers, which only the compiler knows: `make(folder)`
-    may leave a make rule of them in rule.d, with names relative to `sources`. A small record for
-    each key holds which files were read, with their contents, for the latest results.
+    The key covers everything except the included headers, which only the compiler knows.
+    `make(folder)` may write a make rule of these to rule.d, with names relative to `sources`. A
+    record for each key lists, for its latest results, the files that were read and their digests.
     """
     objects = CACHE / "objects"
     record = objects / f"{key}.json"
@@ -165,7 +165,7 @@ def cached(key: str, make: Callable[[Path], None], sources: Path | None = None) 
             make(made)
             rule = made / "rule.d"
             read = read_dependencies(rule, sources or made) if rule.exists() else []
-            # What was edited meanwhile may have been read before or after: not to be relied on.
+            # A file edited meanwhile may have been read before or after the edit: never reuse this.
             files = {
                 path: file_digest(path) if os.stat(path).st_mtime < start else "edited meanwhile"
                 for path in read
@@ -180,7 +180,7 @@ def cached(key: str, make: Callable[[Path], None], sources: Path | None = None) 
 
 
 def prune(most: int = 1 << 30) -> None:
-    """Forget what was not used for longest, so that the cache stays below a gigabyte."""
+    """Delete the least recently used results, so that the cache stays below a gigabyte."""
     with locked(CACHE / "prune.lock"):
         found = [*(CACHE / "objects").glob("*-*-*"), *(CACHE / "linked").glob("*-*")]
         found = [p for p in found if p.suffix not in (".json", ".lock")]
@@ -225,9 +225,9 @@ def sanitizer_flags(sanitizer: str | None) -> tuple[str, ...]:
 def compile_cu(
     source: Path, arch: int | str, flags: Sequence[str], sanitizer: str | None
 ) -> list[Path]:
-    """Two objects: the translated kernels of a .cu file, and its host code.
+    """Compile a .cu file to two objects: its translated kernels, then its host code.
 
-    In this order, on which cuda_runtime.cpp relies.
+    cuda_runtime.cpp relies on this order.
     """
     home = require_cuda_home()
     nvcc = home / "bin" / "nvcc"
@@ -250,7 +250,7 @@ def compile_cu(
     kernel_flags = [*KERNEL_FLAGS, *sanitizer_flags(sanitizer), "-I", str(RUNTIME)]
     if sanitizer == "thread":
         kernel_flags.append("-DEMULATOR_TSAN")
-    if sanitizer == "address":  # scopes are of this translation's making; a quarter of the time
+    if sanitizer == "address":  # the translation makes the scopes; a quarter of the time
         kernel_flags.append("-fno-sanitize-address-use-after-scope")
     ptx, ptxas = compiled / "kernels.ptx", compiled / "ptxas.txt"
 
@@ -274,7 +274,7 @@ def compile_cu(
 
 
 def runtime_objects(sanitizer: str | None) -> list[Callable[[], list[Path]]]:
-    """Jobs that compile the emulator's own C++."""
+    """Return the jobs that compile the emulator's own C++."""
     flags = [*RUNTIME_FLAGS, "-I", str(RUNTIME), "-isystem", str(require_cuda_home() / "include")]
     if sanitizer == "thread":
         flags.append("-DEMULATOR_TSAN")  # and not instrumented, see scheduler.h
@@ -320,7 +320,7 @@ def build_objects(
 def link(
     objects: Sequence[Path], flags: Sequence[str], name: str, suffix: str, out_dir: Path | None
 ) -> Path:
-    """One file out of objects; its name tells what it was made of."""
+    """Link objects into one file, whose name contains a digest of them and the flags."""
     folder = out_dir or CACHE / "linked"
     folder.mkdir(parents=True, exist_ok=True)
     key = digest(*(file_digest(o) for o in objects), flags)
@@ -338,7 +338,7 @@ def link(
 
 
 def split_sanitizer(flags: Sequence[str]) -> tuple[list[str], str | None]:
-    """-fsanitize= is for everything; the other flags are for `cpp_sources` alone."""
+    """Separate -fsanitize=, which is for everything, from the flags for `cpp_sources` alone."""
     rest = [f for f in flags if not f.startswith("-fsanitize=")]
     chosen = [f.partition("=")[2] for f in flags if f.startswith("-fsanitize=")]
     return rest, chosen[-1] if chosen else None
@@ -356,18 +356,18 @@ def build_library(
     link_flags: Sequence[str] = (),
     out_dir: str | Path | None = None,
 ) -> Path:
-    """A shared library in which the launchers of `sources` run their kernels emulated.
+    """Build a shared library in which the launchers of `sources` run their kernels emulated.
 
     Args:
         sources: The .cu files.
-        name: Of the library, for people.
-        arch: What to compile for: 75, 80, 86, 89, 90, "90a", 100 ...
+        name: The library's name, for readability.
+        arch: The architecture to compile for: 75, 80, 86, 89, 90, "90a", 100 ...
         include: Folders of headers, for the .cu files and `cpp_sources`.
         nvcc_flags: More flags for the .cu files.
-        cxx_flags: More flags for `cpp_sources`. -fsanitize=address is for the kernels, too.
+        cxx_flags: More flags for `cpp_sources`. -fsanitize=address also applies to the kernels.
         cpp_sources: C++ to link with, such as the glue to torch.
         link_flags: More flags for the linker.
-        out_dir: Where to put the library; else into the cache.
+        out_dir: The library's folder; by default, a folder of the cache.
     """
     rest, sanitizer = split_sanitizer(cxx_flags)
     objects = build_objects(
@@ -379,7 +379,7 @@ def build_library(
         cpp_sources=cpp_sources,
         sanitizer=sanitizer,
     )
-    # -Bsymbolic: this library's cudaMalloc is its own, whatever else is loaded.
+    # -Bsymbolic: the library calls its own cudaMalloc, whatever else is loaded.
     flags = ["-shared", "-Wl,-Bsymbolic", *sanitizer_flags(sanitizer), *link_flags]
     return link(objects, flags, name, ".so", Path(out_dir) if out_dir else None)
 
@@ -397,10 +397,9 @@ def build_program(
     cpp_sources: Iterable[str | Path] = (),
     link_flags: Sequence[str] = (),
 ) -> Path:
-    """An executable: `driver` has main() and calls the launchers. For sanitizers, mostly.
+    """Build an executable. `driver` has main() and calls the launchers. Mostly for sanitizers.
 
-    ThreadSanitizer wants to be in the executable from the start; run what this returns with
-    `run_program`.
+    ThreadSanitizer must be part of the executable. Run the result with `run_program`.
     """
     objects = build_objects(
         sources,
@@ -418,9 +417,10 @@ def build_program(
 def run_program(
     program: Path, *arguments: str, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run what `build_program` made.
+    """Run a program that `build_program` made.
 
-    Without randomised addresses (setarch -R): ThreadSanitizer cannot place its shadow otherwise.
+    setarch -R turns off address randomisation: otherwise ThreadSanitizer cannot place its shadow
+    memory.
     """
     env = environment() | {
         "ASAN_OPTIONS": "detect_leaks=0",

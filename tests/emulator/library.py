@@ -1,4 +1,4 @@
-"""Python's side of a built library: settings, counters, and launching kernels directly."""
+"""The Python interface of a built library: settings, counters, and direct launches of kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ORDERS = ("forward", "reverse", "random")
 
 
 class Library:
-    """A library that `build_library` made. Settings hold for this library alone."""
+    """A library that `build_library` made. Settings apply to this library alone."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -30,16 +30,16 @@ class Library:
         self.c.cudaemu_launch.restype = ctypes.c_char_p
 
     def use_device(self, name: str) -> None:
-        """Pretend to be another GPU from here on; see DEVICES."""
+        """Emulate another GPU from now on; see DEVICES."""
         if not self.c.cudaemu_use_device(name.encode()):
             raise ValueError(f"no device {name!r}, only {', '.join(DEVICES)}")
 
     def schedule(
         self, order: str = "forward", seed: int = 1, yield_probability: float = 0.0
     ) -> None:
-        """In which order threads run between barriers.
+        """Set the order in which threads run between barriers.
 
-        `random` finds missing barriers best. There, `yield_probability` is the chance that a
+        `random` finds missing barriers best. With it, `yield_probability` is the chance that a
         thread is interrupted at an atomic operation, a fence or a volatile access.
         """
         if order not in ORDERS:
@@ -49,7 +49,7 @@ class Library:
         )
 
     def counters(self) -> dict[str, int]:
-        """What was called since `reset_counters`."""
+        """Return how often each kind of call was made since `reset_counters`."""
         values = (ctypes.c_ulonglong * len(COUNTERS))()
         self.c.cudaemu_counters(values)
         return dict(zip(COUNTERS, values))
@@ -58,18 +58,18 @@ class Library:
         self.c.cudaemu_reset_counters()
 
     def fail_next_launch(self, code: int) -> None:
-        """The next launch returns this cudaError instead of running."""
+        """Make the next launch return this cudaError instead of running."""
         self.c.cudaemu_fail_next_launch(code)
 
     def last_failure(self) -> str:
-        """Why the last launch failed: a deadlock, an access out of bounds, a bad configuration."""
+        """Return why the last launch failed, such as a deadlock or an access out of bounds."""
         return self.c.cudaemu_last_failure().decode()
 
     def clear_failure(self) -> None:
         self.c.cudaemu_clear_failure()
 
     def kernels(self) -> list[str]:
-        """Mangled names."""
+        """Return the kernels' mangled names."""
         names: list[str] = []
         while name := self.c.cudaemu_kernel_name(ctypes.c_size_t(len(names))):
             names.append(name.decode())
@@ -82,12 +82,12 @@ class Library:
         return dict(zip(("parameter_bytes", "static_shared", "registers", "local_bytes"), values))
 
     def launched(self) -> dict[str, int]:
-        """How often host code launched each kernel that ran to its end, since the library came."""
+        """Return how many launches by host code each kernel has completed since loading."""
         return {name: self.c.cudaemu_kernel_launches(name.encode()) for name in self.kernels()}
 
 
 def _packed(argument: Any) -> tuple[bytes, int]:
-    """An argument's bytes and alignment."""
+    """Return an argument's bytes and alignment."""
     if hasattr(argument, "data_ptr"):  # torch.Tensor
         return struct.pack("<Q", argument.data_ptr()), 8
     if hasattr(argument, "ctypes"):  # numpy.ndarray
@@ -145,8 +145,8 @@ class Kernels(Library):
     ) -> None:
         """Run the kernel whose mangled name is, or contains, `name`.
 
-        Tensors and arrays become pointers, int is 32 bits, float is 32 bits; anything else goes as
-        a ctypes value or structure, or as packed `bytes`. Raises RuntimeError if the kernel fails.
+        Tensors and arrays become pointers; int and float have 32 bits. Pass anything else as a
+        ctypes value or structure, or as packed `bytes`. Raises RuntimeError if the kernel fails.
         """
         matches = [n for n in self.names if n == name] or [n for n in self.names if name in n]
         if len(matches) != 1:

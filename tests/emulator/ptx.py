@@ -1,6 +1,6 @@
-"""PTX as nvcc writes it, taken apart: modules, functions, statements, operands.
+"""A parser of the PTX that nvcc writes: modules, functions, statements, operands.
 
-Nothing here knows what an instruction does; see `instructions`.
+What the instructions do is defined in arithmetic.py, memory.py and threads.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = {
 
 
 class UnsupportedError(Exception):
-    """Something in the PTX that this emulator does not know."""
+    """Something in the PTX that this emulator does not support."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Instruction:
         return any(m in self.modifiers for m in modifiers)
 
     def choice(self, *modifiers: str) -> str:
-        """The one of these that the instruction has."""
+        """Return the first of these modifiers that the instruction has."""
         for m in modifiers:
             if m in self.modifiers:
                 return m
@@ -101,7 +101,7 @@ class Function:
     scope_parents: list[int] = field(default_factory=lambda: [-1])
 
     def scopes(self, scope: int) -> Iterator[int]:
-        """The scope and those around it, from the inside out."""
+        """Yield the scope and the enclosing ones, from the inside out."""
         while scope >= 0:
             yield scope
             scope = self.scope_parents[scope]
@@ -116,7 +116,7 @@ class Module:
 
 
 def split_operands(text: str) -> tuple[str, ...]:
-    """At the commas that are in no bracket."""
+    """Split at the commas that are outside brackets."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         if c in "{[(":
@@ -175,7 +175,7 @@ class _Parser:
         }
 
     def location(self, line: str, before: Location) -> Location:
-        """The innermost line that is the project's own, not that of a header of the toolkit."""
+        """Return the innermost line in the project's own files, not in the toolkit's headers."""
         match = _LOCATION.match(line)
         if not match:
             raise UnsupportedError(line)
@@ -185,7 +185,7 @@ class _Parser:
         return before
 
     def body(self, function: Function, start: int) -> int:
-        """Read a function's statements; `start` is behind its opening brace."""
+        """Parse a function's statements; `start` is after its opening brace."""
         scope, at = 0, start
         location = Location(self.files.get(1, "ptx"), 1)
         while True:
@@ -293,5 +293,5 @@ class _Parser:
 
 
 def parse(text: str, foreign: tuple[str, ...] = ("/usr/",)) -> Module:
-    """Take a PTX file apart; lines of files under `foreign` are not reported as locations."""
+    """Parse a PTX file; lines of files under `foreign` are not reported as locations."""
     return _Parser(text, foreign).module()

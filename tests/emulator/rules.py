@@ -1,7 +1,7 @@
-"""What the descriptions of instructions have in common.
+"""What arithmetic.py, memory.py and threads.py share.
 
-A handler is registered with every modifier that it takes into account (or that changes nothing
-here). An instruction with any other modifier is refused: better no answer than a wrong one.
+A handler is registered with every modifier that it handles, or that has no effect here. An
+instruction with any other modifier is refused, because to ignore it could give wrong results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .ptx import SIZES, Instruction, UnsupportedError
 if TYPE_CHECKING:
     from .translate import FunctionTranslator
 
-# The C++ type that values of a PTX type are computed in. Halves stay in their 16 bits.
+# The C++ type for values of each PTX type. Halves are kept as their 16 bits.
 CPP = {
     "pred": "bool",
     "b8": "u8",
@@ -54,7 +54,7 @@ Handler = Callable[["FunctionTranslator", Instruction], None]
 
 @functools.cache
 def identifier(name: str) -> str:
-    """A PTX name as a name in C++."""
+    """Return a PTX name as a C++ identifier."""
     return re.sub(r"\W", lambda c: f"_{ord(c.group()):x}_", name)
 
 
@@ -67,7 +67,7 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 ROUNDING = "rn rz rm rp"
-# What only says how memory is to be cached changes nothing here.
+# Cache hints, which have no effect here.
 CACHING = (
     "ca cg cs cv wb wt lu nc uni L1::evict_normal L1::evict_unchanged L1::evict_first "
     "L1::evict_last L1::no_allocate L2::evict_normal L2::evict_first L2::evict_last "
@@ -126,7 +126,7 @@ def unsigned(type_: str) -> str:
 
 
 def neutral_type(f: FunctionTranslator, i: Instruction, register: str) -> str:
-    """For instructions that only pass bits on: the floating type, if that is what is passed."""
+    """Return the type for an instruction that only moves bits: floating if the register is."""
     type_ = type_of(i)
     found = f.register(register, i.scope)
     if found and found[1] in ("f32", "f64") and SIZES[type_] == SIZES[found[1]]:

@@ -1,4 +1,4 @@
-"""Control flow, and what threads do together: barriers, warp operations, matrices."""
+"""Control flow, and operations of several threads: barriers, warp operations, matrices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trap(f: FunctionTranslator, i: Instruction) -> None:
 
 @rule("brkpt pmevent")
 def breakpoint_(f: FunctionTranslator, i: Instruction) -> None:
-    """Only debuggers and profilers notice."""
+    """Emit nothing: these affect only debuggers and profilers."""
 
 
 @rule("nanosleep")
@@ -245,7 +245,7 @@ def wmma(f: FunctionTranslator, i: Instruction) -> None:
     types, kind = i.types, i.modifiers[0]
     if kind == "mma":
         d, a, b, c = (f.vector(o) for o in i.operands)
-        # f16 operands are not named in the instruction, which has the types of D and C then.
+        # With f16 operands, the instruction names only the types of D and C.
         half = "bf16" if "bf16" in types else "f16"
         if len(d) != 8 or types[0] != "f32" or types[-1] != "f32":
             raise UnsupportedError("this type of wmma")

@@ -1,6 +1,7 @@
 """PTX to C++: one C++ function per kernel, one variable per register, one `goto` per branch.
 
-What the instructions do is in `instructions`; the C++ they become calls runtime/device_code.h.
+arithmetic.py, memory.py and threads.py translate the instructions; the generated C++ calls
+runtime/device_code.h.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# The modules of instructions register what they know when they are imported.
+# Importing the modules of instructions registers their handlers.
 from . import arithmetic, memory, ptx, rules, threads  # noqa: F401
 from .ptx import Data, Function, Instruction, Label, UnsupportedError
 from .rules import CPP, FLOATS, WIDTH, identifier
@@ -25,7 +26,7 @@ SPECIAL_REGISTERS = {
     "%smid": "u32(block.index.x)",
     "%nsmid": "u32(grid.blocks.count())",
     "%gridid": "u64(0)",
-    # No measure of time, but it goes on: a loop that waits for a while must end.
+    # Not a measure of time, but it increases, so that a loop that waits for some time ends.
     "%clock": "u32(next_tick())",
     "%clock64": "next_tick()",
     "%globaltimer": "next_tick()",
@@ -59,7 +60,7 @@ for _axis in "xyz":
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says that a kernel takes."""
+    """A kernel's resources, as ptxas reports them."""
 
     registers: int = 0
     local_bytes: int = 0
@@ -70,7 +71,7 @@ def align(offset: int, alignment: int) -> int:
 
 
 def operand_types(i: Instruction) -> Iterator[tuple[str, str]]:
-    """Operands with the type they are used as, as far as that says what a register holds."""
+    """Yield operands and the type they are used as, where it shows what a register holds."""
     if not i.types:
         return
     first, last = i.types[0], i.types[-1]
@@ -101,7 +102,7 @@ def operand_types(i: Instruction) -> Iterator[tuple[str, str]]:
 
 
 class FunctionTranslator:
-    """Turns the statements of one function into C++; `instructions` calls its methods."""
+    """Turns the statements of one function into C++; instruction handlers call its methods."""
 
     def __init__(self, module: ModuleTranslator, function: Function):
         self.module = module
@@ -122,7 +123,7 @@ class FunctionTranslator:
     # --- names ---
 
     def register(self, name: str, scope: int) -> tuple[str, str] | None:
-        """C++ name and C++ type of a register that is visible in a scope."""
+        """Return the C++ name and type of a register that is visible in a scope."""
         if (name, scope) in self.known:
             return self.known[name, scope]
         found = None
@@ -138,7 +139,7 @@ class FunctionTranslator:
         return found
 
     def array(self, name: str) -> str | None:
-        """C++ name of a variable in local memory, or of a parameter of a call."""
+        """Return the C++ name of a variable in local memory, or of a parameter of a call."""
         for s in self.function.scopes(self.now.scope):
             if data := self.function.local.get((s, name)):
                 cpp = f"m{s}_{identifier(name)}"
@@ -147,7 +148,7 @@ class FunctionTranslator:
         return None
 
     def symbol(self, name: str) -> str | None:
-        """The address of a variable or parameter."""
+        """Return the address of a variable or parameter."""
         if name in self.parameters:
             return f"u64({self.parameters[name]})"
         if array := self.array(name):
@@ -164,7 +165,7 @@ class FunctionTranslator:
     # --- operands ---
 
     def read(self, operand: str, type_: str) -> str:
-        """A C++ expression for an operand, of the C++ type that the PTX type has."""
+        """Return a C++ expression for an operand, in the C++ type of the PTX type."""
         want = CPP[type_]
         if operand.startswith("!"):
             return f"(!{self.read(operand[1:], type_)})"
@@ -201,7 +202,7 @@ class FunctionTranslator:
             number = -number if match[1] else number
             if want == "bool":
                 return "true" if number else "false"
-            if want in FLOATS:  # an integer where a float is moved stands for its bits
+            if want in FLOATS:  # an integer in place of a float is its bits
                 return f"bits<{want}>({'u32' if want == 'f32' else 'u64'}({number}))"
             if want == "u32":
                 return f"{number & 0xFFFFFFFF}u"
@@ -214,7 +215,7 @@ class FunctionTranslator:
 
     @staticmethod
     def cast(value: str, have: str, want: str) -> str:
-        """The same bits in another C++ type; a narrower type takes the low ones."""
+        """Return the same bits in another C++ type; a narrower type takes the low ones."""
         if have == want:
             return value
         if WIDTH[have] == WIDTH[want] and (have in FLOATS or want in FLOATS):
@@ -228,7 +229,7 @@ class FunctionTranslator:
         return f"{want}({value})"
 
     def write(self, operand: str, value: str, type_: str) -> None:
-        """Assign; a register wider than the type gets it sign- or zero-extended."""
+        """Emit an assignment, sign- or zero-extended to a register wider than the type."""
         if operand == "_":
             self.emit(f"(void)({value});")
             return
@@ -246,13 +247,13 @@ class FunctionTranslator:
             self.emit(f"{name} = {self.cast(f'{have}({value})', have, kind)};")
 
     def vector(self, operand: str) -> tuple[str, ...]:
-        """The elements of `{a, b}`, or the one operand."""
+        """Return the elements of `{a, b}`, or the one operand."""
         if operand.startswith("{"):
             return ptx.split_operands(operand[1:-1])
         return (operand,)
 
     def address(self, operand: str) -> tuple[str, int, str | None]:
-        """`[a + 8]` as an expression, an offset, and the name of the symbol if it is one."""
+        """Return `[a + 8]` as an expression, an offset, and the name of the symbol if it is one."""
         match = re.fullmatch(r"\[\s*([^\]+]+?)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if not match:
             raise UnsupportedError(f"address {operand}")
@@ -269,7 +270,7 @@ class FunctionTranslator:
         raise UnsupportedError(f"address {operand}")
 
     def pointer(self, operand: str, space: str, size: int) -> str:
-        """A `char*` to `size` bytes that were checked as far as the state space allows."""
+        """Return a `char*` to `size` bytes, checked as far as the state space allows."""
         base, offset, symbol = self.address(operand)
         at = base if not offset else f"({base} + {offset})"
         if space == "shared::cta":
@@ -281,7 +282,7 @@ class FunctionTranslator:
         return f"global_at(self, u64({at}), {size}, {self.site})"
 
     def space(self) -> str:
-        """State space of the instruction's memory operand."""
+        """Return the state space of the instruction's memory operand."""
         for m in self.now.modifiers:
             if m in ("shared", "shared::cta"):
                 return "shared::cta"
@@ -304,8 +305,8 @@ class FunctionTranslator:
     def infer_floats(self) -> None:
         """Find the 32- and 64-bit registers that hold floating-point numbers.
 
-        nvcc declares them all .b32 and .b64. As C++ integers each use would be a transfer between
-        kinds of registers, which takes longer to compile and to run.
+        nvcc declares them all .b32 and .b64. With C++ integers, each use would move the value
+        between integer and vector registers, which takes longer to compile and to run.
         """
         votes: Counter[str] = Counter()
         for statement in self.function.statements:
@@ -375,7 +376,7 @@ class FunctionTranslator:
         self.end_line()
 
     def code(self) -> str:
-        """The C++ function; all its variables come first, since a goto may not jump over one."""
+        """Return the C++ function. All variables come first: a goto must not jump over one."""
         lines = [self.module.prototype(self.function), "{"]
         lines.append("[[maybe_unused]] Block& block = *self.block;")
         lines.append("[[maybe_unused]] Grid& grid = *block.grid;")
@@ -385,7 +386,7 @@ class FunctionTranslator:
             lines.append("[[maybe_unused]] const char* const parameters = grid.parameters;")
         if self.needs_carry:
             lines.append("bool carry = false;")
-        # Registers begin as NaN, too. The compiler drops what is overwritten before it is read.
+        # Registers also start as NaN. The compiler drops this where a register is written first.
         poison = {"bool": "false", "f32": "bits<f32>(~0u)", "f64": "bits<f64>(~0ull)"}
         for name, kind in self.used.items():
             lines.append(f"{kind} {name} = {poison.get(kind, f'{kind}(~0ull)')};")
@@ -408,7 +409,7 @@ class ModuleTranslator:
         self.shared: dict[str, int | None] = {}
         self.shared_bytes = 0
         for data in module.shared:
-            if data.external:  # extern __shared__: behind everything else
+            if data.external:  # extern __shared__: after everything else
                 self.shared[data.name] = None
                 continue
             self.shared_bytes = align(self.shared_bytes, data.align)
@@ -451,7 +452,7 @@ class ModuleTranslator:
             if not translator.function.is_kernel and translator.shared_bytes:
                 self.unsupported.append(f"static shared memory in {translator.function.name}")
         for data in self.module.variables:
-            # The host may reach the program's variables whether kernels use them or not.
+            # The host may access variables that no kernel uses.
             if not data.initial or not re.search(r"[A-Za-z_$]{3}", data.initial):
                 self.use_variable(data.name)
         variables = [self.variable(self.variables[name]) for name in list(self.used_variables)]
@@ -515,5 +516,5 @@ def translate(
     resources: Mapping[str, Resources] | None = None,
     foreign: tuple[str, ...] = ("/usr/",),
 ) -> str:
-    """C++ for a PTX file; raises UnsupportedError naming every instruction that is not known."""
+    """Translate a PTX file to C++; raise UnsupportedError naming every unsupported instruction."""
     return ModuleTranslator(ptx.parse(text, foreign), str(source), resources or {}).translate()

@@ -1,4 +1,4 @@
-// Rare arithmetic: directed rounding by the mode of the FPU, and printf.
+// Rare operations: directed rounding through the FPU's rounding mode, and printf.
 #include <cfenv>
 #include <cmath>
 #include <cstdio>
@@ -27,7 +27,7 @@ class RoundingMode {
 
 }  // namespace
 
-// volatile: the compiler knows nothing of the mode and would move the arithmetic out of its reach.
+// volatile: the compiler ignores the rounding mode and would move the arithmetic out of its scope.
 f64 directed_f64(char mode, char operation, f64 a, f64 b, f64 c) {
   const RoundingMode set(mode);
   volatile f64 x = a, y = b, z = c, result = 0;
@@ -64,7 +64,7 @@ f64 directed_f64_from_integer(char mode, bool is_signed, u64 x) {
   return result;
 }
 
-// Arguments lie in memory as in a C struct.
+// Arguments are laid out in memory as in a C struct.
 void device_printf(const char* format, const char* arguments) {
   size_t offset = 0;
   const auto next = [&](auto value) {

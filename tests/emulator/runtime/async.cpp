@@ -1,7 +1,8 @@
 // Asynchronous copies and mbarriers.
 //
-// cp.async is carried out when its thread waits for it; st.async and bulk copies while other
-// threads poll, in an order of their own. A kernel that does not wait reads what was there before.
+// cp.async is executed when its thread waits for it; st.async and bulk copies are executed while
+// other threads poll, in an order that the settings determine. A kernel that does not wait reads
+// the previous contents.
 #include <cstring>
 #include <deque>
 
@@ -57,7 +58,7 @@ void carry_out_group(std::vector<Copy>& group) {
 }
 
 // An mbarrier in its 64 bits: arrivals per phase (20), arrivals still missing (20), bytes still
-// missing (22, signed: they may come before they are announced), the phase (top bit).
+// missing (22, signed: they may arrive before they are announced), the phase (top bit).
 struct State {
   u32 expected, pending;
   s32 bytes;
@@ -104,7 +105,7 @@ void carry_out(const Operation& operation) {
 
 void start(Thread& self, Operation operation) {
   tsan_release(operation.barrier ? operation.barrier : operation.to);
-  // As late as possible, or at once: a kernel may rely on neither.
+  // Carry it out immediately or as late as possible: a kernel must not rely on either.
   if (settings.order == Order::random && random_number() % 2)
     carry_out(operation);
   else
@@ -134,7 +135,7 @@ void finish_copies(ThreadState& thread) {
   if (!thread.copies) return;
   for (auto& group : thread.copies->groups) carry_out_group(group);
   carry_out_group(thread.copies->open);
-  // Bulk copies read and write this block's shared memory, which is about to go.
+  // Bulk copies read and write this block's shared memory, which is about to become invalid.
   if (thread.copies->bulk_group) run_all_async_operations();
   delete thread.copies;
   thread.copies = nullptr;
@@ -169,7 +170,7 @@ void copy_async_wait_all(Thread& self) {
 }
 void copy_async_arrive(Thread& self, const Site& site, char* barrier, bool counted) {
   copy_async_wait_all(self);
-  if (!counted) {  // the arrival is one more than the program counts on
+  if (!counted) {  // not .noinc: this arrival is not part of the expected count
     State s = read_barrier(self, site, barrier);
     ++s.pending;
     *reinterpret_cast<u64*>(barrier) = packed(s);
@@ -258,7 +259,7 @@ void mbarrier_complete(Thread& self, const Site& site, char* barrier, u32 bytes)
   read_barrier(self, site, barrier);
   complete_bytes(barrier, bytes);
 }
-// `parity` is that of the phase whose end is waited for.
+// `parity` is the parity of the phase whose end the caller waits for.
 bool mbarrier_test(Thread& self, const Site& site, char* barrier, bool parity, bool acquire) {
   if (read_barrier(self, site, barrier).phase == parity) yield(self, site);
   const bool done = read_barrier(self, site, barrier).phase != parity;

@@ -1,6 +1,6 @@
-// A stand-in for the CUDA runtime library: it accepts the registrations and calls that host code
-// compiled by nvcc makes, checks launches as a real device would, and runs them on the emulator.
-// "Device memory" is host memory. Everything is finished when a call returns.
+// A replacement for the CUDA runtime library. It accepts the registrations and calls of host code
+// compiled by nvcc, checks launches as a real device would, and runs them on the emulator. "Device
+// memory" is host memory. All work of a call is finished when it returns.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -49,7 +49,7 @@ struct Function {
   bool large_clusters = false;
   int carveout = -1;
   Dim3 required_cluster = {0, 0, 0};
-  u64 launches = 0;  // by host code, that ran to their end
+  u64 launches = 0;  // by host code, completed
 };
 std::unordered_map<const void*, Function>& functions() {
   static std::unordered_map<const void*, Function> all;
@@ -92,7 +92,7 @@ int blocks_per_multiprocessor(const Function& f, int threads, size_t dynamic_sha
   if (threads <= 0 || threads > largest_block(f)) return 0;
   if (dynamic_shared > size_t(dynamic_limit(f))) return 0;
   const int warps = (threads + 31) / 32;
-  // Registers are given to warps in units of 256, and the four schedulers share warps evenly.
+  // Registers are allocated to warps in units of 256; the four schedulers share the warps evenly.
   const int per_warp = (registers_of(*f.kernel) * 32 + 255) / 256 * 256;
   const int warps_by_registers = device->registers_per_multiprocessor / 4 / per_warp * 4;
   const size_t shared = f.kernel->static_shared + dynamic_shared + device->shared_reserved;
@@ -123,7 +123,7 @@ struct Configuration {
 
 Dim3 dims(const dim3& d) { return {d.x, d.y, d.z}; }
 
-// What a device would say to this launch before it starts.
+// Returns the error with which a device would refuse this launch before it starts.
 cudaError_t check_launch(const Function& f, Configuration& c) {
   const Kernel& kernel = *f.kernel;
   const u64 threads = u64(c.block.x) * c.block.y * c.block.z;
@@ -333,7 +333,7 @@ const char* error_name(cudaError_t error) {
 
 using namespace emulator;
 
-// --- Control, for tests (see __init__.py) ---
+// --- Control, for tests (see library.py) ---
 EXPORT int cudaemu_use_device(const char* name) {
   const Device* found = find_device(name);
   if (!found) return 0;
@@ -396,7 +396,7 @@ EXPORT unsigned long long cudaemu_kernel_launches(const char* name) {
     if (f.name == name) launches += f.launches;
   return launches;
 }
-// Runs a kernel without host code and without the checks of a device; null if all went well.
+// Runs a kernel without host code and without the checks of a device. Returns null on success.
 EXPORT const char* cudaemu_launch(const char* name, const unsigned grid[3], const unsigned block[3],
                                   const unsigned cluster[3], size_t dynamic_shared, int cooperative,
                                   const char* parameters) {
@@ -415,9 +415,9 @@ EXPORT const char* cudaemu_launch(const char* name, const unsigned grid[3], cons
 }
 
 // --- What nvcc's host code calls when a library is loaded ---
-// The host object of each .cu file is linked right behind its translated kernels, and both are
-// initialised in that order: what registered last are the kernels of the host code that calls.
-// Names alone would not do, since static kernels of different files may share them.
+// The host object of each .cu file is linked directly after its translated kernels, and both are
+// initialised in that order. So the module registered last has the kernels of the calling host
+// code. Names alone are not enough: static kernels of different files may share them.
 struct FatBinary {
   const Module* module;
 };

@@ -18,7 +18,7 @@ inline u16 to_bf16(f32 x) {
   const u32 b = bits<u32>(x);
   return x != x ? u16(0x7FFF) : u16((b + 0x7FFFu + (b >> 16 & 1)) >> 16);
 }
-// f64 to f32, rounded to odd: rounding the result once more, to 16 bits, is then exact.
+// f64 to f32, rounded to odd, so that a second rounding to 16 bits gives the exact result.
 inline f32 to_odd(f64 x) {
   const f32 nearest = f32(x);
   if (f64(nearest) == x || x != x || __builtin_isinf(nearest)) return nearest;
@@ -178,9 +178,9 @@ inline T maximum_nan(T a, T b) {
   return a != a || b != b ? T(__builtin_nan("")) : maximum(a, b);
 }
 
-// Directed rounding of value + error, where value is the sum rounded to nearest in f64 and error
-// what that rounding left out. Exact, and far cheaper than changing the mode of the FPU: nvcc's
-// expf has an fma.rm in it.
+// Directed rounding of value + error, where value is the sum rounded to nearest in f64 and error is
+// what that rounding left out. Exact, and much cheaper than changing the FPU's rounding mode, which
+// matters because nvcc's expf contains an fma.rm.
 template <char mode>
 inline f32 round_to_f32(f64 value, f64 error) {
   const f32 nearest = f32(value);
@@ -251,7 +251,7 @@ inline To to_integer(From x) {
   return To(whole);
 }
 inline u32 to_tf32(f32 x) { return x != x ? 0x7FFFFFFFu : (bits<u32>(x) + 0x1000u) & 0xFFFFE000u; }
-// The hardware's tanh.approx is good to 11 bits; more would make a test of its use too kind.
+// The hardware's tanh.approx is accurate to 11 bits. More would make tests of its use too lenient.
 inline f32 tanh_approx(f32 x) {
   const f32 y = __builtin_tanhf(x);
   return y != y ? y : bits<f32>((bits<u32>(y) + 0x800u) & 0xFFFFF000u);
@@ -290,14 +290,14 @@ template <class T>
 [[gnu::always_inline]] inline void store(char* p, T value) {
   *reinterpret_cast<T*>(p) = value;
 }
-// Under AddressSanitizer, what is prefetched has to be there, though CUDA does not ask for that.
+// Under AddressSanitizer, prefetched addresses must be valid, although CUDA does not require it.
 [[gnu::always_inline]] inline void prefetch([[maybe_unused]] const char* p) {
 #ifdef __SANITIZE_ADDRESS__
   (void)*static_cast<const volatile char*>(p);
 #endif
 }
-// A thread that polls must let the one that it waits for run: when it looks at the same place
-// again, and now and then when it goes round several places.
+// A polling thread must let the thread that it waits for run: each time it reads the same address
+// again, and on every 16th poll if it alternates between addresses.
 inline void poll(Thread& self, const void* p, const Site& site) {
   if (self.polled == p || ++self.polls % 16 == 0) yield(self, site);
   self.polled = p;

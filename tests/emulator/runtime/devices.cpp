@@ -1,5 +1,5 @@
-// Figures are those that NVIDIA publishes (data sheets, tuning guides, table of compute
-// capabilities); the split into GPCs is one that occurs.
+// The numbers are those that NVIDIA publishes (data sheets, tuning guides, table of compute
+// capabilities); the division into GPCs is one that occurs.
 #include "devices.h"
 
 #include <cstring>
@@ -12,7 +12,7 @@ constexpr int kib = 1024;
 constexpr int mib = 1024 * 1024;
 constexpr size_t gib = 1024 * 1024 * 1024;
 
-// A function, since other files ask while they are initialised.
+// A function, because other files call it during static initialisation.
 const std::vector<Device>& devices() {
   static const std::vector<Device> all = {
       {.name = "h100",
@@ -148,7 +148,7 @@ const std::vector<Device>& devices() {
        .memory_bytes = 16 * gib,
        .largest_cluster = 0,
        .gpcs = {}},
-      // No real GPU: so small that little shapes reach the limits that large ones reach elsewhere.
+      // Not a real GPU: small shapes reach the limits that only large ones reach elsewhere.
       {.name = "tiny",
        .full_name = "emulated tiny GPU",
        .major = 9,

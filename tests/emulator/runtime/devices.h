@@ -1,4 +1,4 @@
-// The GPUs that the stand-in pretends to be.
+// The GPUs that the replacement for the CUDA runtime can emulate.
 #pragma once
 #include <cstddef>
 #include <vector>
@@ -17,7 +17,7 @@ struct Device {
   int clock_khz, memory_clock_khz, memory_bus_bits;
   size_t memory_bytes;
   int largest_cluster;  // 0: no clusters
-  // Multiprocessors of each GPC. A cluster lies in one. Real chips differ in what is switched off.
+  // Multiprocessors of each GPC; a cluster lies in one GPC. Real chips differ in what is disabled.
   std::vector<int> gpcs;
 
   int architecture() const { return 10 * major + minor; }

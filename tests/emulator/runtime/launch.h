@@ -1,4 +1,4 @@
-// Running a grid, and the settings that tests make.
+// Running a grid, and the settings for tests.
 #pragma once
 #include <string>
 
@@ -11,11 +11,11 @@ enum class Order { forward, reverse, random };
 struct Settings {
   Order order = Order::forward;
   u64 seed = 1;
-  u64 launches = 0;              // since the seed was set: each launch has an order of its own
+  u64 launches = 0;              // since the seed was set: each launch has its own order
   double yield_probability = 0;  // random order: the chance to be interrupted at an atomic or fence
-  // For ThreadSanitizer: what a lane did before it gave a value away (by a shuffle, a product)
-  // comes before what the lanes do that got it. So it is on a GPU for the reads that the value was
-  // made from, but not for writes.
+  // For ThreadSanitizer: what a lane did before it passed on a value (by a shuffle or a tensor-core
+  // multiplication) happens before what the receiving lanes do afterwards. On a GPU this holds for
+  // the reads from which the value was computed, but not for writes.
   bool values_order = false;
 };
 extern Settings settings;
@@ -29,7 +29,7 @@ struct Launch {
 };
 
 struct Failure {
-  std::string text;  // empty: all went well
+  std::string text;  // empty: success
   bool illegal_address = false;
 };
 Failure run(const Launch&);

@@ -1,9 +1,9 @@
-// The machine that emulated kernels run on: what the generated C++ sees of it.
+// The interface between the emulated machine and the generated C++.
 //
-// A CUDA thread is a fiber, a function call with a stack of its own. All fibers of a launch run on
-// the one OS thread that called the launcher, so that a run is repeatable and needs no locks. They
-// change places only where CUDA threads wait for each other (barriers, warp operations) or poll
-// memory; between such points a thread runs alone.
+// A CUDA thread is a fiber, a function call with its own stack. All fibers of a launch run on the
+// one OS thread that called the launcher, so that a run is repeatable and needs no locks. Fibers
+// switch only where CUDA threads wait for each other (barriers, warp operations) or poll memory;
+// between such points a thread runs alone.
 //
 // This header is parsed once for each translated .cu file: it includes nothing that is slow to
 // parse.
@@ -39,9 +39,9 @@ struct Dim3 {
 struct Grid {
   Dim3 blocks, threads, cluster;
   const char* parameters = nullptr;
-  u32 dynamic_shared = 0;  // offset of `extern __shared__` behind the static variables
+  u32 dynamic_shared = 0;  // offset of `extern __shared__`, after the static variables
   bool cooperative = false;
-  alignas(16) u32 workspace[8] = {};  // what cooperative groups keep the grid's barrier in
+  alignas(16) u32 workspace[8] = {};  // where cooperative groups keep the grid's barrier
 };
 
 struct Block {
@@ -56,11 +56,11 @@ struct Thread {
   Dim3 index;
   u32 lane = 0, warp = 0;
   Block* block = nullptr;
-  const void* polled = nullptr;  // where the last volatile, relaxed or acquire load looked
+  const void* polled = nullptr;  // address of the last volatile, relaxed or acquire load
   u32 polls = 0;
 };
 
-// Ends the launch with an error; the thread does not go on.
+// End the launch with an error; the thread does not continue.
 [[noreturn, gnu::cold]] void fail(Thread&, const Site&, const char* text);
 [[noreturn, gnu::cold]] void fail_shared_access(Thread&, const Site&, u32 address, u32 bytes);
 [[noreturn, gnu::cold]] void fail_alignment(Thread&, const Site&, u64 address, u32 bytes);
@@ -73,16 +73,16 @@ enum class Reduce { popc, all, any };
 u32 block_barrier_reduce(Thread&, const Site&, Reduce, u32 id, u32 count, bool predicate);
 void cluster_barrier_arrive(Thread&, const Site&, bool release);
 void cluster_barrier_wait(Thread&, const Site&, bool acquire);
-void yield(Thread&, const Site&);  // lets the others run; for loops that poll
+void yield(Thread&, const Site&);  // lets other threads run; for polling loops
 
-// Random order only: perhaps let another thread run here.
+// In random order only: may let another thread run here.
 extern bool preemption;
 void preempt_now(Thread&);
 inline void preempt(Thread& self) {
   if (__builtin_expect(preemption, 0)) preempt_now(self);
 }
 
-// --- Warp operations: the lanes of the mask meet, the last one computes for all ---
+// --- Warp operations: the last lane of the mask to arrive computes the results of all ---
 void warp_barrier(Thread&, const Site&, u32 mask);
 u32 warp_shuffle(Thread&, const Site&, char mode, u32 value, u32 b, u32 c, u32 mask,
                  bool* in_range);
@@ -129,7 +129,7 @@ void wmma_store_f32(Thread&, const Site&, const f32 value[8], char* tile, u32 st
 void wmma_mma(Thread&, const Site&, Half, f32 d[8], const u32* a, const u32* b, const f32 c[8]);
 
 // --- Asynchronous copies and mbarriers (async.cpp) ---
-// Data arrives as late as the program allows, so that a missing wait shows.
+// Data arrives as late as the program allows, so that a missing wait is found.
 void copy_async(Thread&, const Site&, char* to, const char* from, u32 bytes, u32 source_bytes);
 void copy_async_commit(Thread&);
 void copy_async_wait(Thread&, u32 groups_left);

@@ -1,5 +1,5 @@
-// Tensor core instructions. Products are exact, sums are made in f64 and rounded once: the
-// hardware, which keeps fewer bits, may be off by a little more.
+// Tensor-core instructions. Products are exact; sums are computed in f64 and rounded once. The
+// hardware keeps fewer bits and may be slightly less accurate.
 #include <cstring>
 
 #include "device_code.h"
@@ -14,7 +14,7 @@ constexpr u32 all_lanes = ~0u;
 f32 half_of(Half type, u32 pair, u32 which) {
   const u16 x = u16(pair >> (16 * which));
   f32 value = type == Half::bf16 ? from_bf16(x) : from_f16(x);
-  asm("" : "+x"(value));  // else the compiler goes from f16 to f64 in one step, by a slow function
+  asm("" : "+x"(value));  // or the compiler would convert f16 to f64 directly, by a slow function
   return value;
 }
 
@@ -66,7 +66,7 @@ void mma_16bit_warp(const void* const operands[32], void* const results[32], u32
 template <u32 depth>
 void mma_tf32_warp(const void* const operands[32], void* const results[32], u32, const void*) {
   f64 a[16][depth], b[depth][8];
-  // The hardware looks at the upper 19 bits only.
+  // The hardware uses only the upper 19 bits.
   const auto tf32 = [](u32 x) { return bits<f32>(x & 0xFFFFE000u); };
   for (u32 l = 0; l < 32; ++l) {
     const Fragments& x = of(operands[l]);

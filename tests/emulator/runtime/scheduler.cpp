@@ -1,4 +1,4 @@
-// Fibers, the order they run in, barriers, warp operations, and the life of a grid.
+// Fibers, the order they run in, barriers, warp operations, and the lifetime of a grid.
 #include "scheduler.h"
 
 #include <dlfcn.h>
@@ -15,8 +15,8 @@
 #include <memory>
 #include <mutex>
 
-// Saves the registers that a function must keep, and continues where `load` was saved. By a jump:
-// the processor would predict that a `ret` goes back to where it came from, and be wrong each time.
+// Saves the callee-saved registers and continues where `load` was saved. With a jump: the processor
+// would predict that a `ret` returns to its caller, and mispredict each switch.
 extern "C" void emulator_switch_stack(void** save, void* load);
 #if !defined(__x86_64__)
 #error "the emulator switches stacks in x86-64 assembly; other processors need their own"
@@ -54,14 +54,14 @@ bool preemption = false;
 namespace {
 
 constexpr u32 barriers_per_block = 16;
-// A kernel that polls this often without any thread getting further is taken to be stuck.
+// A kernel that polls this often without progress of any thread is considered stuck.
 constexpr u64 most_idle_polls = 20'000'000;
 
 // --- Stacks ---
 // Address space is reserved in slabs and only what a fiber touches is mapped, so stacks can be
-// generous. They have no guard pages: each would split a mapping in two, and a grid on all of an
-// H100 has more threads than a process may have mappings. build.py has the compiler refuse kernels
-// whose frame comes near the size of a stack instead.
+// large. They have no guard pages: each would split a mapping in two, and a grid on all of an H100
+// has more threads than a process may have mappings. Instead, build.py makes the compiler refuse
+// kernels whose frame comes near the size of a stack.
 #ifdef EMULATOR_ASAN
 constexpr size_t stack_bytes = 512 << 10;
 #else
@@ -76,19 +76,19 @@ class StackPool {
     char* stack = free_.back();
     free_.pop_back();
 #ifdef EMULATOR_ASAN
-    __asan_unpoison_memory_region(stack, stack_bytes);  // fibers of a failed launch just stop
+    __asan_unpoison_memory_region(stack, stack_bytes);  // a failed launch abandons its fibers
 #endif
     return stack;
   }
-  void give(char* stack) { free_.push_back(stack); }  // the next one to run finds it in the cache
+  void give(char* stack) { free_.push_back(stack); }  // reused first, while it is in the cache
 
-  // After a large grid: gives the memory back, not the address space.
+  // After a large grid: releases memory, but not address space.
   void trim() {
     constexpr size_t kept = 2048;
     for (size_t i = 0; i + kept < free_.size(); ++i) madvise(free_[i], stack_bytes, MADV_DONTNEED);
   }
 
-  // Stacks that began at the same offset would all compete for the same lines of the cache.
+  // Stacks that start at the same offset would all compete for the same cache lines.
   static char* top(char* stack) {
     const size_t number = reinterpret_cast<size_t>(stack) / stack_bytes;
     return stack + stack_bytes - 64 - number * 5 % 61 * 64;
@@ -120,12 +120,12 @@ class ReadyQueue {
   }
   bool empty() const { return head_ == tail_; }
   void push(ThreadState* thread) { ring_[tail_++ & mask_] = thread; }
-  // For the lanes of a warp: a warp that runs on while it can stays in the cache.
+  // For the lanes of a warp: a warp that runs as long as it can stays in the cache.
   void push_front(ThreadState* thread) { ring_[--head_ & mask_] = thread; }
   ThreadState* pop() {
     ThreadState* thread = ring_[head_++ & mask_];
-    // Most of a switch is waiting for the other stack to come from the cache. So it is decided
-    // now who comes next, unless somebody is pushed to the front.
+    // Most of a switch is waiting for the other stack to be loaded into the cache. So choose the
+    // next thread now and prefetch its stack; push_front may still put another one first.
     const size_t count = tail_ - head_;
     if (settings.order == Order::random) {
       if (count == 0) return thread;
@@ -161,12 +161,12 @@ struct Machine {
   u64 fault_at = 0;  // the instruction that accessed an illegal address
   u64 random_state = 1;
 #ifdef EMULATOR_TSAN
-  char start = 0;  // addresses that it orders threads by
+  char start = 0;  // by whose address ThreadSanitizer orders threads
   std::vector<void*> fibers;
   size_t fibers_used = 0;  // in this launch
 #endif
   char end_of_launch = 0;
-  // Kept from launch to launch: most of a small launch would else be allocation.
+  // Kept between launches: a small launch would otherwise spend most of its time on allocation.
   std::vector<ThreadState> threads;
   std::vector<BlockState> blocks;
   std::vector<ClusterState> clusters;
@@ -180,7 +180,7 @@ void switch_context(Context& from, Context& to, [[maybe_unused]] bool for_ever) 
   __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake_stack, to.bottom, to.size);
 #endif
 #ifdef EMULATOR_TSAN
-  __tsan_switch_to_fiber(to.fiber, 1);  // 1: the switch itself orders nothing
+  __tsan_switch_to_fiber(to.fiber, 1);  // 1: the switch itself does not synchronise
 #endif
   emulator_switch_stack(&from.stack_pointer, to.stack_pointer);
 #ifdef EMULATOR_ASAN
@@ -191,14 +191,14 @@ void switch_context(Context& from, Context& to, [[maybe_unused]] bool for_ever) 
 void thread_exits(ThreadState&);
 void prepare(ThreadState&);
 
-// The next thread to run; null if all have exited or wait.
+// The next thread to run; null if all have exited or are waiting.
 ThreadState* next_ready() { return machine.ready.empty() ? nullptr : machine.ready.pop(); }
 
-// The first function on a fiber's stack. Runs thread after thread that has not started yet, which
-// costs no switch, until there is one to go back to.
+// The first function on a fiber's stack. Runs threads that have not started yet one after another,
+// which needs no switch, until the next thread is a suspended one.
 [[noreturn]] void fiber_main() {
 #ifdef EMULATOR_ASAN
-  // The first fiber of a launch comes from the OS thread's own stack, whose bounds it learns here.
+  // The first fiber of a launch is entered from the OS thread's stack: record its bounds.
   const bool first = !machine.main.bottom;
   __sanitizer_finish_switch_fiber(nullptr, first ? &machine.main.bottom : nullptr,
                                   first ? &machine.main.size : nullptr);
@@ -215,7 +215,7 @@ ThreadState* next_ready() { return machine.ready.empty() ? nullptr : machine.rea
     self.stack = nullptr;
 #ifdef EMULATOR_TSAN
     {
-      // To ThreadSanitizer the next thread's locals would race with this one's: no sharing.
+      // Not reused: to ThreadSanitizer, the locals of two threads on one stack would race.
       const Quiet quiet;
       machine.dead_stacks.push_back(stack);
     }
@@ -250,7 +250,7 @@ void prepare(ThreadState& thread) {
 #endif
 }
 
-// Runs others until somebody makes `self` ready. Whoever calls has put it on a list.
+// Runs other threads until one makes `self` ready. The caller must have put `self` on a list.
 void suspend(ThreadState& self, const char* waiting, const Site& site) {
   self.waiting = waiting;
   self.site = &site;
@@ -328,7 +328,7 @@ void thread_exits(ThreadState& self) {
   if (block.live == 0)
     for (u32 i = 0; i < machine.grid.threads.count(); ++i) finish_copies(block.threads[i]);
   if (block.live == 0 && block.shared_bytes) {
-    // The block's shared memory is gone, also for its peers in the cluster.
+    // The block's shared memory is no longer valid, also for its peers in the cluster.
     std::memset(block.shared, 0xFF, block.shared_bytes);
 #ifdef EMULATOR_ASAN
     __asan_poison_memory_region(block.shared, block.shared_bytes);
@@ -339,9 +339,9 @@ void thread_exits(ThreadState& self) {
 // --- The life of a grid ---
 void allocate_shared(BlockState& block, u32 bytes) {
   const Quiet quiet;
-  constexpr size_t alignment = 1024;  // what swizzled bulk copies ask for
-  // With AddressSanitizer each block's memory has its exact size and red zones around it. To
-  // ThreadSanitizer it must be memory that no other block of this launch has had.
+  constexpr size_t alignment = 1024;  // what swizzled bulk copies require
+  // With AddressSanitizer, each block's memory has its exact size and red zones around it. With
+  // ThreadSanitizer, it must be memory that no other block of this launch has used.
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
   std::free(block.shared);
   block.shared = nullptr;
@@ -444,9 +444,9 @@ void start_randomness() {
 }
 
 #ifdef EMULATOR_TSAN
-// Fibers for the first `count` threads, which come after all that the launching thread did. They
-// are kept, since each takes a millisecond to make. The clusters of one launch have different ones,
-// as long as there are enough: what one fiber does is in order.
+// Gives fibers to the first `count` threads, which are ordered after all that the launching thread
+// did. Fibers are kept, since each takes a millisecond to create. The clusters of one launch get
+// different fibers while there are enough, because the accesses of one fiber are ordered.
 void give_fibers(u32 count) {
   constexpr size_t most = 6000;
   if (machine.fibers_used + count > most) machine.fibers_used = 0;
@@ -458,7 +458,7 @@ void give_fibers(u32 count) {
 }
 #endif
 
-// Runs the first `count` threads until all have exited, or one has failed, or none can go on.
+// Runs the first `count` threads until all have exited, or one has failed, or none can continue.
 void run_threads(u32 count) {
   machine.ready.reset(count);
   machine.live = count;
@@ -496,7 +496,7 @@ void run_threads(u32 count) {
     if (!thread.exited) finish_copies(thread);
   }
 #ifdef EMULATOR_TSAN
-  if (machine.failed) machine.fibers.clear();  // some were left in the middle of a `Quiet`
+  if (machine.failed) machine.fibers.clear();  // some stopped inside a `Quiet`
 #endif
 #ifdef EMULATOR_ASAN
   for (BlockState& block : machine.blocks)
@@ -505,8 +505,8 @@ void run_threads(u32 count) {
 }
 
 // --- Illegal addresses ---
-// A kernel that goes astray must fail its launch, not end the process. Sanitizers have handlers of
-// their own, which tell more.
+// A kernel that accesses an illegal address must fail its launch, not end the process. Sanitizers
+// have their own handlers, which report more.
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
 struct FaultHandler {
   FaultHandler() {}
@@ -514,7 +514,7 @@ struct FaultHandler {
 };
 #else
 void handle_fault(int, siginfo_t* info, void* context) {
-  if (!machine.current || machine.failed) {  // not a kernel's doing: let it happen again
+  if (!machine.current || machine.failed) {  // not a kernel's fault: let it recur
     std::signal(SIGSEGV, SIG_DFL);
     return;
   }
@@ -612,8 +612,8 @@ Failure run(const Launch& launch) {
   const u32 blocks_per_cluster = launch.cluster.count();
   const u32 clusters = launch.grid.count() / blocks_per_cluster;
   const u32 threads_per_cluster = blocks_per_cluster * launch.block.count();
-  // A cooperative grid is alive all at once. Else one cluster runs after the other, as a GPU with
-  // a single SM might do: a kernel that waits for another block is then seen to be wrong.
+  // All blocks of a cooperative grid are alive at the same time. Otherwise one cluster runs after
+  // another, as on a GPU with a single SM, so that a kernel that waits for another block fails.
   const u32 resident = launch.cooperative ? clusters : 1;
   if (machine.threads.size() < size_t(resident) * threads_per_cluster)
     machine.threads.resize(size_t(resident) * threads_per_cluster);
@@ -633,7 +633,7 @@ Failure run(const Launch& launch) {
                     &machine.threads[size_t(i) * threads_per_cluster], shared_bytes);
     run_threads(resident * threads_per_cluster);
   }
-  // Only here: that one cluster ran after the other must not hide a race between them.
+  // Not after each cluster: their order here must not hide a race between them.
   tsan_acquire(&machine.end_of_launch);
   for (char* stack : machine.dead_stacks) machine.stacks.give(stack);
   machine.dead_stacks.clear();
@@ -651,7 +651,7 @@ void fail(Thread& self, const Site& site, const std::string& text) {
   machine.failed = true;
   machine.failure = text + (site.line ? ", at " + name_of(site) : "") + where;
   switch_context(state(self).context, machine.main, true);
-  std::abort();  // a failed thread is never continued
+  std::abort();  // a failed thread never continues
 }
 void fail(Thread& self, const Site& site, const char* text) { fail(self, site, std::string(text)); }
 
@@ -676,7 +676,7 @@ void block_barrier(Thread& thread, const Site& site, u32 id, u32 count) {
   const u32 phase = barrier.phase;
   if (arrive(self, site, barrier, count, block_of(self).live)) {
     if (settings.order != Order::forward) {
-      // The last to arrive would always go first.
+      // Otherwise the last thread to arrive would always run first.
       barrier.waiting.push_back(&self);
       release_all(barrier);
       suspend(self, "after __syncthreads", site);
@@ -769,8 +769,8 @@ void preempt_now(Thread& self) {
 }
 
 #ifdef EMULATOR_TSAN
-// One object for all fences, releases and acquires: this orders more than PTX does, never less,
-// so what is reported is a race.
+// One object for all fences, releases and acquires: this orders more than PTX does, never less, so
+// that every report is a race.
 static char fence_order;
 void fence(Thread& self) {
   __tsan_acquire(&fence_order);
@@ -844,7 +844,7 @@ void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const 
 
 void warp_barrier(Thread& self, const Site& site, u32 mask) {
   const Quiet quiet;
-  // Of the warp operations only this one orders memory.
+  // This is the only warp operation that orders memory.
   char* order = &block_of(self).warps[self.warp].order;
   tsan_release(order);
   warp_operation(self, site, mask, 'b', nullptr, nullptr, nullptr, nullptr);
@@ -891,7 +891,7 @@ u32 warp_shuffle(Thread& self, const Site& site, char mode, u32 value, u32 b, u3
         for (u32 l = 0; l < 32; ++l) {
           if (!(members >> l & 1)) continue;
           const u32 from = static_cast<const Shuffle*>(operands[l])->source;
-          // Reading a lane that does not take part gives poison.
+          // Reading a lane that does not participate gives poison.
           *static_cast<u32*>(results[l]) =
               members >> from & 1 ? static_cast<const Shuffle*>(operands[from])->value : ~0u;
         }

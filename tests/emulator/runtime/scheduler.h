@@ -1,4 +1,4 @@
-// What the parts of the machine know of each other.
+// Declarations that the parts of the machine share.
 #pragma once
 #include <string>
 #include <vector>
@@ -13,8 +13,8 @@
 #endif
 
 #ifdef EMULATOR_TSAN
-// This runtime is compiled without -fsanitize=thread, so that ThreadSanitizer sees the accesses of
-// the kernels and nothing else. What order there is between fibers it is told by these calls.
+// This runtime is compiled without -fsanitize=thread, so that ThreadSanitizer sees only the
+// accesses of the kernels. These calls declare the order between fibers.
 extern "C" {
 void* __tsan_create_fiber(unsigned);
 void __tsan_switch_to_fiber(void*, unsigned);
@@ -35,15 +35,15 @@ namespace emulator {
 #ifdef EMULATOR_TSAN
 inline void tsan_acquire(const void* p) { __tsan_acquire(const_cast<void*>(p)); }
 inline void tsan_release(const void* p) { __tsan_release(const_cast<void*>(p)); }
-// Accesses that the runtime makes for a kernel (ldmatrix) count as the kernel's, at the line which
-// called the runtime. Not while there is a `Quiet`.
+// Report accesses that the runtime makes for a kernel (ldmatrix) as the kernel's, at the line that
+// called the runtime. They are ignored while a `Quiet` exists.
 [[gnu::always_inline]] inline void note_read(const void* p, size_t n) {
   __tsan_read_range_pc(const_cast<void*>(p), n, __builtin_return_address(0));
 }
 [[gnu::always_inline]] inline void note_write(void* p, size_t n) {
   __tsan_write_range_pc(p, n, __builtin_return_address(0));
 }
-// Memory traffic of the runtime itself, seen through libc's interceptors, does not.
+// Hides the runtime's own accesses, which ThreadSanitizer sees through libc's interceptors.
 struct Quiet {
   Quiet() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
@@ -65,7 +65,7 @@ struct Quiet {
 };
 #endif
 
-// Where a fiber was when it last gave way.
+// Where a suspended fiber continues.
 struct Context {
   void* stack_pointer = nullptr;
 #ifdef EMULATOR_ASAN
@@ -83,7 +83,7 @@ struct Copies;  // of one thread, in async.cpp
 struct ThreadState : Thread {
   Context context;
   char* stack = nullptr;
-  const char* waiting = nullptr;  // for what, if it waits
+  const char* waiting = nullptr;  // what it waits for, if it waits
   const Site* site = nullptr;
   const void* operand = nullptr;  // of the warp operation that it waits in
   void* result = nullptr;
@@ -135,14 +135,14 @@ inline BlockState& block_of(Thread& thread) { return static_cast<BlockState&>(*t
 // Runs when all lanes of `mask` have arrived: reads operands[lane], writes results[lane].
 using WarpFunction = void (*)(const void* const operands[32], void* const results[32], u32 mask,
                               const void* shared_argument);
-// `kind` tells operations apart that must not meet each other.
+// `kind` distinguishes operations that must not be combined.
 void warp_operation(Thread&, const Site&, u32 mask, u32 kind, const void* operand, void* result,
                     WarpFunction, const void* shared_argument);
 
 [[noreturn, gnu::cold]] void fail(Thread&, const Site&, const std::string& text);
 
 u64 random_number();
-void progress();  // something happened that those who poll may wait for
+void progress();  // records that something changed that polling threads may wait for
 
 // async.cpp
 bool run_one_async_operation();  // false if there is none
