@@ -152,8 +152,8 @@ EVERY_SHAPE = [
     "T=2 B=10 I=16 h0 bias unfused",
     "T=11 B=2 I=3 h0",  # inputs are prefetched some steps ahead
     "T=11 B=2 I=16 descending",
-    "T=11 B=1 I=16 H=24 h0 bias plain",
-    "T=11 B=1 I=5 H=40 descending unfused plain",
+    "T=11 B=1 I=16 H=16 h0 bias plain",
+    "T=11 B=1 I=5 H=16 descending unfused plain",
     "sizes=4,3,3,1 I=3 h0 bias keep alpha apart",
     "sizes=5,5,2,1 I=16 h0 keep descending",
 ]
@@ -203,7 +203,7 @@ WAITING_WAYS = [
     (tile_of("mma_tf32"), 4),
 ]
 WAITING_SHAPES = [
-    "T=5 B=1 I=5 H=24 h0 bias plain",
+    "T=5 B=1 I=5 H=16 h0 bias plain",
     "T=4 B=9 I=5 h0 bias keep alpha",
     "sizes=11,9,3,1 I=3 h0 bias keep alpha apart",
     "sizes=11,9,3,1 I=16 h0 keep descending",
