@@ -46,6 +46,7 @@ TESTS = {
     "csrc/cpu/*": "recurrence numerics gradients threads",
     "csrc/epilogues.h": "recurrence gradients numerics derivatives",
     "csrc/cuda/plan.*": "plan_cuda explain",
+    "csrc/cuda/slices.cuh": "cuda_kernels",
     "csrc/cuda/*.cu*": "recurrence gradients",  # on the emulator, which takes minutes to build
     "csrc/bptt.cpp": "gradients ops vmap func derivatives arguments",
     "csrc/*": "arguments ops recurrence gradients modules",
@@ -355,7 +356,7 @@ class Copy:
         place.write_text(mutated)
         try:
             if mutant.file.endswith((".cu", ".cuh")):
-                return self.test("-k", "emulated:tiny", *tests)
+                return self.test("-k", "emulated:tiny or (emulated:kernels and slices)", *tests)
             tests = ["-k", "not emulated:", *tests]  # not the mark slow_emulated
             if mutant.file.endswith(".py"):
                 compile(mutated, mutant.file, "exec")
