@@ -13,8 +13,8 @@ constexpr int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
 // Throughput and latency of an SM, from public figures. An architecture without any gets those of
-// the RTX 4090 (8.9).
-// They serve to rank plans. How well they predict is measured on a GPU (bench/README.md).
+// the RTX 4090 (8.9). They serve to rank plans. How well they predict is measured on a GPU
+// (bench/README.md).
 struct Speeds {
   double fma_f64;      // multiplications per cycle in float64; in float32 they are 128
   double mma;          // cycles of a warp scheduler for an m16n8k16 in 16 bits, or m16n8k8 in TF32
