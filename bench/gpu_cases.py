@@ -288,16 +288,16 @@ class Run:
         w_ih, w_hh, b_ih, b_hh = problem.weights[:4]
         grad = problem.grad[..., : self.case.shape.H].contiguous()
         u = torch.nn.functional.linear(problem.x, w_ih, b_ih + b_hh)
-        walk = (None, None, None, "tanh", False)  # alpha, keep, batch_sizes
+        walk = (None, None, "tanh", "rate", False)  # reset, batch_sizes
 
         def forward() -> Any:
-            return _ops.activation(u, None, None, None, None, w_hh, *walk)
+            return _ops.activation(u, *[None] * 5, w_hh, None, None, *walk)
 
         def both() -> dict[str, list[float]]:
             h, *_ = forward()
 
             def backward() -> Any:
-                return _ops.adjoint(grad, None, None, h, w_hh, *walk, False, False)
+                return _ops.adjoint(grad, None, None, None, h, w_hh, None, *walk, False, False)
 
             return self.turns({FORWARD: forward, ALONE: backward})
 

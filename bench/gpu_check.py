@@ -339,7 +339,7 @@ class Jobs:
             self.tests("recurrence", "recurrence", "cuda:gpu", small),
             self.tests("numerics", "numerics", "cuda:gpu", "emulated:tiny:grid and ends"),
             self.tests(
-                "gradients", "gradients", "cuda:gpu", "emulated:tiny:block and match and keep"
+                "gradients", "gradients", "cuda:gpu", "emulated:tiny:block and match and reset"
             ),
             self.tests("bptt", "bptt"),
             self.tests("directions", "directions"),

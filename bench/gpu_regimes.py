@@ -52,15 +52,17 @@ def time_regimes(
     problem = Problem.random(
         shape, dtype, cell=False, grad_input=False, threads=1, device=device
     ).to(dtype)
-    walk = (None, None, None, "tanh", False)  # alpha, keep, batch_sizes
+    walk = (None, None, "tanh", "rate", False)  # reset, batch_sizes
 
     def forward() -> Any:
         w_ih, w_hh, b_ih, b_hh = problem.weights
-        return _ops.activation(problem.x, w_ih, b_ih, b_hh, None, w_hh, *walk)[:1]
+        x = problem.x
+        return _ops.activation(x, w_ih, b_ih, b_hh, None, None, w_hh, None, None, *walk)[:1]
 
     def backward(h: torch.Tensor) -> Any:
         w_hh = problem.weights[1]
-        return _ops.adjoint(problem.grad, None, None, h, w_hh, *walk, False, False)[:1]
+        grad = problem.grad
+        return _ops.adjoint(grad, None, None, None, h, w_hh, None, *walk, False, False)[:1]
 
     def measured(call: Callable[[], Any], truth: list[torch.Tensor]) -> dict[str, Any]:
         (error,) = distances(call(), truth)
@@ -121,7 +123,7 @@ def profiled(regime: str, emulated: bool) -> None:
     with torch.no_grad():
         for _ in range(2):
             h, *_ = _ops.activation(
-                problem.x, w_ih, b_ih, b_hh, None, w_hh, None, None, None, "tanh", False
+                problem.x, w_ih, b_ih, b_hh, None, None, w_hh, *[None] * 4, "tanh", "rate", False
             )
     finite = bool(h.isfinite().all())
     print("profiled", regime, " ".join(f"{name}={size}" for name, size in shape._asdict().items()))

@@ -29,9 +29,9 @@ Tensor product_of_rows(const Tensor& a, const Tensor& b) {
   return at::mm(rows(a).t(), rows(b));
 }
 
-// Zero where `keep` is false.
-Tensor kept(const Tensor& series, const OptionalTensor& keep) {
-  return keep ? at::where(keep->unsqueeze(-1), series, at::zeros_like(series)) : series;
+// Zero where `reset` is true.
+Tensor without_resets(const Tensor& series, const OptionalTensor& reset) {
+  return reset ? at::where(reset->unsqueeze(-1), at::zeros_like(series), series) : series;
 }
 
 // Copies batch_sizes, a CPU tensor, to the device of the series that it describes.
@@ -89,28 +89,30 @@ at::SymDimVector rows_like(const Tensor& series, const c10::SymInt& size) {
   return sizes;
 }
 
-// keep[t] series[t-1] for every t, the state that step t starts from; series[-1] is `first` (or 0).
-Tensor previous(const Tensor& series, const OptionalTensor& first, const OptionalTensor& keep,
+// series[t-1] for every t, or 0 where reset[t]: the state that step t starts from. series[-1] is
+// `first` (or 0).
+Tensor previous(const Tensor& series, const OptionalTensor& first, const OptionalTensor& reset,
                 const OptionalTensor& batch_sizes, bool reverse) {
-  check_first("first", first, check_series("series", series, keep, batch_sizes), series);
+  check_first("first", first, check_series("series", series, reset, batch_sizes), series);
   if (!batch_sizes) {
     const Tensor ends = (first ? *first : at::zeros_like(series.select(0, 0))).unsqueeze(0);
     // Not a conditional between two lists: g++ 12 destroys both when cat throws.
     const Tensor one = reverse ? series.slice(0, 1) : ends;
     const Tensor other = reverse ? ends : series.slice(0, 0, -1);
-    return kept(at::cat({one, other}), keep);
+    return without_resets(at::cat({one, other}), reset);
   }
   const auto [before, after, b] = neighbours(*batch_sizes, series, reverse);
   const Tensor ends = first ? *first : at::zeros_like(series.slice(0, 0, 1));
   const Tensor end = at::full_like(b, 1) * series.sym_size(0) + (first ? b : at::zeros_like(b));
-  return kept(at::cat({series, ends}).index_select(0, at::where(before < 0, end, before)), keep);
+  return without_resets(at::cat({series, ends}).index_select(0, at::where(before < 0, end, before)),
+                        reset);
 }
 
-// keep[t+1] series[t+1] for every t, 0 after the last: the transpose of `previous`.
-Tensor following(const Tensor& series, const OptionalTensor& keep,
+// series[t+1] for every t, or 0 where reset[t+1] and after the last: the transpose of `previous`.
+Tensor following(const Tensor& series, const OptionalTensor& reset,
                  const OptionalTensor& batch_sizes, bool reverse) {
-  check_series("series", series, keep, batch_sizes);
-  const Tensor masked = kept(series, keep);
+  check_series("series", series, reset, batch_sizes);
+  const Tensor masked = without_resets(series, reset);
   const Tensor zeros = at::zeros_like(masked.slice(0, 0, 1));
   if (!batch_sizes) {
     const Tensor one = reverse ? zeros : masked.slice(0, 1);
@@ -122,12 +124,13 @@ Tensor following(const Tensor& series, const OptionalTensor& keep,
   return at::cat({masked, zeros}).index_select(0, at::where(after < 0, end, after));
 }
 
-// keep[t] series[t] of each row's first step t, the step that starts from h0. `batch` is B.
-Tensor following_first(const Tensor& series, const OptionalTensor& keep,
+// series[t] of each row's first step t, the one that starts from h0, or 0 where reset[t]. `batch`
+// is B.
+Tensor following_first(const Tensor& series, const OptionalTensor& reset,
                        const OptionalTensor& batch_sizes, bool reverse, c10::SymInt batch) {
-  const c10::SymInt rows = check_series("series", series, keep, batch_sizes).value_or(batch);
+  const c10::SymInt rows = check_series("series", series, reset, batch_sizes).value_or(batch);
   TORCH_SYM_CHECK(batch.sym_eq(rows), "fusedrnn: batch must be ", rows, ", got ", batch);
-  const Tensor masked = kept(series, keep);
+  const Tensor masked = without_resets(series, reset);
   if (!batch_sizes) return masked.select(0, reverse ? -1 : 0);
   if (!reverse) return masked.slice_symint(0, 0, batch);
   const Tensor sizes = beside(*batch_sizes, series);
@@ -137,16 +140,16 @@ Tensor following_first(const Tensor& series, const OptionalTensor& keep,
   return masked.index_select(0, starts.index_select(0, lengths - 1) + b);
 }
 
-// Σ_t δ[t]ᵀ keep[t] series[t-1], the gradient of W_hh.
+// Σ_t δ[t]ᵀ previous[t], the gradient of W_hh.
 Tensor recurrent_product(const Tensor& delta, const Tensor& series, const OptionalTensor& first,
-                         const OptionalTensor& keep, const OptionalTensor& batch_sizes,
+                         const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                          bool reverse) {
-  const auto batch = check_series("series", series, keep, batch_sizes);
+  const auto batch = check_series("series", series, reset, batch_sizes);
   check_first("first", first, batch, series);
   check_rank("delta", delta, batch_sizes.has_value());
   check_like("delta", delta, rows_like(series, delta.sym_size(-1)), series);
-  if (keep || batch_sizes)
-    return product_of_rows(delta, previous(series, first, keep, batch_sizes, reverse));
+  if (reset || batch_sizes)
+    return product_of_rows(delta, previous(series, first, reset, batch_sizes, reverse));
   // The same, without copying the series.
   const Tensor deltas = rows(delta), states = rows(series);
   const c10::SymInt end = states.sym_size(0) - *batch;
@@ -158,69 +161,96 @@ Tensor recurrent_product(const Tensor& delta, const Tensor& series, const Option
   return at::addmm(product, others.t(), before);
 }
 
-using AdjointOp = std::tuple<Tensor, Tensor, Tensor>(const OptionalTensor&, const OptionalTensor&,
-                                                     const OptionalTensor&, const Tensor&,
-                                                     const Tensor&, const OptionalTensor&,
-                                                     const OptionalTensor&, const OptionalTensor&,
-                                                     c10::string_view, bool, bool, bool);
+using AdjointOp = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, c10::string_view, c10::string_view, bool, bool, bool);
 
 // Whether no derivative of the result can be requested: no grad mode, transform or dual tensor.
-bool is_final(const Tensor& saved, const Tensor& w_hh, const OptionalTensor& g,
-              const OptionalTensor& g_n) {
+bool is_final(const Tensor& saved, const Tensor& w_hh,
+              std::initializer_list<const OptionalTensor*> others) {
   const auto dual = [](const Tensor& t) { return t._fw_grad(0).defined(); };
-  return !c10::GradMode::is_enabled() &&
-         !c10::impl::tls_is_dispatch_key_included(
-             c10::DispatchKey::FuncTorchDynamicLayerBackMode) &&
-         !dual(saved) && !dual(w_hh) && !(g && dual(*g)) && !(g_n && dual(*g_n));
+  if (c10::GradMode::is_enabled() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+      dual(saved) || dual(w_hh))
+    return false;
+  for (const OptionalTensor* other : others)
+    if (*other && dual(**other)) return false;
+  return true;
 }
 
 // φ(z) from the `saved` of activation. The threshold of 40, above which softplus is z, makes it as
 // accurate as in epilogues.h.
-Tensor value_of(const Tensor& saved, c10::string_view nonlinearity) {
-  if (nonlinearity == "softplus") return at::softplus(saved, 1, 40);
-  return nonlinearity == "elu" ? at::elu(saved) : saved;
+Tensor value_of(const Tensor& saved, Nonlinearity nonlinearity) {
+  if (nonlinearity == Nonlinearity::softplus) return at::softplus(saved, 1, 40);
+  return nonlinearity == Nonlinearity::elu ? at::elu(saved) : saved;
 }
 
-// The gradients (those `wanted`) of activation's arguments x, w_ih, b_ih, b_hh, h0, w_hh and alpha,
-// from those of its results h, h_n and saved.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
-    const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& g_n, const Tensor& x,
-    const OptionalTensor& w_ih, const OptionalTensor& h0, const Tensor& w_hh,
-    const OptionalTensor& alpha, const OptionalTensor& keep, const OptionalTensor& batch_sizes,
-    const Tensor& h, const OptionalTensor& saved, c10::string_view nonlinearity, bool reverse,
-    std::array<bool, 7> wanted) {
+// The gradients (those `wanted`) of activation's arguments x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha
+// and q, from g, g_n and d or f: those of its results h and last, and, from that of `saved`, the
+// gradient of z (form rate) or of `saved` itself.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
+    const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& f,
+    const OptionalTensor& g_n, const Tensor& x, const OptionalTensor& w_ih,
+    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& h0,
+    const OptionalTensor& v0, const Tensor& w_hh, const OptionalTensor& alpha,
+    const OptionalTensor& reset, const OptionalTensor& batch_sizes, const Tensor& h,
+    const OptionalTensor& saved, c10::string_view nonlinearity_name, c10::string_view form_name,
+    bool reverse, std::array<bool, 9> wanted) {
   static const auto adjoint =
       c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::adjoint", "").typed<AdjointOp>();
-  const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, to_alpha] = wanted;
+  const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_v0, to_w_hh, to_alpha, to_q] = wanted;
+  const Nonlinearity nonlinearity = nonlinearity_named(nonlinearity_name);
+  const Form form = form_named(form_name);
   // Checks that `adjoint` does not do.
-  check_first("h0", h0, check_series("h", h, keep, batch_sizes), h);
+  const auto batch = check_series("h", h, reset, batch_sizes);
+  check_first("h0", h0, batch, h);
+  check_first("v0", v0, batch, h);
+  check_only_of_potential("v0", v0, form);
   check_rank("x", x, batch_sizes.has_value());
   check_like("x", x, rows_like(h, w_ih ? x.sym_size(-1) : h.sym_size(-1)), h);
   check_like("w_ih", w_ih, {h.sym_size(-1), x.sym_size(-1)}, h);
+  check_like("b_ih", b_ih, {h.sym_size(-1)}, h);
+  check_like("b_hh", b_hh, {h.sym_size(-1)}, h);
   check_like("saved", saved, h.sym_sizes(), h);
-  TORCH_CHECK(saved || !(alpha || saves_z(nonlinearity_named(nonlinearity))),
-              "fusedrnn: saved must be given with alpha, elu and softplus, got None");
+  const bool from_saved = saved && (saves_z(nonlinearity) || form == Form::rate);
+  TORCH_CHECK(
+      saved || !(saves_z(nonlinearity) || form == Form::potential || (form == Form::rate && alpha)),
+      "fusedrnn: saved must be given with alpha, elu, softplus and potential, got None");
   TORCH_CHECK(w_ih || !to_w_ih, "fusedrnn: w_ih must be given for its gradient, got None");
   TORCH_CHECK(alpha || !to_alpha, "fusedrnn: alpha must be given for its gradient, got None");
-  const auto [delta, dh0, a] = [&] {
+  const Tensor slope_of = from_saved ? *saved : h;
+  const auto [delta, dh0, dv0, a, y] = [&] {
     // The Autograd kernel is in Python and costs 5 us, so it is skipped when it would do nothing.
     std::optional<at::AutoDispatchBelowAutograd> below;
-    if (is_final(saved ? *saved : h, w_hh, g, g_n)) below.emplace();
-    return adjoint.call(g, d, g_n, saved ? *saved : h, w_hh, alpha, keep, batch_sizes, nonlinearity,
-                        reverse, to_h0, to_alpha);
+    if (is_final(slope_of, w_hh, {&g, &d, &f, &g_n})) below.emplace();
+    return adjoint.call(g, d, f, g_n, slope_of, w_hh, alpha, reset, batch_sizes, nonlinearity_name,
+                        form_name, reverse, to_h0 || to_v0, to_alpha || to_q);
   }();
   Tensor dx, dw_ih, db, dw_hh, dalpha;
   if (to_x) dx = w_ih ? at::matmul(delta, *w_ih) : delta;
   if (to_w_ih) dw_ih = product_of_rows(delta, x);
   if (to_b_ih || to_b_hh) db = rows(delta).sum(0);
-  if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, keep, batch_sizes, reverse);
+  if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, reset, batch_sizes, reverse);
   if (to_alpha) {
-    const Tensor phi = value_of(*saved, nonlinearity);
-    dalpha = rows(a * (phi - previous(h, h0, keep, batch_sizes, reverse))).sum(0);
+    const Tensor before = previous(h, h0, reset, batch_sizes, reverse);
+    Tensor k = before, leaked;  // the state is (1 - α) k + α leaked
+    if (form == Form::rate) {
+      leaked = value_of(*saved, nonlinearity);
+    } else {
+      leaked = (w_ih ? at::matmul(x, w_ih->t()) : x) + at::matmul(before, w_hh.t());
+      if (b_ih) leaked = leaked + *b_ih;
+      if (b_hh) leaked = leaked + *b_hh;
+      if (form == Form::potential) k = previous(*saved, v0, reset, batch_sizes, reverse);
+    }
+    dalpha = a * (leaked - k);
+    if (alpha->dim() == 1) dalpha = rows(dalpha).sum(0);
   }
   // Return separate tensors, because callers may scale gradients in place.
   const Tensor db_hh = !to_b_hh ? Tensor() : to_b_ih ? db.clone() : db;
-  return {dx, dw_ih, to_b_ih ? db : Tensor(), db_hh, to_h0 ? dh0 : Tensor(), dw_hh, dalpha};
+  return {
+      dx,    dw_ih,  to_b_ih ? db : Tensor(), db_hh, to_h0 ? dh0 : Tensor(), to_v0 ? dv0 : Tensor(),
+      dw_hh, dalpha, to_q ? a : Tensor()};
 }
 
 void implement(torch::Library& m) {

@@ -19,13 +19,23 @@ namespace fusedrnn {
 constexpr const char* kNonlinearityNames[kNonlinearities] = {
     "tanh", "relu", "identity", "sigmoid", "softplus", "retanh", "hardtanh", "leaky_relu", "elu"};
 
-inline Nonlinearity nonlinearity_named(c10::string_view name) {
-  for (int i = 0; i < kNonlinearities; ++i)
-    if (name == kNonlinearityNames[i]) return Nonlinearity(i);
+constexpr const char* kFormNames[kForms] = {"rate", "potential", "inside"};
+
+template <size_t N>
+int index_of(c10::string_view name, const char* const (&names)[N], const char* what) {
   std::string all;
-  for (const char* known : kNonlinearityNames) all += std::string(all.empty() ? "" : ", ") + known;
-  TORCH_CHECK_VALUE(false, "Unknown nonlinearity '", name, "'. Select from ", all, ".");
+  for (size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return int(i);
+    all += std::string(i ? ", " : "") + names[i];
+  }
+  TORCH_CHECK_VALUE(false, "Unknown ", what, " '", name, "'. Select from ", all, ".");
 }
+
+inline Nonlinearity nonlinearity_named(c10::string_view name) {
+  return Nonlinearity(index_of(name, kNonlinearityNames, "nonlinearity"));
+}
+
+inline Form form_named(c10::string_view name) { return Form(index_of(name, kFormNames, "form")); }
 
 // The sizes of a sequence: x is [T, B, size], or packed [N, size] with batch_sizes [T].
 struct Sizes {
@@ -102,23 +112,30 @@ inline void check_like(const char* name, const std::optional<at::Tensor>& tensor
   if (tensor) check_like(name, *tensor, sizes, like);
 }
 
-// keep has one element per row of `series`.
-inline void check_keep(const std::optional<at::Tensor>& keep, const at::Tensor& series) {
-  if (!keep) return;
-  check_device("keep", *keep, series);
-  TORCH_CHECK(keep->scalar_type() == at::kBool, "fusedrnn: keep must be bool, got ",
-              keep->scalar_type());
-  check_sizes("keep", *keep, series.sym_sizes().slice(0, series.dim() - 1));
+// reset has one element per row of `series`.
+inline void check_reset(const std::optional<at::Tensor>& reset, const at::Tensor& series) {
+  if (!reset) return;
+  check_device("reset", *reset, series);
+  TORCH_CHECK(reset->scalar_type() == at::kBool, "fusedrnn: reset must be bool, got ",
+              reset->scalar_type());
+  check_sizes("reset", *reset, series.sym_sizes().slice(0, series.dim() - 1));
+}
+
+inline void check_only_of_potential(const char* name, const std::optional<at::Tensor>& tensor,
+                                    Form form) {
+  TORCH_CHECK(!tensor || form == Form::potential, "fusedrnn: ", name,
+              " must be None unless the form is potential");
 }
 
 // Each alpha must be in [0, 1]. Checked only on the CPU: reading values from another device would
 // synchronise with it.
 inline void check_alpha(const std::optional<at::Tensor>& alpha) {
   if (!alpha || !alpha->is_cpu()) return;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, alpha->scalar_type(), "alpha", [&] {
-    const scalar_t* values = alpha->const_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < alpha->size(0); ++i) {
-      const auto value = double(values[i * alpha->stride(0)]);
+  const at::Tensor all = alpha->reshape(-1);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, all.scalar_type(), "alpha", [&] {
+    const scalar_t* values = all.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < all.size(0); ++i) {
+      const auto value = double(values[i * all.stride(0)]);
       TORCH_CHECK_VALUE(value >= 0 && value <= 1, "fusedrnn: alpha must be in [0, 1], got ",
                         std::setprecision(std::numeric_limits<scalar_t>::max_digits10), value);
     }
@@ -132,14 +149,14 @@ inline bool is_readable(const at::Tensor& tensor) {
          c10::DispatchKeySet(c10::DispatchKey::CPU);
 }
 
-// check_sequence and check_keep for the composite ops (bptt.cpp), whose tensors may be fake,
+// check_sequence and check_reset for the composite ops (bptt.cpp), whose tensors may be fake,
 // wrapped or batched and may have symbolic sizes. Returns B, or nullopt if B is in a batch_sizes
 // whose values cannot be read.
 inline std::optional<c10::SymInt> check_series(const char* name, const at::Tensor& series,
-                                               const std::optional<at::Tensor>& keep,
+                                               const std::optional<at::Tensor>& reset,
                                                const std::optional<at::Tensor>& batch_sizes) {
   check_rank(name, series, batch_sizes.has_value());
-  check_keep(keep, series);
+  check_reset(reset, series);
   if (!batch_sizes) {
     TORCH_SYM_CHECK(series.sym_size(0).sym_gt(0),
                     "Expected sequence length to be larger than 0 in RNN");

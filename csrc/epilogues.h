@@ -2,8 +2,22 @@
 // provides its V with operators, comparisons, select(), fma(), tanh(), exp() and expm1(). Include
 // this file after the headers of the engine, so that V's functions are found.
 //
-// Notation: φ the nonlinearity, z the pre-activation, α the leak, k the state that a step starts
-// from (h[t-1], or 0 where keep is false), p = α φ'(z) the gate.
+// Notation: φ the nonlinearity, α the leak, k the state that a step starts from (that of step t-1,
+// or 0 where reset is true), z = u + e Wᵀ the input of a unit, where e is what k sends to others.
+//
+//   form       state                             sends
+//   rate       h = (1 - α) k + α φ(z) + q        h
+//   potential  v = (1 - α) k + α z + q           h = φ(v)
+//   inside     h = φ((1 - α) k + α z + q)        h
+//
+// The derivatives of all forms are one linear recurrence and its transpose:
+//
+//   tangent    m = w + e' Wᵀ       s = q + (1 - α) k + P m       e = r + R s
+//   adjoint    y = g + δ' W        a = f + (1 - α) a' + R y      δ = d + P a
+//
+// where the prime stands for the step before in the order in which steps run; k is s', with the
+// form inside e', whose adjoint adds (1 - α) a' to y. P = α φ'(z) and R = 1 with the form rate,
+// where s = e and r = f = 0; P = α and R = φ' with the others.
 #pragma once
 
 #include "recurrence.h"
@@ -16,10 +30,11 @@
 
 namespace fusedrnn {
 
-// Nonlinearities. The slope φ'(z) is computed from the value that the forward pass saves. That is
-// φ(z), which without a leak is the output itself. With saves_z it is z, for nonlinearities whose
-// rounded φ(z) loses the slope: elu'(z) = e^z = φ(z) + 1 where φ(z) has become -1; softplus in f16
-// where φ(z) has become 0. NaN propagates, as in torch.
+// Nonlinearities. The slope φ' is computed from the value of φ, which is the output h, except with
+// the form rate and a leak or q, where the forward pass saves φ(z). With saves_z the slope is
+// computed from the argument of φ, which is then saved, for nonlinearities whose rounded value
+// loses the slope: elu'(z) = e^z = φ(z) + 1 where φ(z) has become -1; softplus in f16 where φ(z)
+// has become 0. NaN propagates, as in torch.
 struct Tanh {
   static constexpr bool saves_z = false;
   template <class V>
@@ -161,35 +176,50 @@ FUSEDRNN_INLINE V leftover(V alpha, V k) {
   return select(alpha == V(1), V(-0.0), (V(1) - alpha) * k);
 }
 
-// h = (1 - α) k + α φ(z), and the value saved for the slope. The form k + α (φ(z) - k) has one
-// product less, but cancels where k is large, and overflows.
-template <class F, class V>
-FUSEDRNN_INLINE void activation(F f, V z, V k, bool leaky, V alpha, V& h, V& saved) {
-  const V phi = f.value(z);
-  h = leaky ? leftover(alpha, k) + alpha * phi : phi;
-  saved = f.saves_z ? z : phi;
+// Computes the state, what it sends, and the value saved for the slope. `rate` is whether the form
+// is rate; the two others are selected at run time. The expression k + α (φ(z) - k) has one product
+// less, but cancels where k is large, and overflows.
+template <bool rate, class F, class V>
+FUSEDRNN_INLINE void activation(F f, bool potential, V z, V q, V k, bool leaky, V alpha, V& state,
+                                V& h, V& saved) {
+  if constexpr (rate) {
+    const V phi = f.value(z);
+    state = h = (leaky ? leftover(alpha, k) + alpha * phi : phi) + q;
+    saved = f.saves_z ? z : phi;
+  } else {
+    saved = (leaky ? leftover(alpha, k) + alpha * z : z) + q;
+    h = f.value(saved);
+    state = potential ? saved : h;
+  }
 }
 
-// p = α φ'(z)
-template <class F, class V>
-FUSEDRNN_INLINE V gate(F f, V saved, bool leaky, V alpha) {
-  return leaky ? alpha * f.slope(saved) : f.slope(saved);
-}
-
-// m = w + k Wᵀ,  λ = q + p m + (1 - α) k    (acc is k Wᵀ; here k is λ[t-1], or 0)
-template <class V>
-FUSEDRNN_INLINE void tangent(V acc, V w, V q, V p, V k, bool leaky, V alpha, V& lambda, V& m) {
+// acc is e' Wᵀ.
+template <bool rate, class F, class V>
+FUSEDRNN_INLINE void tangent(F f, bool potential, V acc, V w, V q, V r, V saved, V k, bool leaky,
+                             V alpha, V& state, V& e, V& m, V& s) {
+  const V slope = f.slope(saved);
   m = w + acc;
-  lambda = q + p * m;
-  if (leaky) lambda = lambda + leftover(alpha, k);
+  s = q + (rate ? (leaky ? alpha * slope : slope) * m : leaky ? alpha * m : m);
+  if (leaky) s = s + leftover(alpha, k);
+  e = rate ? s : r + slope * s;
+  state = potential ? s : e;
 }
 
-// a = g + carry + δ' W,  δ = d + p a,  carry = (1 - α) a, which is 0 without a leak
-// (acc is δ' W; δ' and the carry come from step t+1 and are 0 where its keep is false)
-template <class V>
-FUSEDRNN_INLINE void adjoint(V acc, V g, V d, V p, V& carry, bool leaky, V alpha, V& a, V& delta) {
-  a = g + (carry + acc);
-  delta = d + p * a;
+// acc is δ' W. The carry, (1 - α) a, is 0 without a leak; both come from the step before in the
+// order in which steps run, and are 0 where that step is a reset.
+template <bool rate, class F, class V>
+FUSEDRNN_INLINE void adjoint(F f, bool potential, V acc, V g, V d, V from, V saved, V& carry,
+                             bool leaky, V alpha, V& delta, V& a, V& y) {
+  y = g + (!rate && potential ? acc : carry + acc);
+  const V slope = f.slope(saved);
+  if constexpr (rate) {
+    a = y;
+    delta = d + (leaky ? alpha * slope : slope) * a;
+  } else {
+    a = from + slope * y;
+    if (potential) a = a + carry;
+    delta = d + (leaky ? alpha * a : a);
+  }
   if (leaky) carry = leftover(alpha, a);
 }
 

@@ -34,18 +34,19 @@ inline std::optional<Storage> storage_of(at::ScalarType type) {
 class Call {
  public:
   Call(Pass pass, const Tensor& like, at::ScalarType dtype, const Sizes& sizes, int64_t H,
-       const Tensor& w_hh, const OptionalTensor& alpha, const OptionalTensor& keep,
-       const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool descending)
+       const Tensor& w_hh, const OptionalTensor& alpha, const OptionalTensor& reset,
+       const OptionalTensor& batch_sizes, c10::string_view nonlinearity, c10::string_view form,
+       bool descending)
       : like(like), dtype_(dtype), sizes_(sizes), packed_(batch_sizes) {
     const std::optional<Storage> storage = storage_of(dtype);
     TORCH_CHECK_TYPE(
         storage, "fusedrnn: the engine computes in float32, float64, bfloat16 and float16, got ",
         dtype);
     check_like("w_hh", w_hh, {H, H}, like);
-    check_like("alpha", alpha, {H}, like);
-    check_keep(keep, like);
+    check_reset(reset, like);
     problem.pass = pass;
     problem.nonlinearity = nonlinearity_named(nonlinearity);
+    problem.form = form_named(form);
     problem.storage = *storage;
     problem.T = sizes.T;
     problem.B = sizes.B;
@@ -53,9 +54,12 @@ class Call {
     problem.H = H;
     problem.descending = descending;
     if (packed_) problem.batch_sizes = batch_sizes->const_data_ptr<int64_t>();
-    if (keep) problem.keep = static_cast<const bool*>(hold(keep->contiguous()));
+    if (reset) problem.reset = static_cast<const bool*>(hold(reset->contiguous()));
     problem.w_hh = matrix(dense(w_hh), problem.w_hh_row);
-    problem.alpha = vector("alpha", alpha);
+    if (alpha && alpha->dim() == 1)
+      problem.alpha = {const_cast<void*>(vector("alpha", alpha)), 0, 0};
+    else
+      problem.alpha = series("alpha", alpha);
   }
 
   // From an optional [T, B, H] tensor.
@@ -70,6 +74,12 @@ class Call {
     if (!tensor) return {};
     check_like(name, *tensor, {sizes_.B, problem.H}, like);
     return states(dense(*tensor));
+  }
+
+  // From an optional [B, H] tensor that only the form "potential" has.
+  States potentials(const char* name, const OptionalTensor& tensor) {
+    check_only_of_potential(name, tensor, problem.form);
+    return states(name, tensor);
   }
 
   // From an optional [H] tensor.
@@ -163,17 +173,16 @@ class Call {
 //   static void run(Call&)                           called only if B and H are at least 1
 template <class Engine>
 struct Ops {
-  using Results = std::tuple<Tensor, Tensor, Tensor>;
-
-  static Results activation(const Tensor& x, const OptionalTensor& w_ih, const OptionalTensor& b_ih,
-                            const OptionalTensor& b_hh, const OptionalTensor& h0,
-                            const Tensor& w_hh, const OptionalTensor& alpha,
-                            const OptionalTensor& keep, const OptionalTensor& batch_sizes,
-                            c10::string_view nonlinearity, bool reverse) {
+  static std::tuple<Tensor, Tensor, Tensor> activation(
+      const Tensor& x, const OptionalTensor& w_ih, const OptionalTensor& b_ih,
+      const OptionalTensor& b_hh, const OptionalTensor& h0, const OptionalTensor& v0,
+      const Tensor& w_hh, const OptionalTensor& alpha, const OptionalTensor& q,
+      const OptionalTensor& reset, const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
+      c10::string_view form, bool reverse) {
     const Sizes sizes = check_sequence("x", x, batch_sizes);
     TORCH_CHECK(w_hh.dim() == 2, "fusedrnn: w_hh must be [H, H], got ", w_hh.sizes());
-    Call call(Pass::activation, x, Engine::dtype(x), sizes, w_hh.size(0), w_hh, alpha, keep,
-              batch_sizes, nonlinearity, reverse);
+    Call call(Pass::activation, x, Engine::dtype(x), sizes, w_hh.size(0), w_hh, alpha, reset,
+              batch_sizes, nonlinearity, form, reverse);
     check_alpha(alpha);
     Problem& p = call.problem;
     if (w_ih) {
@@ -183,31 +192,54 @@ struct Ops {
     }
     p.b_ih = call.vector("b_ih", b_ih);
     p.b_hh = call.vector("b_hh", b_hh);
+    p.in[1] = call.series("q", q);
     p.first = call.states("h0", h0);
-    const Tensor h = call.to(p.out[0]), h_n = call.to(p.last);
-    const Tensor saved = call.to(p.out[1], alpha.has_value() || saves_z(p.nonlinearity));
-    return run(call, h, h_n, saved);
+    p.first_carry = call.potentials("v0", v0);
+    const Tensor h = call.to(p.out[0]), last = call.to(p.last);
+    // From h or from `saved`, backward computes the slope. The potential is always returned.
+    const bool h_is_phi = p.form != Form::rate || !(alpha || q);
+    const Tensor saved =
+        call.to(p.out[1], saves_z(p.nonlinearity) || p.form == Form::potential || !h_is_phi);
+    run(call);
+    return {call.returned(h), call.returned(last), call.returned(saved)};
   }
 
-  static Results tangent(const OptionalTensor& w, const OptionalTensor& q, const OptionalTensor& s0,
-                         const Tensor& saved, const Tensor& w_hh, const OptionalTensor& alpha,
-                         const OptionalTensor& keep, const OptionalTensor& batch_sizes,
-                         c10::string_view nonlinearity, bool reverse, bool full) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> tangent(
+      const OptionalTensor& w, const OptionalTensor& q, const OptionalTensor& r,
+      const OptionalTensor& s0, const OptionalTensor& v0, const Tensor& saved, const Tensor& w_hh,
+      const OptionalTensor& alpha, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
+      c10::string_view nonlinearity, c10::string_view form, bool reverse, bool full) {
     const Sizes sizes = check_sequence("saved", saved, batch_sizes);
-    Call call(Pass::tangent, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, keep,
-              batch_sizes, nonlinearity, reverse);
-    return linear(call, {"w", "q", "s0"}, w, q, s0, saved, true, full);
+    Call call(Pass::tangent, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, reset,
+              batch_sizes, nonlinearity, form, reverse);
+    take(call, {"w", "q", "r"}, {w, q, r}, saved);
+    Problem& p = call.problem;
+    p.first = call.states("s0", s0);
+    p.first_carry = call.potentials("v0", v0);
+    const Tensor e = call.to(p.out[0]), last = call.to(p.last), m = call.to(p.out[1], full);
+    const Tensor s = call.to(p.out[2], full && p.form != Form::rate);
+    run(call);
+    return {call.returned(e), call.returned(last), call.returned(m), call.returned(s)};
   }
 
-  static Results adjoint(const OptionalTensor& g, const OptionalTensor& d,
-                         const OptionalTensor& g_n, const Tensor& saved, const Tensor& w_hh,
-                         const OptionalTensor& alpha, const OptionalTensor& keep,
-                         const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
-                         bool reverse, bool to_h0, bool full) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adjoint(
+      const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& f,
+      const OptionalTensor& g_n, const Tensor& saved, const Tensor& w_hh,
+      const OptionalTensor& alpha, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
+      c10::string_view nonlinearity, c10::string_view form, bool reverse, bool to_h0, bool full) {
     const Sizes sizes = check_sequence("saved", saved, batch_sizes);
-    Call call(Pass::adjoint, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, keep,
-              batch_sizes, nonlinearity, !reverse);
-    return linear(call, {"g", "d", "g_n"}, g, d, g_n, saved, to_h0, full);
+    Call call(Pass::adjoint, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, reset,
+              batch_sizes, nonlinearity, form, !reverse);
+    take(call, {"g", "d", "f"}, {g, d, f}, saved);
+    Problem& p = call.problem;
+    p.first = call.states("g_n", g_n);
+    const Tensor delta = call.to(p.out[0]), dh0 = call.to(p.last, to_h0);
+    const Tensor dv0 = call.to(p.last_carry, to_h0 && p.form == Form::potential);
+    const Tensor a = call.to(p.out[1], full);
+    const Tensor y = call.to(p.out[2], full && p.form != Form::rate);
+    run(call);
+    return {call.returned(delta), call.returned(dh0), call.returned(dv0), call.returned(a),
+            call.returned(y)};
   }
 
   static void add_to(torch::Library& library) {
@@ -217,23 +249,17 @@ struct Ops {
   }
 
  private:
-  // The common part of tangent and adjoint, which are transposes of each other.
-  static Results linear(Call& call, std::array<const char*, 3> names, const OptionalTensor& in,
-                        const OptionalTensor& other, const OptionalTensor& first,
-                        const Tensor& saved, bool with_last, bool full) {
+  static void take(Call& call, std::array<const char*, 3> names,
+                   std::array<OptionalTensor, 3> series, const Tensor& saved) {
     Problem& p = call.problem;
-    p.in[0] = call.series(names[0], in);
-    p.in[1] = call.series(names[1], other);
+    TORCH_CHECK(p.form != Form::rate || !series[2], "fusedrnn: ", names[2],
+                " must be None with the form rate");
+    for (size_t i = 0; i < 3; ++i) p.in[i] = call.series(names[i], series[i]);
     p.gate = call.series("saved", saved);
-    p.first = call.states(names[2], first);
-    const Tensor out = call.to(p.out[0]), last = call.to(p.last, with_last);
-    const Tensor second = call.to(p.out[1], full);
-    return run(call, out, last, second);
   }
 
-  static Results run(Call& call, const Tensor& a, const Tensor& b, const Tensor& c) {
+  static void run(Call& call) {
     if (!call.is_empty()) Engine::run(call);
-    return {call.returned(a), call.returned(b), call.returned(c)};
   }
 };
 

@@ -11,11 +11,15 @@
 namespace fusedrnn {
 
 // Which recurrence runs (the formulas: epilogues.h).
-//   activation  h    from x (or u): the forward pass
-//   tangent     λ    from w, q: the derivative of activation in a direction
-//   adjoint     a, δ from g, d: BPTT, the transpose of tangent
+//   activation  h        from x (or u), q: the forward pass
+//   tangent     e, m, s  from w, q, r: the derivative of activation in a direction
+//   adjoint     δ, a, y  from g, d, f: BPTT, the transpose of tangent
 enum class Pass { activation, tangent, adjoint };
 constexpr int kPasses = 3;
+
+// What the state is, and where the leak acts (epilogues.h).
+enum class Form { rate, potential, inside };
+constexpr int kForms = 3;
 
 // In the order of kNonlinearityNames (checks.h) and of the list in epilogues.h.
 enum class Nonlinearity {
@@ -64,27 +68,36 @@ struct States {
 struct Problem {
   Pass pass;
   Nonlinearity nonlinearity;
+  Form form;
   Storage storage;
   int64_t T, B, I, H;                    // I = 0: no input product
   bool descending;                       // t runs from T-1 down to 0
   const int64_t* batch_sizes = nullptr;  // [T], never rising; optional
-  const bool* keep = nullptr;            // [T, B] or packed [N], dense; optional. false: step t
+  const bool* reset = nullptr;           // [T, B] or packed [N], dense; optional. true: step t
                                          // starts from 0 instead of from step t-1
 
   const void* w_hh;
   int64_t w_hh_row;
   const void* w_ih = nullptr;  // activation only, with I > 0
   int64_t w_ih_row = 0;
-  const void* b_ih = nullptr;   // [H], optional
-  const void* b_hh = nullptr;   // [H], optional
-  const void* alpha = nullptr;  // [H], the leak, optional (1)
+  const void* b_ih = nullptr;  // [H], optional
+  const void* b_hh = nullptr;  // [H], optional
 
   Series x;       // activation: [T, B, I], with I > 0
-  Series in[2];   // activation: u, -    tangent: w, q    adjoint: g, d     optional
+  Series in[3];   // activation: u, q, -     tangent: w, q, r   adjoint: g, d, f   optional
   Series gate;    // tangent, adjoint: `saved` of activation, or h if `saved` is empty
-  Series out[2];  // activation: h, saved   tangent: λ, m         adjoint: δ, a   second optional
-  States first;   // state before the first step: h0, λ0; adjoint: ∂L/∂h_n      optional (0)
-  States last;    // each row's state after its last step; adjoint: ∂L/∂h0      optional
+  Series alpha;   // the leak, optional (1); steps and rows 0 elements apart: one [H] for all
+  Series out[3];  // activation: h, saved, - tangent: e, m, s   adjoint: δ, a, y   optional but 0
+  // What the first step multiplies: h0 (potential: φ(v0)), and its tangent. Optional (0).
+  // Adjoint: the gradient of `last`.
+  States first;
+  States first_carry;  // potential, activation and tangent: v0. Optional (0)
+  // Each row's state after its last step (potential: v). Adjoint: the gradient of `first`. Optional
+  States last;
+  States last_carry;  // potential, adjoint: the gradient of `first_carry`. Optional
+
+  // Whether each step and row has an alpha of its own.
+  constexpr bool alpha_varies() const { return alpha.data && alpha.row != 0; }
 };
 
 }  // namespace fusedrnn

@@ -92,14 +92,16 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
 
 
 @torch.library.register_fake("fusedrnn::activation")
-def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, q, reset, batch_sizes, nonlinearity, form, reverse
+):
     if torch.onnx.is_in_onnx_export():  # its own error only reports an unknown op
-        onnx.check(alpha, keep, batch_sizes, nonlinearity)
+        onnx.check(alpha, q, reset, batch_sizes, nonlinearity, form)
         raise NotImplementedError(
             "fusedrnn: torch.onnx.export cannot translate a program that torch.export made; "
             "call its run_decompositions(fusedrnn.onnx.decompositions()) first"
         )
-    _check_devices(x, batch_sizes, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep)
+    _check_devices(x, batch_sizes, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, q, reset)
     size = w_hh.size(0)
     rows: Any = x.shape[:-1]
     if batch_sizes is not None and batch_sizes.dtype != torch.int64:
@@ -107,26 +109,38 @@ def _(x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, rev
         # floating-point batch_sizes and data with T rows. From here on the number of rows is N.
         rows = (torch.library.get_ctx().new_dynamic_size(),)
     h = x.new_empty((*rows, size))
-    h_n = x.new_empty((_batch(h0, x, batch_sizes), size))
-    saves = alpha is not None or nonlinearity in _C.saving_z
-    return h, h_n, torch.empty_like(h) if saves else x.new_empty(0)
+    last = x.new_empty((_batch(h0, x, batch_sizes), size))
+    h_is_phi = form != "rate" or (alpha is None and q is None)
+    saves = nonlinearity in _C.saving_z or form == "potential" or not h_is_phi
+    return h, last, torch.empty_like(h) if saves else x.new_empty(0)
 
 
 @torch.library.register_fake("fusedrnn::tangent")
-def _(w, q, s0, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, full):  # type: ignore[no-untyped-def]
-    _check_devices(saved, batch_sizes, w, q, s0, w_hh, alpha, keep)
-    s_n = saved.new_empty((_batch(s0, saved, batch_sizes), saved.size(-1)))
-    return saved.new_empty(saved.shape), s_n, saved.new_empty(saved.shape if full else 0)
+def _(  # type: ignore[no-untyped-def]
+    w, q, r, s0, v0, saved, w_hh, alpha, reset, batch_sizes, nonlinearity, form, reverse, full
+):
+    _check_devices(saved, batch_sizes, w, q, r, s0, v0, w_hh, alpha, reset)
+    last = saved.new_empty((_batch(s0, saved, batch_sizes), saved.size(-1)))
+    m, s = full, full and form != "rate"
+    return (
+        saved.new_empty(saved.shape),
+        last,
+        *(saved.new_empty(saved.shape if wanted else 0) for wanted in (m, s)),
+    )
 
 
 @torch.library.register_fake("fusedrnn::adjoint")
-def _(g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, full):  # type: ignore[no-untyped-def]
-    _check_devices(saved, batch_sizes, g, d, g_n, w_hh, alpha, keep)
-    to_first = (_batch(g_n, saved, batch_sizes), saved.size(-1)) if to_h0 else (0,)
+def _(  # type: ignore[no-untyped-def]
+    g, d, f, g_n, saved, w_hh, alpha, reset, batch_sizes, nonlinearity, form, reverse, to_h0, full
+):
+    _check_devices(saved, batch_sizes, g, d, f, g_n, w_hh, alpha, reset)
+    states = (_batch(g_n, saved, batch_sizes), saved.size(-1)) if to_h0 else (0,)
+    a, y = full, full and form != "rate"
     return (
         saved.new_empty(saved.shape),
-        saved.new_empty(to_first),
-        saved.new_empty(saved.shape if full else 0),
+        saved.new_empty(states),
+        saved.new_empty(states if form == "potential" else 0),
+        *(saved.new_empty(saved.shape if wanted else 0) for wanted in (a, y)),
     )
 
 
@@ -134,11 +148,16 @@ def _(g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, t
 
 
 @register_flop_formula(torch.ops.fusedrnn.activation)
-def _(x, w_ih, b_ih, b_hh, h0, w_hh, *_, **__):  # type: ignore[no-untyped-def]
+def _(x, w_ih, b_ih, b_hh, h0, v0, w_hh, *_, **__):  # type: ignore[no-untyped-def]
     size, inputs = w_hh[0], 0 if w_ih is None else w_ih[1]
     return 2 * math.prod(x[:-1]) * size * (inputs + size)
 
 
-@register_flop_formula([torch.ops.fusedrnn.tangent, torch.ops.fusedrnn.adjoint])
-def _(first, second, states, saved, w_hh, *_, **__):  # type: ignore[no-untyped-def]
-    return 2 * math.prod(saved) * w_hh[0]
+@register_flop_formula(torch.ops.fusedrnn.tangent)
+def _(w, q, r, s0, v0, saved, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(saved) * saved[-1]
+
+
+@register_flop_formula(torch.ops.fusedrnn.adjoint)
+def _(g, d, f, g_n, saved, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(saved) * saved[-1]

@@ -1,19 +1,21 @@
 """Derivatives of the engine's ops: hand-written backpropagation through time and all others.
 
-The engine has three ops (formulas in ``csrc/epilogues.h``). ``k[t] = keep[t] * h[t-1]`` is the
-state that step t starts from, and ``p = alpha * phi'(z)`` is its gate:
+The engine has three ops. ``activation`` is the forward pass in one of three forms, ``tangent`` its
+directional derivative, ``adjoint`` the transpose of ``tangent``. The last two are the same linear
+recurrence for all forms (``csrc/epilogues.h``). ``'`` stands for the step before in the order in
+which steps run, and for zeros where it is separated by a reset:
 
-    activation  z[t] = u[t] + k[t] @ W.T
-                h[t] = (1 - alpha) k[t] + alpha phi(z[t])
-    tangent     m[t] = w[t] + k[t] @ W.T                      (here k[t] = keep[t] * s[t-1])
-                s[t] = q[t] + p[t] m[t] + (1 - alpha) k[t]
-    adjoint     a[t] = g[t] + keep[t+1] ((1 - alpha) a[t+1] + delta[t+1] @ W)
-                delta[t] = d[t] + p[t] a[t]
+    tangent    m = w + e' @ W.T      s = q + (1 - alpha) k + P m          e = r + R s
+    adjoint    y = g + delta' @ W    a = f + (1 - alpha) a' + R y         delta = d + P a
 
-``tangent`` is the directional derivative of ``activation``; ``adjoint`` is the transpose of
-``tangent``. Both are linear in their driving inputs, so their own derivatives need only these two
-ops again. Three ops therefore give derivatives of every order in both modes. Everything that is not
-a recurrence is a GEMM over all rows or elementwise: plain torch code, which is differentiable
+    form       P                R            k
+    rate       alpha phi'(z)    1            s'       (s = e, so r and f are not used)
+    potential  alpha            phi'(v)      s'
+    inside     alpha            phi'         e'       ((1 - alpha) a' is added to y, not to a)
+
+They are linear in their driving inputs, so their own derivatives need only these two ops again.
+Three ops therefore give derivatives of every order in both modes. Everything that is not a
+recurrence is a GEMM over all rows or elementwise: plain torch code, which is differentiable
 already.
 """
 
@@ -35,7 +37,7 @@ from ._C import forward_mode, saving_z
 from .streams import transformed
 
 Gradients = tuple[Tensor | None, ...]
-Walk = tuple[Tensor | None, Tensor | None, bool]  # keep, batch_sizes, reverse
+Walk = tuple[Tensor | None, Tensor | None, bool]  # reset, batch_sizes, reverse
 
 
 def _where_positive(h: Tensor, yes: Tensor, no: float) -> Tensor:
@@ -187,11 +189,15 @@ class FusedRNN(_Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, w_ih, _, _, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = inputs
+        *tensors, nonlinearity, form, reverse = inputs
         h, _, saved = output
-        saves = alpha is not None or nonlinearity in saving_z
-        _save(ctx, (x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved if saves else None))
-        ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
+        if saved.dim() == 1:  # empty
+            saved = None
+        tensors[8] = None  # no derivative depends on q, and few on the biases
+        if form == "rate" or tensors[7] is None:
+            tensors[2] = tensors[3] = None
+        _save(ctx, (*tensors, h, saved))
+        ctx.options = nonlinearity, form, reverse
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -199,24 +205,28 @@ class FusedRNN(_Op):
     def backward(  # type: ignore[override]
         ctx: Any, g: Tensor | None, g_n: Tensor | None, g_saved: Tensor | None
     ) -> Gradients:
-        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved = ctx.saved_tensors
-        d = None
+        *inputs, _, reset, batch_sizes, h, saved = ctx.saved_tensors
+        nonlinearity, form, _ = ctx.options
+        d = f = None
         if g_saved is not None and saved is not None:
-            d = _slope_of_saved(saved, ctx.nonlinearity) * g_saved
-        if g is None and g_n is None and d is None:
-            return (None,) * 11
+            if form == "rate":
+                d = _slope_of_saved(saved, nonlinearity) * g_saved
+            else:
+                f = g_saved
+        if g is None and g_n is None and d is None and f is None:
+            return (None,) * 14
         gradients = bptt.bptt(
-            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved, ctx.nonlinearity,
-            ctx.reverse, ctx.needs_input_grad[:7],
-        )  # fmt: skip
-        return *gradients, None, None, None, None
+            g, d, f, g_n, *inputs, reset, batch_sizes, h, saved, *ctx.options,
+            ctx.needs_input_grad[:9],
+        )  # type: ignore[call-arg]  # fmt: skip
+        return *gradients, *(None,) * 5
 
     @_jvp
     def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
-        x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved = primals
-        x_t, w_ih_t, b_ih_t, b_hh_t, h0_t, w_hh_t, alpha_t, *_ = tangents
-        walk = (keep, batch_sizes, ctx.reverse)
-        q = None
+        x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, _, reset, batch_sizes, h, saved = primals
+        x_t, w_ih_t, b_ih_t, b_hh_t, h0_t, v0_t, w_hh_t, alpha_t, q, *_ = tangents
+        nonlinearity, form, reverse = ctx.options
+        walk = (reset, batch_sizes, reverse)
         if w_ih is None:
             w = x_t
         else:
@@ -228,30 +238,29 @@ class FusedRNN(_Op):
         if w_hh_t is not None:
             w = _add(w, _ops.previous(h, h0, *walk) @ w_hh_t.mT)
         if alpha_t is not None:
-            q = alpha_t * (_value(saved, ctx.nonlinearity) - _ops.previous(h, h0, *walk))
-        s, s_n, m = _ops.tangent(
-            w, q, h0_t, h if saved is None else saved, w_hh, alpha, keep, batch_sizes,
-            ctx.nonlinearity, ctx.reverse, saved is not None,
+            before = _ops.previous(h, h0, *walk)
+            if form == "rate":
+                leaked = _value(saved, nonlinearity)
+            else:
+                leaked = (x if w_ih is None else x @ w_ih.mT) + before @ w_hh.mT
+                for bias in (b_ih, b_hh):
+                    leaked = leaked if bias is None else leaked + bias
+                if form == "potential":
+                    before = _ops.previous(saved, v0, *walk)
+            q = _add(q, alpha_t * (leaked - before))
+        from_saved = saved is not None and (form == "rate" or nonlinearity in saving_z)
+        slope_of = saved if from_saved else h
+        e, last, m, s = _ops.tangent(
+            w, q, None, h0_t, v0_t, slope_of, w_hh, alpha, reset, batch_sizes, *ctx.options,
+            saved is not None,
         )  # fmt: skip
         if saved is None:
-            return s, s_n, h.new_zeros(0)
-        return s, s_n, _slope_of_saved(saved, ctx.nonlinearity) * m
+            return e, last, h.new_zeros(0)
+        return e, last, _slope_of_saved(saved, nonlinearity) * m if form == "rate" else s
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _gate_tangent(
-    saved: Tensor, alpha: Tensor | None, saved_t: Tensor | None, alpha_t: Tensor | None, name: str
-) -> Tensor | None:
-    """Compute the tangent of the gate ``p = alpha * slope(saved)``."""
-    slope, curvature = _SLOPES[name]
-    p_t = None
-    if saved_t is not None:
-        p_t = curvature(saved) * saved_t
-        p_t = p_t if alpha is None else alpha * p_t
-    return _add(p_t, None if alpha_t is None else alpha_t * slope(saved))
 
 
 class _Linear(_Op):
@@ -263,20 +272,45 @@ class _Linear(_Op):
 
     @staticmethod
     def coefficient_gradients(
-        ctx: Any, walk: Walk, delta: Tensor, a: Tensor, s: Tensor, s0: Tensor | None, m: Tensor
+        ctx: Any,
+        wanted: tuple[bool, bool, bool],
+        deltas: tuple[Tensor, Tensor, Tensor],  # delta, a, y
+        states: tuple[Tensor, Tensor, Tensor],  # e, m, s
+        firsts: tuple[Tensor | None, Tensor | None],  # s0, v0
     ) -> Gradients:
-        saved, _, alpha = ctx.saved_tensors[:3]
-        _, _, _, to_saved, to_w_hh, to_alpha, *_ = ctx.needs_input_grad
+        saved, _, alpha, reset, batch_sizes = ctx.saved_tensors[:5]
+        (delta, a, y), (e, m, s), (s0, v0) = deltas, states, firsts
+        nonlinearity, form, reverse = ctx.options
+        walk = (reset, batch_sizes, reverse)
         dsaved = dw_hh = dalpha = None
-        slope, curvature = _SLOPES[ctx.nonlinearity]
+        to_saved, to_w_hh, to_alpha = wanted
+        slope, curvature = _SLOPES[nonlinearity]
         if to_saved:
-            dsaved = a * m * curvature(saved)
-            dsaved = dsaved if alpha is None else alpha * dsaved
+            dsaved = curvature(saved) * (a * m if form == "rate" else y * s)
+            if form == "rate" and alpha is not None:
+                dsaved = alpha * dsaved
         if to_w_hh:
-            dw_hh = _ops.recurrent_product(delta, s, s0, *walk)
+            dw_hh = _ops.recurrent_product(delta, e, s0, *walk)
         if to_alpha:
-            dalpha = _sum_rows(a * (m * slope(saved) - _ops.previous(s, s0, *walk)))
+            before = _ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
+            dalpha = a * ((m * slope(saved) if form == "rate" else m) - before)
+            if alpha.dim() == 1:
+                dalpha = _sum_rows(dalpha)
         return dsaved, dw_hh, dalpha
+
+
+def _gate_tangent(
+    ctx: Any, saved: Tensor, alpha: Tensor | None, saved_t: Tensor | None, alpha_t: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the tangents of the gates P and R."""
+    nonlinearity, form, _ = ctx.options
+    slope, curvature = _SLOPES[nonlinearity]
+    slope_t = None if saved_t is None else curvature(saved) * saved_t
+    if form != "rate":
+        return alpha_t, slope_t
+    if alpha is not None and slope_t is not None:
+        slope_t = alpha * slope_t
+    return _add(slope_t, None if alpha_t is None else alpha_t * slope(saved)), None
 
 
 class FusedRNNTangent(_Linear):
@@ -284,48 +318,56 @@ class FusedRNNTangent(_Linear):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run(_ops.tangent, *args[:-1], True)  # its derivative needs m
+        return _run(_ops.tangent, *args[:-1], True)  # its derivative needs m and s
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, s0, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, _ = inputs
-        s, _, m = output
-        _save(ctx, (saved, w_hh, alpha, keep, batch_sizes, s0, s, m))
-        ctx.nonlinearity, ctx.reverse = nonlinearity, reverse
+        _, _, _, s0, v0, *coefficients, nonlinearity, form, reverse, _ = inputs
+        e, _, m, s = output
+        _save(ctx, (*coefficients, s0, v0, e, m, s))
+        ctx.options = nonlinearity, form, reverse
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, g_n: Tensor | None, d: Tensor | None) -> Gradients:  # type: ignore[override]
-        if g is None and g_n is None and d is None:
-            return (None,) * 11
-        saved, w_hh, alpha, keep, batch_sizes, s0, s, m = ctx.saved_tensors
-        to_w, to_q, to_s0, *_ = ctx.needs_input_grad
-        walk = (keep, batch_sizes, ctx.reverse)
-        delta, ds0, a = _ops.adjoint(
-            g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
-            to_s0, True,
-        )  # fmt: skip
-        coefficients = _Linear.coefficient_gradients(ctx, walk, delta, a, s, s0, m)
+    def backward(  # type: ignore[override]
+        ctx: Any, g: Tensor | None, g_n: Tensor | None, d: Tensor | None, f: Tensor | None
+    ) -> Gradients:
+        *coefficients, s0, v0, e, m, s = ctx.saved_tensors
+        _, form, _ = ctx.options
+        if form == "rate":
+            f = None  # of the empty s
+        if g is None and g_n is None and d is None and f is None:
+            return (None,) * 14
+        to_w, to_q, to_r, to_s0, to_v0, *to_coefficients = ctx.needs_input_grad[:8]
+        delta, ds0, dv0, a, y = _ops.adjoint(
+            g, d, f, g_n, *coefficients, *ctx.options, to_s0 or to_v0, True
+        )
+        gradients = _Linear.coefficient_gradients(
+            ctx, to_coefficients, (delta, a, y), (e, m, s), (s0, v0)
+        )
         return (
-            delta if to_w else None, a if to_q else None, ds0 if to_s0 else None, *coefficients,
-            *(None,) * 5,
+            delta if to_w else None, a if to_q else None, y if to_r else None,
+            ds0 if to_s0 else None, dv0 if to_v0 else None, *gradients, *(None,) * 6,
         )  # fmt: skip
 
     @_jvp
     def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
-        saved, w_hh, alpha, keep, batch_sizes, s0, s, m = primals
-        w, q, s0_t, saved_t, w_hh_t, alpha_t, *_ = tangents
-        walk = (keep, batch_sizes, ctx.reverse)
+        *coefficients, s0, v0, e, m, s = primals
+        saved, _, alpha, *walk = coefficients
+        w, q, r, s0_t, v0_t, saved_t, w_hh_t, alpha_t, *_ = tangents
+        _, form, reverse = ctx.options
+        walk.append(reverse)
         if w_hh_t is not None:
-            w = _add(w, _ops.previous(s, s0, *walk) @ w_hh_t.mT)
-        p_t = _gate_tangent(saved, alpha, saved_t, alpha_t, ctx.nonlinearity)
+            w = _add(w, _ops.previous(e, s0, *walk) @ w_hh_t.mT)
+        p_t, r_t = _gate_tangent(ctx, saved, alpha, saved_t, alpha_t)
         if p_t is not None:
             q = _add(q, p_t * m)
+        if r_t is not None:
+            r = _add(r, r_t * s)
         if alpha_t is not None:
-            q = _add(q, -alpha_t * _ops.previous(s, s0, *walk))
-        return _ops.tangent(
-            w, q, s0_t, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
-        )
+            before = _ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
+            q = _add(q, -alpha_t * before)
+        return _ops.tangent(w, q, r, s0_t, v0_t, *coefficients, *ctx.options, True)
 
 
 class FusedRNNAdjoint(_Linear):
@@ -333,56 +375,76 @@ class FusedRNNAdjoint(_Linear):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run(_ops.adjoint, *args[:-1], True)  # its derivative needs a
+        return _run(_ops.adjoint, *args[:-1], True)  # its derivative needs a and y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, _, saved, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse, to_h0, _ = inputs
-        delta, dh0, a = output
-        _save(ctx, (saved, w_hh, alpha, keep, batch_sizes, delta, a))
-        ctx.nonlinearity, ctx.reverse, ctx.to_h0 = nonlinearity, reverse, to_h0
+        _, _, _, _, *coefficients, nonlinearity, form, reverse, to_h0, _ = inputs
+        delta, dh0, _, a, y = output
+        _save(ctx, (*coefficients, delta, a, y))
+        ctx.options, ctx.to_h0 = (nonlinearity, form, reverse), to_h0
         ctx.batch = dh0.size(0)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor | None, s0: Tensor | None, q: Tensor | None) -> Gradients:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any,
+        w: Tensor | None,
+        s0: Tensor | None,
+        v0: Tensor | None,
+        q: Tensor | None,
+        r: Tensor | None,
+    ) -> Gradients:
+        *coefficients, delta, a, y = ctx.saved_tensors
+        _, form, _ = ctx.options
         if not ctx.to_h0:
-            s0 = None
-        if w is None and s0 is None and q is None:
-            return (None,) * 12
-        saved, w_hh, alpha, keep, batch_sizes, delta, a = ctx.saved_tensors
-        to_g, to_d, to_g_n, *_ = ctx.needs_input_grad
-        walk = (keep, batch_sizes, ctx.reverse)
-        s, s_n, m = _ops.tangent(
-            w, q, s0, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse, True
+            s0 = v0 = None
+        if form == "rate":
+            r = None  # of the empty y
+        if form != "potential":
+            v0 = None  # of the empty dv0
+        if w is None and s0 is None and v0 is None and q is None and r is None:
+            return (None,) * 14
+        to_g, to_d, to_f, to_g_n, *to_coefficients = ctx.needs_input_grad[:7]
+        e, last, m, s = _ops.tangent(w, q, r, s0, v0, *coefficients, *ctx.options, True)
+        gradients = _Linear.coefficient_gradients(
+            ctx, to_coefficients, (delta, a, y), (e, m, s), (s0, v0)
         )
-        coefficients = _Linear.coefficient_gradients(ctx, walk, delta, a, s, s0, m)
         return (
-            s if to_g else None, m if to_d else None, s_n if to_g_n else None, *coefficients,
-            *(None,) * 6,
+            e if to_g else None, m if to_d else None, s if to_f else None,
+            last if to_g_n else None, *gradients, *(None,) * 7,
         )  # fmt: skip
 
     @_jvp
     def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
-        saved, w_hh, alpha, keep, batch_sizes, delta, a = primals
-        g, d, g_n, saved_t, w_hh_t, alpha_t, *_ = tangents
-        walk = (keep, batch_sizes, ctx.reverse)
-        # The terms that step t + 1 adds to a[t] also depend on W_hh and alpha directly.
-        handed = _add(
-            None if w_hh_t is None else delta @ w_hh_t, None if alpha_t is None else -alpha_t * a
-        )
-        if handed is not None:
-            g = _add(g, _ops.following(handed, *walk))
-        p_t = _gate_tangent(saved, alpha, saved_t, alpha_t, ctx.nonlinearity)
+        *coefficients, delta, a, y = primals
+        saved, _, alpha, *walk = coefficients
+        g, d, f, g_n, saved_t, w_hh_t, alpha_t, *_ = tangents
+        _, form, reverse = ctx.options
+        walk.append(reverse)
+        # What the step before hands on also depends on W_hh and alpha directly.
+        product = None if w_hh_t is None else delta @ w_hh_t  # to y, or to a with the form rate
+        carry = None if alpha_t is None else -alpha_t * a  # to a, or to y with the form inside
+        if form != "potential":
+            product, carry = _add(product, carry), None
+        if product is not None:
+            g = _add(g, _ops.following(product, *walk))
+        if carry is not None:
+            f = _add(f, _ops.following(carry, *walk))
+        p_t, r_t = _gate_tangent(ctx, saved, alpha, saved_t, alpha_t)
         if p_t is not None:
             d = _add(d, p_t * a)
-        delta_t, dh0_t, a_t = _ops.adjoint(
-            g, d, g_n, saved, w_hh, alpha, keep, batch_sizes, ctx.nonlinearity, ctx.reverse,
-            ctx.to_h0, True,
-        )  # fmt: skip
-        if handed is not None and ctx.to_h0:
-            dh0_t = dh0_t + _ops.following_first(handed, *walk, ctx.batch)
-        return delta_t, dh0_t, a_t
+        if r_t is not None:
+            f = _add(f, r_t * y)
+        delta_t, dh0_t, dv0_t, a_t, y_t = _ops.adjoint(
+            g, d, f, g_n, *coefficients, *ctx.options, ctx.to_h0, True
+        )
+        if ctx.to_h0:
+            if product is not None:
+                dh0_t = dh0_t + _ops.following_first(product, *walk, ctx.batch)
+            if carry is not None:
+                dv0_t = dv0_t + _ops.following_first(carry, *walk, ctx.batch)
+        return delta_t, dh0_t, dv0_t, a_t, y_t
 
 
 _LIBRARY = torch.library.Library("fusedrnn", "IMPL")

@@ -34,10 +34,11 @@ def _where_to_cut(
     alpha: Tensor | None,
     batch_sizes: Tensor | None,
     h: Tensor,
+    form: str,
     wanted: tuple[bool, ...],
 ) -> int:
     """Return after how many steps of the recurrence to split; 0 means no split."""
-    to_x, to_w_ih, _, _, _, to_w_hh, to_alpha = wanted
+    to_x, to_w_ih, _, _, _, _, to_w_hh, to_alpha, to_q = wanted
     if (
         not h.is_cuda
         or streams.watched(g, d, g_n, x, w_ih, w_hh)
@@ -45,7 +46,10 @@ def _where_to_cut(
         or torch._C._is_any_autocast_enabled()
         or batch_sizes is not None
         or w_ih is None  # delta is then the gradient of x and must be one tensor
+        or form != "rate"
+        or (alpha is not None and alpha.dim() > 1)
         or to_alpha
+        or to_q
         or h.size(0) < _MIN_STEPS
         or any(t is not None and torch._C._dispatch_keys(t).has("Batched") for t in (g, d, g_n))
     ):
@@ -60,39 +64,45 @@ def _where_to_cut(
 def bptt(
     g: Tensor | None,
     d: Tensor | None,
+    f: Tensor | None,
     g_n: Tensor | None,
     x: Tensor,
     w_ih: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     h0: Tensor | None,
+    v0: Tensor | None,
     w_hh: Tensor,
     alpha: Tensor | None,
-    keep: Tensor | None,
+    reset: Tensor | None,
     batch_sizes: Tensor | None,
     h: Tensor,
     saved: Tensor | None,
     nonlinearity: str,
+    form: str,
     reverse: bool,
     wanted: tuple[bool, ...],
 ) -> Any:
     """Compute the ``wanted`` gradients of ``activation``.
 
     Args:
-        g, g_n: Gradients of its results ``h`` and ``h_n``.
-        d: The part of dL/dz that comes through its third result, ``saved``.
-        wanted: Which of the gradients of x, w_ih, b_ih, b_hh, h0, w_hh and alpha to compute.
+        g, g_n: Gradients of its results ``h`` and ``last``.
+        d, f: With the form "rate", the part of dL/dz that comes through its third result,
+            ``saved``; with the others, the gradient of ``saved``.
+        wanted: Which of the gradients of x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha and q to compute.
 
     Returns:
-        These seven gradients.
+        These nine gradients.
     """
-    cut = _where_to_cut(g, d, g_n, x, w_ih, w_hh, alpha, batch_sizes, h, wanted)
+    cut = _where_to_cut(g, d, g_n, x, w_ih, w_hh, alpha, batch_sizes, h, form, wanted)
     if not cut or w_ih is None:
         return _ops.bptt(
-            g, d, g_n, x, w_ih, h0, w_hh, alpha, keep, batch_sizes, h, saved, nonlinearity, reverse,
-            wanted,
+            g, d, f, g_n, x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, reset, batch_sizes, h, saved,
+            nonlinearity, form, reverse, wanted,
         )  # fmt: skip
 
     steps, _, size = h.shape
-    to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_w_hh, _ = wanted
+    to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, _, to_w_hh, *_ = wanted
     dx = x.new_empty(x.shape) if to_x else None
     dw_ih = w_ih.new_empty(w_ih.shape) if to_w_ih else None
     dw_hh = w_hh.new_empty(w_hh.shape) if to_w_hh else None
@@ -109,17 +119,17 @@ def bptt(
             return None if series is None else series[part]
 
         with torch._C._AutoDispatchBelowAutograd():
-            delta, dh, _ = _ops.adjoint(
-                of(g), of(d), g_n, of(h if saved is None else saved), w_hh, alpha, of(keep), None,
-                nonlinearity, reverse, to_first, False,
+            delta, dh, *_ = _ops.adjoint(
+                of(g), of(d), None, g_n, of(h if saved is None else saved), w_hh, alpha, of(reset),
+                None, nonlinearity, form, reverse, to_first, False,
             )  # fmt: skip
         return delta, dh
 
     def add_product(
-        to: Tensor, deltas: Tensor, states: Tensor, kept: Tensor | None, onto: int
+        to: Tensor, deltas: Tensor, states: Tensor, resets: Tensor | None, onto: int
     ) -> None:
-        if kept is not None:
-            states = torch.where(kept.unsqueeze(-1), states, 0)
+        if resets is not None:
+            states = torch.where(resets.unsqueeze(-1), 0, states)
         to.addmm_(deltas.flatten(0, -2).t(), states.flatten(0, -2), beta=onto)
 
     def multiply(part: slice, delta: Tensor, onto: int) -> None:
@@ -137,12 +147,12 @@ def bptt(
         # part, starts from h0.
         before = 1 if reverse else -1
         begin, end = max(part.start, -before), min(part.stop, steps - before)
-        kept = None if keep is None else keep[begin:end]
+        resets = None if reset is None else reset[begin:end]
         deltas = delta[begin - part.start : end - part.start]
-        add_product(dw_hh, deltas, h[begin + before : end + before], kept, onto)
+        add_product(dw_hh, deltas, h[begin + before : end + before], resets, onto)
         if onto and h0 is not None:
             first = -1 if reverse else 0
-            add_product(dw_hh, delta[first], h0, None if keep is None else keep[first], 1)
+            add_product(dw_hh, delta[first], h0, None if reset is None else reset[first], 1)
 
     here, there = torch.cuda.current_stream(h.device), streams.beside(h.device)
     delta, dh = walk(early, g_n, True)
@@ -160,5 +170,5 @@ def bptt(
     db_hh = db.clone() if db is not None and to_b_ih and to_b_hh else db
     return (
         dx, dw_ih, db if to_b_ih else None, db_hh if to_b_hh else None, dh0 if to_h0 else None,
-        dw_hh, None,
+        None, dw_hh, None, None,
     )  # fmt: skip

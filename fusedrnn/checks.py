@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .forms import FORMS, check_reset_to
 from .reference import NONLINEARITIES
 from .streams import watched
 
@@ -23,10 +24,13 @@ def check_types(
     b_hh: Any,
     h0: Any,
     nonlinearity: Any,
+    form: Any,
     reverse: Any,
     batch_sizes: Any,
-    keep: Any,
+    reset: Any,
+    reset_to: Any,
     alpha: Any,
+    state_input: Any,
 ) -> None:
     """Raise a TypeError for the first argument of the wrong type."""
 
@@ -36,7 +40,8 @@ def check_types(
 
     tensors = {
         "x": x, "w_hh": w_hh, "w_ih": w_ih, "b_ih": b_ih, "b_hh": b_hh, "h0": h0,
-        "batch_sizes": batch_sizes, "keep": keep,
+        "batch_sizes": batch_sizes, "reset": reset, "reset_to": reset_to,
+        "state_input": state_input,
     }  # fmt: skip
     if isinstance(alpha, Tensor):
         tensors["alpha"] = alpha
@@ -50,6 +55,7 @@ def check_types(
             check(tensor.layout == torch.strided, name, "a dense tensor", tensor.layout)
     names = ", ".join(NONLINEARITIES)
     check(isinstance(nonlinearity, str), "nonlinearity", f"one of {names}", nonlinearity)
+    check(isinstance(form, str), "form", f"one of {', '.join(FORMS)}", form)
     check(isinstance(reverse, int), "reverse", "a bool", type(reverse).__name__)
 
 
@@ -61,9 +67,12 @@ def check_for_loop(
     b_hh: Tensor | None,
     h0: Tensor | None,
     nonlinearity: str,
+    form: str,
     batch_sizes: Tensor | None,
-    keep: Tensor | None,
+    reset: Tensor | None,
+    reset_to: Tensor | None,
     alpha: Tensor | None,
+    state_input: Tensor | None,
 ) -> None:
     """Raise the errors that the op would raise, for arguments of the right types."""
     if not (x.is_floating_point() or x.is_complex()):
@@ -71,6 +80,8 @@ def check_for_loop(
     if nonlinearity not in NONLINEARITIES:
         names = ", ".join(NONLINEARITIES)
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from {names}.")
+    if form not in FORMS:
+        raise ValueError(f"Unknown form '{form}'. Select from {', '.join(FORMS)}.")
 
     wanted = "[T, B, size]" if batch_sizes is None else "[N, size]"
     if x.dim() != wanted.count(",") + 1:
@@ -107,8 +118,9 @@ def check_for_loop(
         "b_ih": (b_ih, (size,)),
         "b_hh": (b_hh, (size,)),
         "h0": (h0, (batch, size)),
-        "keep": (keep, x.shape[:-1]),
-        "alpha": (alpha, (size,)),
+        "reset": (reset, x.shape[:-1]),
+        "alpha": (alpha, (size,) if alpha is None or alpha.dim() == 1 else (*x.shape[:-1], size)),
+        "state_input": (state_input, (*x.shape[:-1], size)),
     }
     for name, (tensor, shape) in shapes.items():
         if tensor is None:
@@ -117,14 +129,16 @@ def check_for_loop(
             raise RuntimeError(
                 f"fusedrnn: {name} must have sizes {list(shape)}, got {list(tensor.shape)}"
             )
-        dtype = torch.bool if name == "keep" else x.dtype
+        dtype = torch.bool if name == "reset" else x.dtype
         if tensor.dtype != dtype:
             raise RuntimeError(f"fusedrnn: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise RuntimeError(
                 f"fusedrnn: {name} must be on {x.device} like the others, got {tensor.device}"
             )
+    if reset_to is not None:
+        check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes)
     if alpha is not None and alpha.is_cpu and not watched(alpha):
-        for value in alpha.real.tolist():
+        for value in alpha.real.flatten().tolist():
             if not 0 <= value <= 1:
                 raise ValueError(f"fusedrnn: alpha must be in [0, 1], got {value}")

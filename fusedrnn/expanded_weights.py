@@ -32,6 +32,12 @@ class PerSampleActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Any, op: Any, *args: Any) -> Any:  # type: ignore[override]
         h, h_n, saved = op(*map(_plain, args))
+        *_, form, _ = args
+        if form != "rate":
+            raise NotImplementedError(
+                f"fusedrnn: call_for_per_sample_grads with the form {form!r}; use torch.func: "
+                "vmap(grad(...))"
+            )
         for weight in args:
             if isinstance(weight, ExpandedWeight) and weight.batch_size != h_n.size(0):
                 raise RuntimeError(
@@ -45,12 +51,12 @@ class PerSampleActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Any, g_n: Any, _: Any) -> Any:  # type: ignore[override]
-        x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse = ctx.args
+        x, w_ih, b_ih, b_hh, h0, _, w_hh, alpha, _, reset, batch_sizes, *options = ctx.args
         h, saved = ctx.saved_tensors
         to_h0 = ctx.needs_input_grad[6]
-        delta, dh0, _ = _ops.adjoint(
-            g, None, g_n, saved, _plain(w_hh), unpack_expanded_weight_or_tensor(alpha), keep,
-            batch_sizes, nonlinearity, reverse, to_h0, False,
+        delta, dh0, *_ = _ops.adjoint(
+            g, None, None, g_n, saved, _plain(w_hh), unpack_expanded_weight_or_tensor(alpha), reset,
+            batch_sizes, *options, to_h0, False,
         )  # fmt: skip
 
         def by_sample(series: Tensor) -> Tensor:
@@ -61,10 +67,10 @@ class PerSampleActivation(torch.autograd.Function):
         def product(other: Tensor) -> Tensor:
             return torch.einsum("tbh,tbi->bhi", by_sample(delta), by_sample(other))
 
-        before = _ops.previous(h, h0, keep, batch_sizes, reverse)
+        before = _ops.previous(h, h0, reset, batch_sizes, options[-1])
         set_grad_sample_if_exists(w_ih, lambda _: product(x))
         set_grad_sample_if_exists(w_hh, lambda _: product(before))
         for bias in (b_ih, b_hh):
             set_grad_sample_if_exists(bias, lambda _: by_sample(delta).sum(0))
         dx = delta if w_ih is None else delta @ _plain(w_ih)
-        return (None, None, dx, None, None, None, dh0 if to_h0 else None, *(None,) * 6)
+        return (None, None, dx, None, None, None, dh0 if to_h0 else None, *(None,) * 9)

@@ -57,7 +57,7 @@ class _Catcher(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def activation(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, w_ih, _, _, _, w_hh, alpha, _, batch_sizes, _, reverse = args
+        x, w_ih, _, _, _, _, w_hh, alpha, _, _, batch_sizes, _, form, reverse = args
         call = _Call(x, H=w_hh.size(0), reverse=reverse, leaky=alpha is not None)
         if batch_sizes is None:
             call.T, call.B = x.shape[:2]
@@ -66,7 +66,8 @@ class _Catcher(TorchFunctionMode):
         call.I = 0 if w_ih is None else x.size(-1)
         self.calls.append(call)
         h = x.new_empty((*x.shape[:-1], call.H))
-        return h, x.new_empty((call.B, call.H)), x.new_empty(h.shape if call.leaky else 0)
+        saves = call.leaky or form == "potential"
+        return h, x.new_empty((call.B, call.H)), x.new_empty(h.shape if saves else 0)
 
 
 def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from . import _ops, checks, onnx, reference
+from . import _ops, checks, forms, onnx, reference
 from .autograd import FusedRNN
 from .expanded_weights import ExpandedWeight
 from .streams import transformed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Evaluated once, at import: Dynamo of torch 2.11 cannot trace is_autocast_available.
@@ -47,11 +50,10 @@ def _register_autocast(device_type: str, key: str) -> None:
     """Register the same rule for direct calls of the op, as an exported program makes them."""
     off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def rule(x: Any, w_ih: Any, b_ih: Any, b_hh: Any, h0: Any, w_hh: Any, *others: Any) -> Any:
-        alpha, *walk = others
-        cast = _autocast(device_type, x, w_ih, b_ih, b_hh, h0, w_hh, alpha)
+    def rule(*args: Any) -> Any:
+        cast = _autocast(device_type, *args)
         with torch._C._ExcludeDispatchKeyGuard(off):
-            return _ops.activation(*cast, *walk)
+            return _ops.activation(*cast)
 
     _LIBRARY.impl("activation", rule, key)
 
@@ -59,37 +61,6 @@ def _register_autocast(device_type: str, key: str) -> None:
 _LIBRARY = torch.library.Library("fusedrnn", "IMPL")
 _register_autocast("cpu", "AutocastCPU")
 _register_autocast("cuda", "AutocastCUDA")
-
-
-def _alpha_per_unit(alpha: Tensor | float, like: Tensor) -> Tensor:
-    if like.dim() == 0:
-        raise RuntimeError("fusedrnn: w_hh must be [H, H], got []")
-    size = like.size(0)
-    if not isinstance(alpha, Tensor):
-        try:
-            inside, number = 0 < alpha <= 1, float(alpha)
-        except (TypeError, ValueError):  # a string, a complex number, an array of more than one
-            raise TypeError(
-                f"fusedrnn: alpha must be a number or a tensor, got {type(alpha).__name__}"
-            ) from None
-        if not inside:
-            raise ValueError(f"fusedrnn: alpha must be in (0, 1], got {alpha}")
-        if number < 1e-7:
-            info = torch.finfo(like.dtype)
-            if number <= info.tiny * info.eps / 2:  # half of the smallest number above 0
-                raise ValueError(
-                    f"fusedrnn: alpha must be in (0, 1], got {alpha}, which is 0 in {like.dtype}"
-                )
-        return torch.full((), number, dtype=like.dtype, device=like.device).expand(size)
-    if alpha.is_complex():
-        raise TypeError(f"fusedrnn: alpha must be real, got {alpha.dtype}")
-    if alpha.dim() > 0 and alpha.shape != (size,):
-        raise ValueError(
-            f"fusedrnn: alpha must be a number or a tensor [] or [{size}], got {list(alpha.shape)}"
-        )
-    if alpha.dtype != like.dtype:
-        alpha = alpha.to(like.dtype)
-    return alpha if alpha.dim() > 0 else alpha.expand(size)
 
 
 def rows_of(batch_sizes: Tensor) -> int | None:
@@ -105,6 +76,45 @@ def rows_of(batch_sizes: Tensor) -> int | None:
     return batch_sizes[0].item()  # type: ignore[return-value]  # int() would make it a constant
 
 
+class _Options(TypedDict, total=False):
+    nonlinearity: str
+    form: str
+    reverse: bool
+    batch_sizes: Tensor | None
+    reset: Tensor | None
+    reset_to: Tensor | None
+    alpha: Tensor | float | None
+    state_input: Tensor | None
+
+
+@overload
+def rnn(
+    x: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    return_potential: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rnn(
+    x: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    return_potential: bool,
+    **options: Unpack[_Options],
+) -> tuple[Tensor, ...]: ...
+
+
 def rnn(
     x: Tensor,
     w_ih: Tensor | None,
@@ -114,17 +124,29 @@ def rnn(
     h0: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    form: str = "rate",
     reverse: bool = False,
     batch_sizes: Tensor | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_to: Tensor | None = None,
     alpha: Tensor | float | None = None,
-) -> tuple[Tensor, Tensor]:
+    state_input: Tensor | None = None,
+    return_potential: bool = False,
+) -> tuple[Tensor, ...]:
     r"""Run one layer of an RNN in one direction, with one call of the engine.
 
+    With the input product :math:`u_t = x_t W_{ih}^T + b_{ih} + b_{hh}`, the state :math:`k_t` from
+    which step t starts, and what is added to the state, :math:`q_t` (``state_input``):
+
     .. math::
-        k_t &= keep_t \, h_{t-1} \\
-        h_t &= (1 - \alpha) k_t
-               + \alpha \, \phi(x_t W_{ih}^T + b_{ih} + k_t W_{hh}^T + b_{hh})
+        \text{rate} \quad & h_t = (1 - \alpha) k_t + \alpha \, \phi(u_t + k_t W_{hh}^T) + q_t \\
+        \text{potential} \quad & v_t = (1 - \alpha) k_t + \alpha (u_t + \phi(k_t) W_{hh}^T) + q_t,
+            \quad h_t = \phi(v_t) \\
+        \text{inside} \quad & h_t = \phi((1 - \alpha) k_t + \alpha (u_t + k_t W_{hh}^T) + q_t)
+
+    The state is :math:`h`, with the form "potential" :math:`v` (a current or voltage; :math:`h` is
+    then the firing rate). Without ``alpha``, "rate" and "inside" are the plain RNN
+    :math:`h_t = \phi(u_t + h_{t-1} W_{hh}^T)`.
 
     With T steps, B batch rows, I inputs and H hidden units:
 
@@ -138,43 +160,65 @@ def rnn(
         nonlinearity: The function phi: ``"tanh"``, ``"relu"``, ``"identity"``, ``"sigmoid"``,
             ``"softplus"``, ``"retanh"`` (relu of tanh), ``"hardtanh"``, ``"leaky_relu"`` (slope
             0.01) or ``"elu"``.
+        form: ``"rate"``, ``"potential"`` or ``"inside"``, as above.
         reverse: Run from the last step to the first; ``h0`` is then the state from which the last
             step starts.
         batch_sizes: For packed input, the number of active rows at each step, ``[T]``, int64 on the
             CPU: that of a ``torch.nn.utils.rnn.PackedSequence``, whose ``data`` is ``x``.
-        keep: Bool, ``[T, B]`` or packed ``[N]``: False resets a row's state to 0 before that step
-            (where an episode starts). None means no resets.
+        reset: Bool, ``[T, B]`` or packed ``[N]``: True where an episode starts, so that the step
+            starts from ``reset_to`` and not from the state of the step before. None means no
+            resets.
+        reset_to: The state after a reset: ``[H]``, ``[B, H]`` or ``[T, B, H]`` (packed
+            ``[N, H]``). None means zeros.
         alpha: Leak in (0, 1], ``dt / tau`` of a continuous-time RNN: a number, or a tensor ``[]``
-            or ``[H]``, which may be learned and reach 0. None means 1. On a GPU, the values of a
-            tensor are not checked, since that would wait for the device.
+            or ``[H]``, which may be learned and reach 0; or a leak for each step and row,
+            ``[T, B]``, ``[T, B, 1]`` or ``[T, B, H]`` (packed ``[N]``, ``[N, 1]`` or ``[N, H]``; a
+            tensor ``[H]`` is always per unit). None means 1. On a GPU, the values of a tensor are
+            not checked, since that would wait for the device.
+        state_input: Added to the state of each step, in the shape of the output: noise, for
+            example.
+        return_potential: With the form "potential", return v of every step as a third result.
 
     Returns:
-        The state ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``, and the last state of
-        each row, ``[B, H]``, which shares no memory with the former.
+        ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``; the last state of each row,
+        ``[B, H]``, which shares no memory with the former; with ``return_potential``, ``v`` of
+        every step.
 
-    All tensors but ``keep`` and ``batch_sizes`` must have the same dtype, to which ``alpha`` is
+    All tensors but ``reset`` and ``batch_sizes`` must have the same dtype, to which ``alpha`` is
     converted: float32, float64, bfloat16 or float16. The last two are computed in float32. All but
-    ``keep`` and ``batch_sizes`` have derivatives of every order, in reverse and forward mode
+    ``reset`` and ``batch_sizes`` have derivatives of every order, in reverse and forward mode
     (``fusedrnn/autograd.py``). Other dtypes and devices run as a plain loop, with one warning.
 
     Raises:
         RuntimeError: Sizes, dtypes or devices do not match, or T is 0.
         TypeError: An argument has the wrong type, a tensor is not dense, ``x`` has an integer
             dtype, or ``alpha`` is complex.
-        ValueError: The nonlinearity is unknown, or ``alpha`` has a wrong shape or values outside
-            its range.
+        ValueError: The nonlinearity or the form is unknown, ``alpha`` has a wrong shape or values
+            outside its range, ``reset_to`` has a wrong shape or comes without ``reset``, or
+            ``return_potential`` comes with another form.
     """
     try:
         device = x.device.type
     except AttributeError:  # not a tensor: a list or a NumPy array
         checks.check_types(
-            x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, reverse, batch_sizes, keep, alpha
-        )
+            x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, reverse, batch_sizes, reset,
+            reset_to, alpha, state_input,
+        )  # fmt: skip
         raise
+    if return_potential and form != "potential":
+        raise ValueError(
+            f"fusedrnn: return_potential needs the form 'potential', got form={form!r}"
+        )
     if torch._C._is_any_autocast_enabled() and device in _AUTOCAST:
-        x, w_ih, w_hh, b_ih, b_hh, h0 = _autocast(device, x, w_ih, w_hh, b_ih, b_hh, h0)
+        x, w_ih, w_hh, b_ih, b_hh, h0, reset_to, state_input = _autocast(
+            device, x, w_ih, w_hh, b_ih, b_hh, h0, reset_to, state_input
+        )
     if device not in _DEVICES or x.dtype not in _DTYPES:
-        return _loop(x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, reverse, batch_sizes, keep, alpha)
+        results = _loop(
+            x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, reverse, batch_sizes, reset,
+            reset_to, alpha, state_input, return_potential,
+        )  # fmt: skip
+        return results
     # Call the op when tracing or a transform is active; otherwise call the kernel directly, which
     # saves one 4 us dispatch.
     compiling = torch.compiler.is_compiling()
@@ -190,42 +234,60 @@ def rnn(
     elif compiling and h0 is None and batch_sizes is not None:
         rows = rows_of(batch_sizes)
         h0 = None if rows is None else x.new_zeros(rows, w_hh.size(0))
+    v0 = None
     try:
         if alpha is not None:
-            alpha = _alpha_per_unit(alpha, w_hh)
-        h, h_n, _ = activation(
-            x, w_ih, b_ih, b_hh, h0, w_hh, alpha, keep, batch_sizes, nonlinearity, reverse
-        )
+            alpha = forms.checked_alpha(alpha, x, w_hh, batch_sizes)
+        if form == "inside" and alpha is None and state_input is None:
+            form = "rate"  # the same, with less work
+        if form == "potential" or reset_to is not None:
+            x, w_ih, b_ih, b_hh, h0, v0, state_input = forms.translate(
+                x, w_ih, b_ih, b_hh, h0, w_hh, alpha, state_input, reset, reset_to, batch_sizes,
+                nonlinearity, form,
+            )  # fmt: skip
+        h, last, saved = activation(
+            x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, state_input, reset, batch_sizes,
+            nonlinearity, form, reverse,
+        )  # fmt: skip
     except (AttributeError, TypeError, RuntimeError):
         # Check types only after an error, so that valid calls do not pay for it.
         checks.check_types(
-            x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, reverse, batch_sizes, keep, alpha
-        )
+            x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, reverse, batch_sizes, reset,
+            reset_to, alpha, state_input,
+        )  # fmt: skip
         raise
-    return h, h_n
+    return (h, last, saved) if return_potential else (h, last)
 
 
+@overload
 def recurrence(
     u: Tensor,
     h0: Tensor | None,
     w_hh: Tensor,
     *,
-    nonlinearity: str = "tanh",
-    reverse: bool = False,
-    batch_sizes: Tensor | None = None,
-    keep: Tensor | None = None,
-    alpha: Tensor | float | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_potential: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def recurrence(
+    u: Tensor,
+    h0: Tensor | None,
+    w_hh: Tensor,
+    *,
+    return_potential: bool,
+    **options: Unpack[_Options],
+) -> tuple[Tensor, ...]: ...
+
+
+def recurrence(u: Tensor, h0: Tensor | None, w_hh: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """Run the recurrence alone: :func:`rnn` with ``u [T, B, H]`` in place of the input product.
 
-    ``h[t] = (1 - alpha) k + alpha * phi(u[t] + k @ w_hh.T)`` with ``k = keep[t] * h[t-1]``, from
-    ``h0 [B, H]``, or from zeros if it is None. For the other arguments, the results and the errors
-    see :func:`rnn`.
+    ``h[t] = (1 - alpha) k + alpha * phi(u[t] + k @ w_hh.T)`` from ``h0 [B, H]``, or from zeros if
+    it is None. For the options, the results and the errors see :func:`rnn`.
     """
-    return rnn(
-        u, None, w_hh, None, None, h0, nonlinearity=nonlinearity, reverse=reverse,
-        batch_sizes=batch_sizes, keep=keep, alpha=alpha,
-    )  # fmt: skip
+    return rnn(u, None, w_hh, None, None, h0, **options)
 
 
 def _loop(
@@ -236,24 +298,33 @@ def _loop(
     b_hh: Tensor | None,
     h0: Tensor | None,
     nonlinearity: str,
+    form: str,
     reverse: bool,
     batch_sizes: Tensor | None,
-    keep: Tensor | None,
+    reset: Tensor | None,
+    reset_to: Tensor | None,
     alpha: Tensor | float | None,
-) -> tuple[Tensor, Tensor]:
+    state_input: Tensor | None,
+    return_potential: bool,
+) -> tuple[Tensor, ...]:
     """Run :func:`rnn` as a plain loop, for dtypes and devices that have no kernel."""
     checks.check_types(
-        x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, reverse, batch_sizes, keep, alpha
-    )
+        x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, reverse, batch_sizes, reset, reset_to,
+        alpha, state_input,
+    )  # fmt: skip
     if alpha is not None:
-        alpha = _alpha_per_unit(alpha, w_hh)
-    checks.check_for_loop(x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, batch_sizes, keep, alpha)
+        alpha = forms.checked_alpha(alpha, x, w_hh, batch_sizes)
+    checks.check_for_loop(
+        x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, batch_sizes, reset, reset_to, alpha,
+        state_input,
+    )  # fmt: skip
     device = x.device.type
     why = f" ({_ops.build_info()['cuda']})" if device == "cuda" else ""
     _warn_slow(f"no kernel for {x.dtype} tensors on {device}{why}")
     return reference.rnn(
-        x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, reverse=reverse,
-        batch_sizes=batch_sizes, keep=keep, alpha=alpha,
+        x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, form=form, reverse=reverse,
+        batch_sizes=batch_sizes, reset=reset, reset_to=reset_to, alpha=alpha,
+        state_input=state_input, return_potential=return_potential,
     )  # fmt: skip
 
 

@@ -25,14 +25,23 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def check(
-    alpha: Tensor | None, keep: Tensor | None, batch_sizes: Tensor | None, nonlinearity: str
+    alpha: Tensor | None,
+    q: Tensor | None,
+    reset: Tensor | None,
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    form: str,
 ) -> None:
     """Raise NotImplementedError if a layer uses a feature that ONNX's RNN does not have."""
     lacks = None
     if alpha is not None:
         lacks = "no leak (alpha)"
-    elif keep is not None:
-        lacks = "no resets (keep)"
+    elif form == "potential":
+        lacks = "no form 'potential'"
+    elif q is not None:
+        lacks = "nothing added to the state (state_input)"
+    elif reset is not None:
+        lacks = "no resets (reset)"
     elif batch_sizes is not None:
         lacks = "no packed sequences"
     elif nonlinearity not in _ACTIVATIONS:
@@ -47,15 +56,18 @@ def activation(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     h0: Tensor | None,
+    v0: Tensor | None,
     w_hh: Tensor,
     alpha: Tensor | None,
-    keep: Tensor | None,
+    q: Tensor | None,
+    reset: Tensor | None,
     batch_sizes: Tensor | None,
     nonlinearity: str,
+    form: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Emit an ONNX node in place of the op of the same name; for tracing only, computes nothing."""
-    check(alpha, keep, batch_sizes, nonlinearity)
+    check(alpha, q, reset, batch_sizes, nonlinearity, form)
     steps, rows, _ = x.shape
     size = w_hh.size(0)
     if w_ih is None:  # x is already the input product
@@ -93,15 +105,18 @@ def traced_activation(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     h0: Tensor | None,
+    v0: Tensor | None,
     w_hh: Tensor,
     alpha: Tensor | None,
-    keep: Tensor | None,
+    q: Tensor | None,
+    reset: Tensor | None,
     batch_sizes: Tensor | None,
     nonlinearity: str,
+    form: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run torch's own RNN op, which the old TorchScript exporter supports, in place of ours."""
-    check(alpha, keep, batch_sizes, nonlinearity)
+    check(alpha, q, reset, batch_sizes, nonlinearity, form)
     if nonlinearity not in ("tanh", "relu"):
         raise NotImplementedError(
             f"fusedrnn: torch.onnx.export(dynamo=False) knows no nonlinearity {nonlinearity!r}, "

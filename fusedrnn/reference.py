@@ -8,7 +8,8 @@ Shapes: T time steps, B batch rows, I inputs, H hidden units. Time comes first: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,24 @@ def recurrence(
     w_hh: Tensor,
     *,
     nonlinearity: str = "tanh",
+    form: str = "rate",
     reverse: bool = False,
     batch_sizes: Tensor | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_to: Tensor | None = None,
     alpha: Tensor | float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run ``h[t] = (1 - alpha) * k + alpha * phi(u[t] + k @ w_hh.T)``, ``k = keep[t] * h[t-1]``.
+    state_input: Tensor | None = None,
+    return_potential: bool = False,
+) -> tuple[Tensor, ...]:
+    """Run one of three forms of the recurrence, from ``k``, the state that step t starts from:
 
-    Without ``keep`` there are no resets; without ``alpha`` it is 1, so ``h[t] = phi(...)``.
+    - ``"rate"``: ``h[t] = (1 - alpha) * k + alpha * phi(u[t] + k @ w_hh.T)``
+    - ``"potential"``: ``v[t] = (1 - alpha) * k + alpha * (u[t] + phi(k) @ w_hh.T)``, and
+      ``h[t] = phi(v[t])``; the state is v
+    - ``"inside"``: ``h[t] = phi((1 - alpha) * k + alpha * (u[t] + k @ w_hh.T))``
+
+    ``k`` is the state after step t-1; where ``reset[t]`` is true, it is ``reset_to``. Without
+    ``alpha`` it is 1.
 
     Args:
         u: Input product of each step, ``[T, B, H]``; with ``batch_sizes``, packed, ``[N, H]``.
@@ -49,29 +60,60 @@ def recurrence(
         reverse: Run from the last step to the first.
         batch_sizes: Number of active rows at each step, ``[T]``, non-increasing, as in a
             PackedSequence.
-        keep: Bool ``[T, B]`` (packed: ``[N]``); False resets the state to 0 before that step.
-        alpha: Leak, a number or a tensor ``[]`` or ``[H]``, in (0, 1].
+        reset: Bool ``[T, B]`` (packed: ``[N]``).
+        reset_to: ``[H]``, ``[B, H]`` or ``[T, B, H]`` (packed: ``[N, H]``); None means zeros.
+        alpha: Leak in [0, 1]: a number or a tensor ``[]``, ``[H]``, ``[T, B, 1]`` or ``[T, B, H]``
+            (packed: ``[N, 1]`` or ``[N, H]``).
+        state_input: In the shape of ``u``; added to the right-hand side, in the form "inside"
+            before phi.
+        return_potential: Return v, too; only with the form "potential".
 
     Returns:
-        Every state, in the shape of ``u``, and the last state of each row, ``[B, H]``.
+        ``h`` of every step, in the shape of ``u``; the last state of each row, ``[B, H]``; with
+        ``return_potential``, ``v`` of every step.
     """
     phi = NONLINEARITIES[nonlinearity]
     sizes = [u.size(1)] * u.size(0) if batch_sizes is None else batch_sizes.tolist()
-    drive = u.unbind(0) if batch_sizes is None else u.split(sizes)
-    kept = None if keep is None else (keep.unbind(0) if batch_sizes is None else keep.split(sizes))
+
+    def steps(series: Tensor) -> tuple[Tensor, ...]:
+        return series.unbind(0) if batch_sizes is None else series.split(sizes)
+
+    drive = steps(u)
+    resets = None if reset is None else steps(reset.unsqueeze(-1))
+    added = None if state_input is None else steps(state_input)
+    if isinstance(alpha, Tensor) and alpha.dim() == u.dim():
+        leaks: Sequence[Tensor | float | None] = steps(alpha)
+    else:
+        leaks = [alpha] * len(sizes)
+    if reset_to is None:
+        reset_to = torch.zeros_like(h0)
+    if reset_to.dim() == 1 or (reset_to.dim() == 2 and reset_to.size(0) == h0.size(0)):
+        starts: Sequence[Tensor] = [reset_to.expand_as(h0)[:n] for n in sizes]
+    else:
+        starts = steps(reset_to)
 
     state = h0
+    outputs: list[Tensor] = [h0] * len(sizes)
     states: list[Tensor] = [h0] * len(sizes)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
-        k = state[: sizes[t]]
-        if kept is not None:  # where, not a product: 0 * nan is nan
-            k = torch.where(kept[t].unsqueeze(-1), k, torch.zeros_like(k))
-        h = phi(drive[t] + k @ w_hh.T)
-        if alpha is not None:
-            h = (1 - alpha) * k + alpha * h
-        states[t] = h
-        state = torch.cat([h, state[sizes[t] :]])  # inactive rows keep their state
-    return (torch.stack if batch_sizes is None else torch.cat)(states), state
+        k, leak = state[: sizes[t]], leaks[t]
+        if resets is not None:  # where, not a product: 0 * nan is nan
+            k = torch.where(resets[t], starts[t], k)
+        s = drive[t] + (phi(k) if form == "potential" else k) @ w_hh.T
+        if form == "rate":
+            s = phi(s)
+        if leak is not None:
+            s = (1 - leak) * k + leak * s
+        if added is not None:
+            s = s + added[t]
+        if form == "inside":
+            s = phi(s)
+        states[t] = s
+        outputs[t] = phi(s) if form == "potential" else s
+        state = torch.cat([s, state[sizes[t] :]])  # inactive rows keep their state
+    join = torch.stack if batch_sizes is None else torch.cat
+    results = (join(outputs), state)
+    return (*results, join(states)) if return_potential else results
 
 
 def rnn(
@@ -82,15 +124,12 @@ def rnn(
     b_hh: Tensor | None = None,
     h0: Tensor | None = None,
     *,
-    nonlinearity: str = "tanh",
-    reverse: bool = False,
     batch_sizes: Tensor | None = None,
-    keep: Tensor | None = None,
-    alpha: Tensor | float | None = None,
-) -> tuple[Tensor, Tensor]:
+    **others: Any,
+) -> tuple[Tensor, ...]:
     """Run one layer in one direction: :func:`recurrence` with ``u = x @ w_ih.T + b_ih + b_hh``.
 
-    Without ``w_ih``, ``x`` takes the place of ``x @ w_ih.T``.
+    Without ``w_ih``, ``x`` takes the place of ``x @ w_ih.T``; without ``h0`` it is zeros.
     """
     u = x if w_ih is None else x @ w_ih.T
     if b_ih is not None:
@@ -100,16 +139,7 @@ def rnn(
     if h0 is None:
         rows = x.size(1) if batch_sizes is None else int(batch_sizes[0])
         h0 = u.new_zeros(rows, w_hh.size(0))
-    return recurrence(
-        u,
-        h0,
-        w_hh,
-        nonlinearity=nonlinearity,
-        reverse=reverse,
-        batch_sizes=batch_sizes,
-        keep=keep,
-        alpha=alpha,
-    )
+    return recurrence(u, h0, w_hh, batch_sizes=batch_sizes, **others)
 
 
 def seed_cell(inputs: Tensor, hidden: Tensor, w: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ in the derivatives, including per-sample gradients, are one bmm of views.
 
 An ensemble has V matrices ``W_hh``. It takes V calls of the engine, each at full speed.
 
+An ``alpha`` per step and row is folded like a series.
+
 The rules apply below the derivatives of the ops, so a derivative is batched through the ops of
 which it consists.
 """
@@ -59,7 +61,8 @@ def _each(op: Callable[..., Any], size: int, in_dims: Any, args: Any) -> Results
     """Call the op once for each member of an ensemble."""
     members = zip(*(a.unbind(d) if d is not None else [a] * size for a, d in zip(args, in_dims)))
     results = zip(*(op(*member) for member in members))
-    return tuple(map(torch.stack, results)), (0, 0, 0)
+    stacked = tuple(map(torch.stack, results))
+    return stacked, (0,) * len(stacked)
 
 
 def _none(rule: Callable[..., Results], info: Any, in_dims: Any, args: Any) -> Results:
@@ -92,45 +95,51 @@ def _drive(args: Any, in_dims: Any) -> Tensor:
 
 def _fold_input(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
     """Fold the arguments of ``activation`` before ``W_hh``."""
-    x, w_ih, b_ih, b_hh, h0 = args
-    h0 = _fold(h0, in_dims[4], size)
+    x, w_ih, b_ih, b_hh, *states = args
+    states = _fold_each(states, in_dims[4:], size)
     if in_dims[0] is not None and in_dims[1:4] == (None, None, None):
-        return [_fold(x, in_dims[0], size), w_ih, b_ih, b_hh, h0]
+        return [_fold(x, in_dims[0], size), w_ih, b_ih, b_hh, *states]
     # Either V products, computed as one bmm, or one product for all samples, computed once.
     u = _drive(args[:4], in_dims[:4])
-    return [u.expand(*u.shape[:-2], size, -1).flatten(-3, -2), None, None, None, h0]
+    return [u.expand(*u.shape[:-2], size, -1).flatten(-3, -2), None, None, None, *states]
 
 
 def _fold_each(args: Any, in_dims: Any, size: int) -> list[Tensor | None]:
-    """Fold those of ``tangent`` and ``adjoint``: series, states, and the saved tensor."""
+    """Fold series and states."""
     return [_fold(tensor, dim, size) for tensor, dim in zip(args, in_dims)]
 
 
-def _register(name: str, before: int, fold: Callable[..., list[Tensor | None]]) -> None:
+def _register(name: str, before: int, flags: int, fold: Callable[..., Any]) -> None:
     """Register the batching rule of an op.
 
-    ``fold`` folds V into the arguments before ``W_hh``, of which there are ``before``.
+    ``fold`` folds V into the arguments before ``W_hh``, of which there are ``before``; the last
+    ``flags`` arguments are not tensors.
     """
     op = getattr(_ops, name)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Results:
         size = info.batch_size
-        w_hh, alpha, keep, batch_sizes, *flags = args[before:]
-        w_hh_dim, alpha_dim, keep_dim, batch_sizes_dim, *_ = in_dims[before:]
+        w_hh, alpha, *series, reset, batch_sizes = args[before:-flags]
+        w_hh_dim, alpha_dim, *series_dims, reset_dim, batch_sizes_dim = in_dims[before:-flags]
         if batch_sizes_dim is not None:
             raise RuntimeError("fusedrnn: vmap over batch_sizes: all samples must be packed alike")
         if size == 0:
             return _none(rule, info, in_dims, args)
-        if w_hh_dim is not None or alpha_dim is not None:
+        varies = alpha is not None and alpha.dim() - (alpha_dim is not None) > 1
+        if w_hh_dim is not None or (alpha_dim is not None and not varies):
             return _each(op, size, in_dims, args)
         rows = fold(args[:before], in_dims[:before], size)
-        keep = _fold(keep, keep_dim, size, -1)
+        if varies:
+            alpha = _fold(alpha, alpha_dim, size)
+        series = _fold_each(series, series_dims, size)
+        reset = _fold(reset, reset_dim, size, -1)
         batch_sizes = None if batch_sizes is None else batch_sizes * size
-        return _unfold(op(*rows, w_hh, alpha, keep, batch_sizes, *flags), size)
+        results = op(*rows, w_hh, alpha, *series, reset, batch_sizes, *args[-flags:])
+        return _unfold(results, size)
 
     torch.library.register_vmap(op.name(), rule)
 
 
-_register("activation", 5, _fold_input)
-_register("tangent", 4, _fold_each)
-_register("adjoint", 4, _fold_each)
+_register("activation", 6, 3, _fold_input)
+_register("tangent", 6, 4, _fold_each)
+_register("adjoint", 5, 5, _fold_each)

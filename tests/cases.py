@@ -21,8 +21,12 @@ class Case:
     nonlinearity: str = "tanh"
     reverse: bool = False
     lengths: tuple[int, ...] | None = None
-    keep: bool = False
+    reset: bool = False
     alpha: bool = False
+    alpha_varies: bool = False  # an alpha for each step and row; with alpha=True
+    form: str = "rate"
+    reset_to: bool = False  # with reset=True
+    state_input: bool = False
     bias: bool = True
     h0: bool = True
     dtype: torch.dtype = torch.float64
@@ -46,7 +50,8 @@ class Case:
     def names(self) -> list[str]:
         """The names of the arguments that have a gradient."""
         biases = ["b_ih", "b_hh"] * self.bias
-        return ["x", "w_ih", "w_hh", *biases, *["h0"] * self.h0, *["alpha"] * self.alpha]
+        others = ("h0", "alpha", "reset_to", "state_input")
+        return ["x", "w_ih", "w_hh", *biases, *(name for name in others if getattr(self, name))]
 
     def arguments(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Return all arguments that have a gradient, by their names in ``rnn``.
@@ -69,19 +74,25 @@ class Case:
         if self.h0:
             found["h0"] = torch.randn(batch, self.H, **wide)
         if self.alpha:
-            found["alpha"] = torch.rand(self.H, **wide) * 0.9 + 0.05
+            shape = (*rows, self.H) if self.alpha_varies else (self.H,)
+            found["alpha"] = torch.rand(shape, **wide) * 0.9 + 0.05
+        if self.reset_to:
+            found["reset_to"] = torch.randn(*rows, self.H, **wide)
+        if self.state_input:
+            found["state_input"] = torch.randn(*rows, self.H, **wide)
         device = torch.get_default_device()
         return {k: v.to(device, self.dtype).requires_grad_(requires_grad) for k, v in found.items()}
 
     def flags(self) -> dict[str, object]:
         rows = (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
         generator = torch.Generator().manual_seed(self.seed + 1)
-        keep = torch.rand(rows, generator=generator, device="cpu") > 0.3
+        reset = torch.rand(rows, generator=generator, device="cpu") <= 0.3
         return {
             "nonlinearity": self.nonlinearity,
+            "form": self.form,
             "reverse": self.reverse,
             "batch_sizes": self.batch_sizes,
-            "keep": keep.to(torch.get_default_device()) if self.keep else None,
+            "reset": reset.to(torch.get_default_device()) if self.reset else None,
         }
 
     def with_(self, **changes: object) -> Case:
@@ -111,19 +122,43 @@ FLAGS = [
     Case(reverse=True),
     Case(h0=False),
     Case(bias=False),
-    Case(keep=True),
+    Case(reset=True),
     Case(alpha=True),
     Case(lengths=(5, 3, 3, 1)),
     Case(lengths=(1,)),
     Case(lengths=(4, 4, 4)),
     Case(lengths=(30,) * 5 + (20,) * 9 + (19, 2, 2, 1), reverse=True, H=33),
-    Case(T=20, B=9, H=70, reverse=True, keep=True, alpha=True, h0=False),
-    Case(lengths=(9, 8, 8, 5, 1, 1), reverse=True, keep=True, alpha=True),
-    Case(lengths=(9, 8, 8, 5, 1, 1), keep=True, h0=False, I=40),
+    Case(T=20, B=9, H=70, reverse=True, reset=True, alpha=True, h0=False),
+    Case(lengths=(9, 8, 8, 5, 1, 1), reverse=True, reset=True, alpha=True),
+    Case(lengths=(9, 8, 8, 5, 1, 1), reset=True, h0=False, I=40),
 ]
 NONLINEARITIES = [
     Case(T=20, nonlinearity=name, alpha=alpha)
     for name in reference.NONLINEARITIES
     for alpha in (False, True)
 ]
-ALL = [Case(), *SIZES, *FLAGS, *NONLINEARITIES]
+_ENDING = (9, 8, 8, 5, 1, 1)
+FORMS = [
+    *(
+        Case(form=form, nonlinearity=n, alpha=True, T=9)
+        for form in ("potential", "inside")
+        for n in ("tanh", "softplus", "sigmoid", "elu")
+    ),
+    *(
+        Case(form=form, alpha=True, alpha_varies=True, state_input=True, reset=True, B=9, H=33)
+        for form in ("rate", "potential", "inside")
+    ),
+    *(
+        Case(lengths=_ENDING, form=form, alpha=True, reset=True, reset_to=True, reverse=reverse)
+        for form in ("rate", "potential", "inside")
+        for reverse in (False, True)
+    ),
+    Case(form="potential", h0=False, reverse=True),
+    Case(form="potential", nonlinearity="sigmoid", h0=False, reset=True),
+    Case(form="inside", state_input=True),
+    Case(state_input=True, T=9, B=2, I=33, H=31),
+    Case(reset=True, reset_to=True, T=3, B=7, I=20, H=129),
+    Case(lengths=_ENDING, form="potential", alpha=True, alpha_varies=True, reverse=True),
+    Case(T=40, B=1, I=17, H=129, form="potential", alpha=True),
+]
+ALL = [Case(), *SIZES, *FLAGS, *NONLINEARITIES, *FORMS]

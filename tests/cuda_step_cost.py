@@ -10,7 +10,7 @@ of a step is the difference between two lengths of the sequence. The table is in
 that changes are noticed (test_cuda_build.py).
 
 Counts are exact for the path that is run: dense, descending = false, tanh, with biases and h_n,
-without h0, keep and alpha. Cycles come from a model, whose latencies are in `sass.LATENCY`. The
+without h0, resets and alpha. Cycles come from a model, whose latencies are in `sass.LATENCY`. The
 model ignores instruction fetches, register bank conflicts, replays, and delays of other blocks, and
 assumes that inputs are in L2. In the slices regime, polls of a flag count as often as the model
 polls.
@@ -56,7 +56,7 @@ SCHEDULERS = 4
 # Functions of csrc/cuda by purpose. An instruction counts for the innermost of them that it was
 # inlined from; instructions of functions that are not listed count as control.
 PARTS = {
-    "inputs": "load_inputs load_x inputs load keep_of far_ahead prefetch_into_l2 copy_async gather"
+    "inputs": "load_inputs load_x inputs load reset_of far_ahead prefetch_into_l2 copy_async gather"
     " copy_x fetched",
     "product": "multiply add load_states mma load_matrices to_tf32",
     "partial sums": "add_parts each lanes_summed finish",

@@ -72,7 +72,7 @@ EXPECTED: dict[str, Callable[[Trial, str, str, str], bool]] = {
     "a row that ends, or is forgotten, has an adjoint of 0, which is multiplied by w_hh": (
         lambda trial, of, ours, _: (
             of[0] == "d" and ours == "nan" and trial.poison[0] == "w_hh"
-            and (trial.case.keep or trial.case.lengths is not None)
+            and (trial.case.reset or trial.case.lengths is not None)
         )
     ),
     "the gradient of alpha is a * (phi - k); the reference's, a * phi - a * k, is inf - inf": (
@@ -141,7 +141,7 @@ def make_trial(seed: int) -> Trial:
         nonlinearity=rng.choice(list(reference.NONLINEARITIES)),
         reverse=chance(0.4),
         lengths=lengths if chance(0.3) else None,
-        keep=chance(0.3),
+        reset=chance(0.3),
         alpha=alpha in ("scalar", "vector", "ones"),
         bias=chance(0.8),
         h0=chance(0.6),
@@ -152,7 +152,7 @@ def make_trial(seed: int) -> Trial:
     if chance(0.1):
         case, without = replace(case, I=case.H), [*without, "w_ih"]
     floating = [name for name in case.names if name not in without]
-    every = [*floating, *["keep"] * case.keep]
+    every = [*floating, *["reset"] * case.reset]
     mode = rng.choices(list(MODES), [weight for _, weight in MODES.values()])[0]
     poison = ("", 0.0, 0.0)
     if chance(0.3) and mode != "double" and alpha != "ones":  # (1 - 1) * infinity
@@ -217,13 +217,13 @@ def make_problem(trial: Trial) -> Problem:
             args["alpha"] = args["alpha"][0]
         if trial.alpha == "ones":
             args["alpha"].fill_(1)
-        return {**args, "keep": case.flags()["keep"]} if case.keep else args
+        return {**args, "reset": case.flags()["reset"]} if case.reset else args
 
     def lay_out(name: str, tensor: Tensor) -> Tensor:
         return LAYOUTS[trial.layouts[name]](tensor) if name in trial.layouts else tensor
 
     case, flags = trial.case, trial.case.flags()
-    del flags["keep"]
+    del flags["reset"]
     if trial.alpha in ("number", "one"):
         flags["alpha"] = 1.0 if trial.alpha == "one" else random.Random(trial.seed).uniform(0.05, 1)
     args = sample(case)

@@ -30,7 +30,10 @@ OPS = (
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STRANGE = (torch.int64, torch.bool, torch.complex64, torch.uint8, *DTYPES)
-OPTIONAL = ("w_ih", "b_ih", "b_hh", "h0", "keep", "first", "s0", "w", "q", "g", "d", "g_n")
+GRADIENTS = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha", "q")  # of bptt
+UNUSED = ("v0", "r", "f")  # in the form "rate", as is q of activation
+ALL_WANTED = [name not in (*UNUSED, "q") for name in GRADIENTS]
+OPTIONAL = ("w_ih", "b_ih", "b_hh", "h0", "reset", "first", "s0", "w", "q", "g", "d", "g_n")
 HUGE = 2**62
 ZEROS = (0.0, 0.05, 0.1)  # B, I or H is 0 if a random number is within 0.05 above this
 
@@ -65,20 +68,24 @@ class Call:
         self.arguments: dict[str, Any] = {}
         for name_of in (argument.name for argument in self.schema):
             value: Any
-            if name_of in shapes:
+            if name_of in UNUSED or (name_of == "q" and self.op == "activation"):
+                value = None
+            elif name_of in shapes:
                 value = self.tensor(*shapes[name_of])
             elif name_of == "alpha":
                 value = self.tensor(H).abs().clamp(0, 1) if leaky else None
-            elif name_of == "keep":
-                value = torch.rand(rows, generator=self.numbers) > 0.3
+            elif name_of == "reset":
+                value = torch.rand(rows, generator=self.numbers) <= 0.3
             elif name_of == "batch_sizes":
                 value = torch.tensor(sizes) if packed else None
             elif name_of == "nonlinearity":
                 value = name
+            elif name_of == "form":
+                value = "rate"
             elif name_of == "batch":
                 value = B
             elif name_of == "wanted":
-                value = [self.random.random() < 0.7 for _ in range(7)]
+                value = [self.random.random() < 0.7 for _ in range(9)]
             else:  # reverse, full, to_h0
                 value = self.random.random() < 0.5
             if name_of in OPTIONAL and self.random.random() < 0.3:
@@ -92,8 +99,10 @@ class Call:
             if self.arguments["w_ih"] is None:
                 self.arguments["x"] = self.tensor(*series)
             wanted = self.arguments["wanted"]
-            wanted[1] &= self.arguments["w_ih"] is not None
-            wanted[6] &= leaky
+            for place, of in enumerate(GRADIENTS):
+                wanted[place] &= of not in UNUSED and of != "q"
+                if of in ("w_ih", "b_ih", "b_hh", "alpha"):
+                    wanted[place] &= self.arguments[of] is not None
             if not leaky and name not in _C.saving_z:
                 self.arguments["saved"] = None
         self.spoilt: list[str] = []
@@ -123,10 +132,12 @@ class Call:
             self.arguments[name] = self.random.choice(ways)(value)
         elif name == "nonlinearity":
             self.arguments[name] = self.random.choice(("", "cosh", "tanh\0", "é" * 99, None, 3))
+        elif name == "form":
+            self.arguments[name] = self.random.choice(("", "rates", "rate\0", "é" * 99, None, 3))
         elif name == "batch":
             self.arguments[name] = self.random.choice((value + 1, value - 1, 0, -1, HUGE, -HUGE))
         elif name == "wanted":
-            self.arguments[name] = self.random.choice(([True] * 7, [True] * 6, [], [False] * 7))
+            self.arguments[name] = self.random.choice((ALL_WANTED, [True] * 8, [], [False] * 9))
         else:
             self.arguments[name] = self.random.choice((None, 7, "yes", self.tensor(2, 3), [1.0]))
 
@@ -227,9 +238,15 @@ class Call:
         full, states = (*series.shape[:-1], size), (batch, size)
         if self.op == "bptt":
             w_ih = None if a["w_ih"] is None else tuple(a["w_ih"].shape)
-            found = (tuple(a["x"].shape), w_ih, (size,), (size,), states, (size, size), (size,))
+            x, units = tuple(a["x"].shape), (size,)
+            found = (x, w_ih, units, units, states, None, (size, size), units, None)
             return tuple(f if wanted else None for f, wanted in zip(found, a["wanted"]))
-        return full, states, full
+        unused = (0,)
+        return {
+            "activation": (full, states, full),
+            "tangent": (full, states, full, unused),
+            "adjoint": (full, states, unused, full, unused),
+        }[self.op]
 
     def plain(self) -> list[Tensor]:
         """Return the tensor arguments, or an empty list if one is not a dense CPU tensor."""

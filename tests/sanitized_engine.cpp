@@ -6,7 +6,7 @@
 //
 // The seed determines the order of threads. A problem is one argument of several words. Required
 // are a regime, a pass, tile=, split=, I=, H=, and either T= and B= or sizes= (packed: the rows of
-// each step). Optional are keep, alpha, h0, bias, descending, unfused (the input product is
+// each step). Optional are reset, alpha, h0, bias, descending, unfused (the input product is
 // computed before the recurrence), apart (gaps between rows) and plain (no second input and
 // output). To provoke errors: short=NAME (that buffer lacks its last number), forget=N (see
 // forgotten_barriers.cu), stuck (blocks wait for something that never happens).
@@ -157,7 +157,7 @@ std::vector<char> buffer(const Case& c, const char* name, int64_t count, int siz
 
 struct Tensors {
   Rows x, w_ih, w_hh, b_ih, b_hh, alpha, first, in[2], gate, out[2], last;
-  std::vector<char> keep, offsets;
+  std::vector<char> reset, offsets;
 
   explicit Tensors(const Case& c)
       : x(rows(c, "x", c.rows(), c.I)),
@@ -171,7 +171,7 @@ struct Tensors {
         gate(rows(c, "gate", c.rows(), c.H)),
         out{rows(c, "out0", c.rows(), c.H), rows(c, "out1", c.rows(), c.H)},
         last(rows(c, "last", c.B, c.H)),
-        keep(buffer(c, "keep", c.rows(), 1)),
+        reset(buffer(c, "reset", c.rows(), 1)),
         offsets(buffer(c, "offsets", c.T + 1, 8)) {
     std::mt19937 random(1);
     const auto uniform = [&](double most) {
@@ -183,7 +183,7 @@ struct Tensors {
     w_hh.fill(uniform(1 / std::sqrt(double(c.H))));
     w_ih.fill(uniform(1 / std::sqrt(double(c.I))));
     alpha.fill([&](int64_t, int64_t j) { return 0.2 + 0.6 * double(j) / double(c.H); });
-    for (char& one : keep) one = random() % 4 != 0;
+    for (char& one : reset) one = random() % 4 == 0;
     std::memcpy(offsets.data(), c.offsets.data(), offsets.size());
     if (c.pass == Pass::activation && c.has("unfused"))
       in[0].fill([&](int64_t row, int64_t j) { return input_product(row, j); });
@@ -227,9 +227,9 @@ Expected expected(const Case& c, const Tensors& t) {
     const int64_t step = c.has("descending") ? c.T - 1 - s : s;
     for (int64_t b = 0; b < c.sizes[step]; ++b) {
       const int64_t row = c.offsets[step] + b;
-      const bool kept = !c.has("keep") || t.keep[row];
+      const bool reset = c.has("reset") && t.reset[row];
       double* const from = &state[b * H];
-      if (forward && !kept) std::fill(from, from + H, 0.);
+      if (forward && reset) std::fill(from, from + H, 0.);
       std::vector<double> next(H);
       for (int64_t j = 0; j < H; ++j) {
         const double sum = product(from, j), in0 = t.in[0].at(row, j);
@@ -249,9 +249,9 @@ Expected expected(const Case& c, const Tensors& t) {
         } else {
           other = in0 + carry[b * H + j] + sum;
           result = in1 + p * other;
-          carry[b * H + j] = kept ? (1 - alpha) * other : 0;
+          carry[b * H + j] = reset ? 0 : (1 - alpha) * other;
         }
-        next[j] = forward || kept ? result : 0;
+        next[j] = forward || !reset ? result : 0;
       }
       std::copy(next.begin(), next.end(), from);
     }
@@ -278,10 +278,10 @@ Problem problem_of(const Case& c, Tensors& t) {
   p.H = c.H;
   p.descending = c.has("descending");
   if (c.has("sizes")) p.batch_sizes = c.sizes.data();
-  if (c.has("keep")) p.keep = reinterpret_cast<const bool*>(t.keep.data());
+  if (c.has("reset")) p.reset = reinterpret_cast<const bool*>(t.reset.data());
   p.w_hh = t.w_hh.place(0, 0);
   p.w_hh_row = t.w_hh.distance;
-  p.alpha = vector("alpha", t.alpha);
+  p.alpha.data = vector("alpha", t.alpha);  // one row for all steps
   if (c.pass == Pass::activation) {
     p.b_ih = vector("bias", t.b_ih);
     p.b_hh = vector("bias", t.b_hh);

@@ -19,7 +19,7 @@ PAIRS = [(r, d) for r in REGIMES for d in DTYPES if (r, d) != ("slices", "float6
 CASES = [
     Case(T=4, B=9, I=12, H=70),
     Case(T=6, B=1, I=5, H=40),  # plain.cuh
-    Case(lengths=(4, 3, 3, 1), I=5, H=33, keep=True, alpha=True, reverse=True),
+    Case(lengths=(4, 3, 3, 1), I=5, H=33, reset=True, alpha=True, reverse=True),
 ]
 LAYER = Case(T=20, B=16, I=128, H=256)  # too large for an emulator, and for compute-sanitizer
 

@@ -51,7 +51,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"w_hh": None, "alpha": 0.5}, TypeError, "w_hh must be a tensor, got None"),
     ({"w_hh": torch.eye(7).to_sparse()}, TypeError, "w_hh must be a dense tensor, got torch.spa"),
     ({"h0": [0.0] * 7}, TypeError, "h0 must be a tensor, got list"),
-    ({"keep": [[True] * 3] * 5}, TypeError, "keep must be a tensor, got list"),
+    ({"reset": [[True] * 3] * 5}, TypeError, "reset must be a tensor, got list"),
     ({"batch_sizes": [3, 2]}, TypeError, "batch_sizes must be a tensor, got list"),
     ({"nonlinearity": torch.tanh}, TypeError, "nonlinearity must be one of tanh, relu, "),
     ({"nonlinearity": None}, TypeError, "leaky_relu, elu, got None"),
@@ -66,14 +66,14 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"h0": torch.ones(1, 7)}, RuntimeError, "h0 must have sizes [3, 7], got [1, 7]"),
     ({"h0": torch.ones(3, 7).double()}, RuntimeError, "h0 must be "),
     ({"h0": torch.ones(3, 7, device="meta")}, RuntimeError, "must be on cpu like the others"),
-    ({"keep": torch.ones(5, 1).bool()}, RuntimeError, "keep must have sizes [5, 3], got [5, 1]"),
-    ({"keep": torch.ones(5, 3)}, RuntimeError, "keep must be "),
+    ({"reset": torch.ones(5, 1).bool()}, RuntimeError, "reset must have sizes [5, 3], got [5, 1]"),
+    ({"reset": torch.ones(5, 3)}, RuntimeError, "reset must be "),
     ({"alpha": "0.5"}, TypeError, "alpha must be a number or a tensor, got str"),
     ({"alpha": 0.5j}, TypeError, "alpha must be a number or a tensor, got complex"),
     ({"alpha": np.full(7, 0.5)}, TypeError, "alpha must be a number or a tensor, got ndarray"),
     ({"alpha": torch.full((7,), 0.5j)}, TypeError, "alpha must be real, got torch.complex64"),
     ({"alpha": torch.ones(7).to_sparse()}, TypeError, "alpha must be a dense tensor, got torch.sp"),
-    ({"alpha": torch.ones(3)}, ValueError, "alpha must be a number or a tensor [] or [7], got [3]"),
+    ({"alpha": torch.ones(3)}, ValueError, "alpha must be a number or a tensor [], [H], [T, B], "),
     ({"alpha": 0}, ValueError, "alpha must be in (0, 1], got 0"),
     ({"alpha": float("nan")}, ValueError, "alpha must be in (0, 1], got nan"),
     ({"alpha": 1e-50}, ValueError, "alpha must be in (0, 1], got 1e-50, which is 0 in torch."),
@@ -87,7 +87,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 def in_dtype(name: str, value: Any, dtype: torch.dtype) -> Any:
     """Cast a float32 tensor to the dtype under test, so that only the intended fault remains."""
-    right_already = name in ("alpha", "keep") or not isinstance(value, Tensor)
+    right_already = name in ("alpha", "reset") or not isinstance(value, Tensor)
     if right_already or value.dtype != torch.float32 or value.layout == torch._mkldnn:
         return value
     return value.to(dtype)
@@ -189,11 +189,13 @@ def test_cause_of_a_type_error_is_not_shown():
 
 def arguments_of(op: str, batch_sizes: Tensor) -> tuple[Any, ...]:
     series, states, w_hh = torch.randn(6, 7), torch.randn(3, 7), torch.randn(7, 7)
-    walk = (None, None, batch_sizes, "tanh", False)
+    walk = (None, batch_sizes, "tanh", "rate", False)
     if op == "activation":
-        return (torch.randn(6, 4), torch.randn(7, 4), None, None, states, w_hh, *walk)
-    flags = (True, True) if op == "adjoint" else (True,)
-    return (series, None, states, series, w_hh, *walk, *flags)
+        x, w_ih = torch.randn(6, 4), torch.randn(7, 4)
+        return (x, w_ih, None, None, states, None, w_hh, None, None, *walk)
+    if op == "tangent":
+        return (series, None, None, states, None, series, w_hh, None, *walk, True)
+    return (series, None, None, states, series, w_hh, None, *walk, True, True)
 
 
 @pytest.mark.parametrize("op", ["activation", "tangent", "adjoint"])
@@ -228,7 +230,7 @@ def test_batch_sizes_are_on_the_cpu_beside_fake_cuda_tensors():
     for device in ("cpu", "cuda"):
         with FakeTensorMode():
             fake = [torch.empty(a.shape, device="cuda") if torch.is_tensor(a) else a for a in given]
-            fake[8] = torch.empty(3, dtype=torch.int64, device=device)
+            fake[10] = torch.empty(3, dtype=torch.int64, device=device)
             if device == "cpu":
                 assert OPS.activation(*fake)[0].device.type == "cuda"
             else:
@@ -239,10 +241,12 @@ def test_batch_sizes_are_on_the_cpu_beside_fake_cuda_tensors():
 def bptt(**changes: Any) -> Any:
     series = torch.randn(5, 3, 7)
     arguments = {
-        "g": series, "d": None, "g_n": None, "x": torch.randn(5, 3, 4),
-        "w_ih": torch.randn(7, 4), "h0": torch.randn(3, 7), "w_hh": torch.randn(7, 7),
-        "alpha": torch.full((7,), 0.5), "keep": None, "batch_sizes": None, "h": series.clone(),
-        "saved": series.clone(), "nonlinearity": "tanh", "reverse": False, "wanted": [True] * 7,
+        "g": series, "d": None, "f": None, "g_n": None, "x": torch.randn(5, 3, 4),
+        "w_ih": torch.randn(7, 4), "b_ih": torch.randn(7), "b_hh": torch.randn(7),
+        "h0": torch.randn(3, 7), "v0": None, "w_hh": torch.randn(7, 7),
+        "alpha": torch.full((7,), 0.5), "reset": None, "batch_sizes": None, "h": series.clone(),
+        "saved": series.clone(), "nonlinearity": "tanh", "form": "rate", "reverse": False,
+        "wanted": fuzz_ops.ALL_WANTED,
     }  # fmt: skip
     return OPS.bptt(*{**arguments, **changes}.values())
 
@@ -250,10 +254,10 @@ def bptt(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"saved": None}, "saved must be given with alpha, elu and softplus, got None"),
+        ({"saved": None}, "saved must be given with alpha, elu, softplus and potential, got None"),
         (
             {"saved": None, "alpha": None, "nonlinearity": "elu"},
-            "saved must be given with alpha, elu and softplus, got None",
+            "saved must be given with alpha, elu, softplus and potential, got None",
         ),
         ({"saved": torch.randn(5, 3, 1)}, "saved must have sizes [5, 3, 7], got [5, 3, 1]"),
         ({"alpha": None}, "alpha must be given for its gradient, got None"),
@@ -268,7 +272,7 @@ def bptt(**changes: Any) -> Any:
     ],
 )
 def test_bptt_checks_what_it_reads(change, text):
-    assert len(bptt()) == 7
+    assert len(bptt()) == 9
     with pytest.raises(RuntimeError, match=re.escape(text)):
         bptt(**change)
 
@@ -285,8 +289,8 @@ COMPOSITE: list[tuple[str, tuple[Any, ...], str]] = [
     ("previous", (SERIES, torch.randn(7), None, None, False), "first must be [B, H], got [7]"),
     ("previous", (SERIES, torch.randn(2, 7), None, None, False), "first must have sizes [3, 7]"),
     ("previous", (SERIES[:0], None, None, None, False), "length to be larger than 0"),
-    ("following", (SERIES, torch.ones(5, 1).bool(), None, False), "keep must have sizes [5, 3]"),
-    ("following", (SERIES, torch.ones(5, 3), None, False), "keep must be bool, got Float"),
+    ("following", (SERIES, torch.ones(5, 1).bool(), None, False), "reset must have sizes [5, 3]"),
+    ("following", (SERIES, torch.ones(5, 3), None, False), "reset must be bool, got Float"),
     ("following", (SERIES[0], None, None, False), "series must be [T, B, size], got [3, 7]"),
     ("following_first", (SERIES, None, None, False, 2), "batch must be 3, got 2"),
     ("following_first", (SERIES[0], None, torch.tensor([2, 1]), True, 3), "batch must be 2, got 3"),

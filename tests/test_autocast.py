@@ -48,7 +48,7 @@ def test_gradients_are_as_accurate_as_those_of_torch(dtype):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_every_floating_argument_is_cast(dtype):
-    case = Case(T=T, B=B, I=I, H=H, keep=True, alpha=True, dtype=torch.float32)
+    case = Case(T=T, B=B, I=I, H=H, reset=True, alpha=True, dtype=torch.float32)
     with torch.autocast("cpu", dtype):
         h, h_n = fusedrnn.rnn(**case.arguments(), **case.flags())
     assert h.dtype == h_n.dtype == dtype
@@ -58,15 +58,14 @@ def test_every_floating_argument_is_cast(dtype):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_the_op_itself_casts(dtype):
-    case = Case(T=T, B=B, I=I, H=H, keep=True, alpha=True, dtype=torch.float32)
+    case = Case(T=T, B=B, I=I, H=H, reset=True, alpha=True, dtype=torch.float32)
     found = case.arguments(requires_grad=True)
-    names = ("x", "w_ih", "b_ih", "b_hh", "h0", "w_hh", "alpha")
-    keep = case.flags()["keep"]
+    names = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha", "q")
+    walk = (case.flags()["reset"], None, "tanh", "rate", False)
     with torch.autocast("cpu", dtype):
-        arguments = (*(found[name] for name in names), keep, None, "tanh", False)
-        h, h_n, saved = torch.ops.fusedrnn.activation(*arguments)
+        h, h_n, saved = torch.ops.fusedrnn.activation(*(found.get(name) for name in names), *walk)
     assert h.dtype == h_n.dtype == saved.dtype == dtype
-    slopes = torch.autograd.grad(h.float().sum(), [found[name] for name in names])
+    slopes = torch.autograd.grad(h.float().sum(), list(found.values()))
     assert {slope.dtype for slope in slopes} == {torch.float32}
 
 
@@ -182,11 +181,11 @@ def test_the_rule_for_cuda_is_the_same():
     with FakeTensorMode():
         for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
             x, w = torch.empty(T, B, H, device=device), torch.empty(H, H, device=device)
-            walk = (None, None, None, "tanh", False)
-            h, h_n, _ = torch.ops.fusedrnn.activation(x, None, None, None, None, w, *walk)
+            walk = (None, None, None, None, "tanh", "rate", False)
+            h, h_n, _ = torch.ops.fusedrnn.activation(x, *[None] * 5, w, *walk)
             assert (h.dtype, h_n.dtype, h.device.type) == (dtype, dtype, device)
-    x, keep, wide = torch.randn(2), torch.ones(2).bool(), torch.randn(2).double()
-    cast = functional._autocast("cuda", x, None, keep, wide)
+    x, reset, wide = torch.randn(2), torch.ones(2).bool(), torch.randn(2).double()
+    cast = functional._autocast("cuda", x, None, reset, wide)
     assert [c if c is None else c.dtype for c in cast] == [
         torch.float16, None, torch.bool, torch.float64,
     ]  # fmt: skip

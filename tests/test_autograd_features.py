@@ -50,7 +50,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.parametrize("lengths", [None, (6, 4, 1)], ids=["padded", "packed"])
 def test_deterministic_algorithms_are_accepted(lengths):
     """Also for second derivatives. In this mode torch fills uninitialised memory with NaN."""
-    case = Case(lengths=lengths, keep=True, alpha=True)
+    case = Case(lengths=lengths, reset=True, alpha=True)
 
     def run() -> Any:
         tensors = case.arguments(requires_grad=True)

@@ -71,8 +71,8 @@ def tensors(case: Case) -> list[Tensor]:
 
 
 CASES = [
-    Case(T=9, reverse=reverse, keep=keep, h0=h0, bias=bias, alpha=alpha)
-    for reverse, keep, (h0, bias, alpha) in itertools.product(
+    Case(T=9, reverse=reverse, reset=reset, h0=h0, bias=bias, alpha=alpha)
+    for reverse, reset, (h0, bias, alpha) in itertools.product(
         (False, True), (False, True), ((True, True, False), (False, False, True))
     )
 ]
@@ -136,7 +136,7 @@ def test_any_strides(log):
 
 @pytest.mark.parametrize("alpha", [None, 0.3])
 def test_double_backward(log, alpha):
-    case = Case(T=9, keep=True)
+    case = Case(T=9, reset=True)
     args = [t.requires_grad_() for t in tensors(case)]
 
     def penalty() -> tuple[Tensor, ...]:

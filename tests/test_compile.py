@@ -290,13 +290,13 @@ def test_inductors_own_random_numbers_drop_as_many():
 def test_functions_with_what_nn_rnn_lacks(backend):
     layer = fusedrnn.RNN(I, H)
     layer.alpha = nn.Parameter(torch.rand(H) * 0.8 + 0.1)
-    keep = torch.rand(5, 3) > 0.3
+    reset = torch.rand(5, 3) <= 0.3
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         w_ih, w_hh, b_ih, b_hh = layer.all_weights[0]
         u = x @ w_ih.T
         h, h_n = fusedrnn.rnn(
-            x, w_ih, w_hh, b_ih, b_hh, keep=keep, alpha=layer.alpha, nonlinearity="sigmoid"
+            x, w_ih, w_hh, b_ih, b_hh, reset=reset, alpha=layer.alpha, nonlinearity="sigmoid"
         )
         return h, h_n, *fusedrnn.recurrence(u, None, w_hh, alpha=0.3, reverse=True)
 

@@ -76,16 +76,16 @@ def test_each_regime_is_captured(regime, packed):
             torch.testing.assert_close(captured, run())
 
 
-@pytest.mark.parametrize("options", [{}, {"keep": True, "alpha": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reset": True, "alpha": True}], ids=str)
 def test_captured_gradients(options):
     """Forward and backward in one graph, with and without the options of the function."""
-    keep = torch.rand(T, B, device="cuda") > 0.2 if "keep" in options else None
+    reset = torch.rand(T, B, device="cuda") <= 0.2 if "reset" in options else None
     alpha = torch.rand(H, device="cuda") if "alpha" in options else None
     u, w_hh, h0 = numbers(T, B, H), numbers(H, H) / H**0.5, numbers(B, H)
     wanted = [t.requires_grad_() for t in (u, w_hh, h0, alpha) if t is not None]
 
     def run() -> Any:
-        h, h_n = fusedrnn.recurrence(u, h0, w_hh, keep=keep, alpha=alpha)
+        h, h_n = fusedrnn.recurrence(u, h0, w_hh, reset=reset, alpha=alpha)
         return torch.autograd.grad(h.sin().sum() + h_n.sum(), wanted)
 
     graph, captured = capture(run)

@@ -259,14 +259,14 @@ def small_cases(way: Way) -> list[Trial]:
     """Return cases that differ in kind, and together cover every option of a kernel."""
     trials = [
         Trial(way, Case(T=3, B=3, I=5, H=37), True),
-        Trial(way, Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, keep=True, alpha=True, reverse=True)),
+        Trial(way, Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, reset=True, alpha=True, reverse=True)),
         Trial(way, Case(T=2, B=70, I=3, H=33, h0=False), False),
-        Trial(way, Case(T=3, B=9, I=16, H=40, alpha=True, keep=True), True),
+        Trial(way, Case(T=3, B=9, I=16, H=40, alpha=True, reset=True), True),
         Trial(
-            way, Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=21, reverse=True, keep=True)
+            way, Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=21, reverse=True, reset=True)
         ),
         Trial(way, Case(T=2, B=5, I=7, H=65, bias=False, nonlinearity="softplus", reverse=True)),
-        Trial(way, Case(T=9, B=2, I=4, H=18, keep=True)),  # barrier phases repeat
+        Trial(way, Case(T=9, B=2, I=4, H=18, reset=True)),  # barrier phases repeat
         Trial(way, Case(lengths=(3, 2, 2, 1), I=40, H=51, alpha=True, h0=False), True),
         Trial(way, Case(T=1, B=2, I=2, H=6)),
     ]
@@ -379,9 +379,9 @@ OF_SLICES = [
     for way in SLICES
     for case in (
         Case(T=3, B=3 * way.shape.rows + 1, I=4, H=2 * way.block_units - 3, alpha=True),
-        Case(T=2, B=5, I=3, H=701, keep=True),
+        Case(T=2, B=5, I=3, H=701, reset=True),
         Case(T=4, B=70, I=3, H=130, h0=False, reverse=True),
-        Case(lengths=(5,) * 20 + (3,) * 40 + (1,) * 9, H=129, keep=True),
+        Case(lengths=(5,) * 20 + (3,) * 40 + (1,) * 9, H=129, reset=True),
     )
 ]
 
@@ -393,7 +393,7 @@ def test_slices(trial):
 
 # Clusters of 16 blocks: more than are allowed without opting in; the last block has no units.
 SIXTEEN = [
-    Trial(way, Case(T=3, B=3, I=3, H=way.block_units * 8 + 5, keep=True))
+    Trial(way, Case(T=3, B=3, I=3, H=way.block_units * 8 + 5, reset=True))
     for way in WAYS
     if way.regime == "cluster" and way.block_units <= 64
 ]
@@ -415,7 +415,7 @@ def test_clusters_of_sixteen(trial):
 SPILLING = [replace(way, spills=True) for way in WAYS]
 # Because of many inputs, if the step multiplies them itself: only activation spills.
 WIDE = [
-    Trial(way, Case(T=2, B=way.shape.rows + 1, I=way.held + 3, H=12, keep=True), True)
+    Trial(way, Case(T=2, B=way.shape.rows + 1, I=way.held + 3, H=12, reset=True), True)
     for way in SPILLING
 ]
 
@@ -497,11 +497,11 @@ STEPS = [
     for tile in (0, 4, 6, 8)  # one of each dtype
     for case, fuse_input, padding in (
         (Case(T=3, B=3, I=5, H=37), True, 0),
-        (Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, keep=True, alpha=True, reverse=True), None, 1),
+        (Case(lengths=(4, 3, 3, 1, 1), I=6, H=34, reset=True, alpha=True, reverse=True), None, 1),
         (Case(T=2, B=70, I=3, H=33, h0=False), False, 0),
-        (Case(T=3, B=33, I=40, H=130, alpha=True, keep=True), True, 1),
+        (Case(T=3, B=33, I=40, H=130, alpha=True, reset=True), True, 1),
         (
-            Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=64, reverse=True, keep=True),
+            Case(lengths=(3,) * 30 + (2,) * 9 + (1,) * 3, I=8, H=64, reverse=True, reset=True),
             None,
             0,
         ),
@@ -540,7 +540,7 @@ def test_every_kernel_ran():
     taken = set()
     for way in (*WAYS, *SLICES):
         H = min(32, way.block_units)
-        for case in (Case(T=2, B=2, I=3, H=9, keep=True), Case(T=2, B=1, I=3, H=H)):
+        for case in (Case(T=2, B=2, I=3, H=9, reset=True), Case(T=2, B=1, I=3, H=H)):
             before = [library.launched() for library in libraries]
             _, runs = Trial(way, case).run()
             launched = {
@@ -554,7 +554,7 @@ def test_every_kernel_ran():
             assert len(launched - plain) == len(expected) == len(PASSES) or plain
             assert all(any(e in name for e in expected) for name in launched), (launched, expected)
             # plain ones for activation and adjoint, the others for second derivatives
-            if case.keep or way.regime not in ("block", "cluster"):
+            if case.reset or way.regime not in ("block", "cluster"):
                 assert not plain
             else:
                 assert len(plain) == len(launched - plain) == 2

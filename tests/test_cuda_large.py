@@ -67,7 +67,7 @@ def test_large_layers(engine, case, dtype):
 @pytest.mark.parametrize(
     ("engine", "case"),
     params(
-        [Case(T=2000, B=4, I=8, H=64), Case(T=1000, B=3, I=16, H=300, keep=True, alpha=True)],
+        [Case(T=2000, B=4, I=8, H=64), Case(T=1000, B=3, I=16, H=300, reset=True, alpha=True)],
         Case(T=150, B=2, H=18),
     ),
 )

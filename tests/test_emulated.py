@@ -13,7 +13,7 @@ import fusedrnn
 
 FREE = Engine("emulated", "h100")
 SLICES = Engine("emulated", "tiny", "slices")  # not in EMULATED: it does not support float64
-PACKED = Case(lengths=(5, 3, 3, 1), keep=True, alpha=True, H=33)
+PACKED = Case(lengths=(5, 3, 3, 1), reset=True, alpha=True, H=33)
 
 
 def all_passes(case: Case) -> list[torch.Tensor]:
@@ -74,7 +74,7 @@ def test_a_chain_that_is_cut(engine, reverse):
     The inputs of the steps before the split are multiplied first, the others during the recurrence.
     """
     for case in (
-        Case(T=6, B=9, H=37, dtype=torch.float32, reverse=reverse, keep=True, alpha=True),
+        Case(T=6, B=9, H=37, dtype=torch.float32, reverse=reverse, reset=True, alpha=True),
         Case(T=6, B=40, H=19, dtype=torch.float32, reverse=reverse, h0=False, bias=False),
         Case(T=6, B=5, H=13, dtype=torch.bfloat16, reverse=reverse, h0=False),
     ):

@@ -180,9 +180,9 @@ class Leaky(nn.Module):
         self.w_hh = nn.Parameter(torch.randn(H, H) * H**-0.5)
         self.alpha = nn.Parameter(torch.rand(H) * 0.8 + 0.1)
 
-    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
         return fusedrnn.rnn(
-            x, self.w_ih, self.w_hh, keep=keep, alpha=self.alpha, nonlinearity="softplus"
+            x, self.w_ih, self.w_hh, reset=reset, alpha=self.alpha, nonlinearity="softplus"
         )
 
 
@@ -192,13 +192,13 @@ def test_functions_with_what_nn_rnn_lacks(strict):
     program = export(
         model,
         torch.randn(5, 3, I),
-        torch.rand(5, 3) > 0.3,
+        torch.rand(5, 3) <= 0.3,
         dynamic_shapes=(T_AND_B, T_AND_B),
         strict=strict,
     )
-    x, keep = torch.randn(20, 8, I), torch.rand(20, 8) > 0.3
+    x, reset = torch.randn(20, 8, I), torch.rand(20, 8) <= 0.3
     for form in forms(program).values():
-        assert_close(form.module()(x, keep), model(x, keep))
+        assert_close(form.module()(x, reset), model(x, reset))
 
 
 @STRICT

@@ -28,8 +28,10 @@ from fusedrnn import reference
 SMALL = Case(T=3, B=2, I=2, H=3)
 FUNCTIONS = [
     SMALL,
-    SMALL.with_(keep=True, alpha=True),
+    SMALL.with_(reset=True, alpha=True),
     SMALL.with_(lengths=(3, 1), reverse=True, alpha=True, nonlinearity="softplus"),
+    SMALL.with_(form="potential", alpha=True, reset=True, reset_to=True),
+    SMALL.with_(form="inside", alpha=True, alpha_varies=True, nonlinearity="elu", lengths=(3, 1)),
 ]
 
 
@@ -138,12 +140,13 @@ def test_each_op_by_itself_has_a_tangent(op):
     case = FUNCTIONS[1]
     arguments, flags = case.arguments(), case.flags()
     series = torch.randn(case.T, case.B, case.H, dtype=torch.float64)
-    walk = (flags["keep"], None, "sigmoid", False)
+    walk = (flags["reset"], None, "sigmoid", "rate", False)
     if op == "activation":
-        names = ("x", "w_ih", "b_ih", "b_hh", "h0", "w_hh", "alpha")
-        given, last = [arguments[name] for name in names], ()
+        names = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha", "q")
+        given, last = [arguments.get(name) for name in names], ()
     else:
-        given = [series, series.cos(), arguments["h0"], series.sigmoid()]
+        states = [arguments["h0"]] if op == "adjoint" else [arguments["h0"], None]
+        given = [series, series.cos(), None, *states, series.sigmoid()]
         given += [arguments["w_hh"], arguments["alpha"]]
         last = (True, True) if op == "adjoint" else (True,)
 
@@ -151,6 +154,8 @@ def test_each_op_by_itself_has_a_tangent(op):
         return getattr(torch.ops.fusedrnn, op)(*given, *walk, *last)
 
     for i, value in enumerate(given):
+        if value is None:
+            continue
         one = [*given]
 
         def of_one(a, i=i, one=one):

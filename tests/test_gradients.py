@@ -17,11 +17,20 @@ import fusedrnn
 from fusedrnn import reference
 
 SMALL = Case(T=3, B=2, I=2, H=3)
+FORMS = [
+    SMALL.with_(form=form, alpha=alpha, alpha_varies=varies, **others)
+    for form in ("rate", "potential", "inside")
+    for alpha, varies, others in (
+        (False, False, {"state_input": True, "nonlinearity": "softplus"}),
+        (True, False, {"reset": True, "reset_to": True, "reverse": True}),
+        (True, True, {"lengths": (3, 1, 1), "reset": True, "state_input": True}),
+    )
+]
 CASES = [
-    SMALL.with_(reverse=reverse, lengths=lengths, keep=keep, alpha=alpha)
+    SMALL.with_(reverse=reverse, lengths=lengths, reset=reset, alpha=alpha)
     for reverse in (False, True)
     for lengths in (None, (3, 1, 1))
-    for keep in (False, True)
+    for reset in (False, True)
     for alpha in (False, True)
 ] + [
     SMALL.with_(T=1),
@@ -34,6 +43,7 @@ CASES = [
         for name in reference.NONLINEARITIES
         for alpha in (False, True)
     ),
+    *FORMS,
 ]
 
 
@@ -76,7 +86,8 @@ def derivatives(case: Case, rnn, order: int) -> list[torch.Tensor]:
     "case",
     [
         SMALL,
-        SMALL.with_(keep=True, alpha=True, lengths=(3, 1)),
+        SMALL.with_(reset=True, alpha=True, lengths=(3, 1)),
+        *FORMS,
         # enough units that some are on each side of a kink, and some where the slope is 0
         *(Case(nonlinearity=name, alpha=True) for name in reference.NONLINEARITIES),
     ],
@@ -88,13 +99,28 @@ def test_derivatives_of_higher_order(case, order):
     )
 
 
+@pytest.mark.parametrize("engine", DIFFERENTIATED, ids=str, indirect=True)
+@pytest.mark.parametrize("nonlinearity", ["tanh", "softplus"])
+def test_derivatives_of_the_potential(engine, nonlinearity):
+    case = SMALL.with_(form="potential", alpha=True, reset=True, nonlinearity=nonlinearity)
+    tensors = tuple(case.arguments(requires_grad=True).values())
+    f = function_of(case, lambda **given: fusedrnn.rnn(**given, return_potential=True)[::2])
+    expected = function_of(case, lambda **given: reference.rnn(**given, return_potential=True)[::2])
+    torch.testing.assert_close(f(*tensors), expected(*tensors))
+    assert gradcheck(f, tensors, check_forward_ad=True)
+    assert gradgradcheck(f, tensors, check_fwd_over_rev=True)
+
+
 BIGGER = [
     Case(T=20, B=9, I=17, H=70),
-    Case(T=20, B=9, I=17, H=70, reverse=True, keep=True),
+    Case(T=20, B=9, I=17, H=70, reverse=True, reset=True),
     Case(T=30, B=1, I=5, H=129, alpha=True),
     Case(T=1, B=33, I=5, H=31),
     Case(lengths=(30,) * 5 + (20,) * 9 + (19, 2, 2, 1), H=33),
-    Case(lengths=(30,) * 5 + (20,) * 9 + (19, 2, 2, 1), H=33, reverse=True, keep=True, alpha=True),
+    Case(lengths=(30,) * 5 + (20,) * 9 + (19, 2, 2, 1), H=33, reverse=True, reset=True, alpha=True),
+    Case(T=20, B=9, I=17, H=70, form="potential", alpha=True, reverse=True),
+    Case(T=20, B=9, I=17, H=70, form="inside", alpha=True, alpha_varies=True, reset=True),
+    Case(T=9, B=2, H=129, form="potential", nonlinearity="softplus", reset=True, state_input=True),
 ]
 
 
@@ -130,10 +156,10 @@ def before_a_guard_page(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(keep=True),
+        Case(reset=True),
         Case(T=20, B=9, I=17, H=70, dtype=torch.float32),
-        Case(lengths=(5, 3, 3, 1), keep=True, alpha=True),
-        Case(lengths=(5, 3, 3, 1), keep=True, reverse=True, dtype=torch.bfloat16),
+        Case(lengths=(5, 3, 3, 1), reset=True, alpha=True),
+        Case(lengths=(5, 3, 3, 1), reset=True, reverse=True, dtype=torch.bfloat16),
     ],
     ids=str,
 )
@@ -141,8 +167,8 @@ def test_nothing_is_read_past_the_end_of_an_argument(engine, case):
     """A read past the end would be a segmentation fault."""
     arguments, flags = case.arguments(), case.flags()
     arguments = {name: before_a_guard_page(t).requires_grad_() for name, t in arguments.items()}
-    if case.keep:
-        flags["keep"] = before_a_guard_page(flags["keep"])
+    if case.reset:
+        flags["reset"] = before_a_guard_page(flags["reset"])
     h, h_n = fusedrnn.rnn(**arguments, **flags)
     torch.autograd.grad(h.sum() + h_n.sum(), list(arguments.values()))
 

@@ -150,7 +150,7 @@ def test_a_leak_neither_cancels_nor_overflows(engine):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nonlinearity", list(reference.NONLINEARITIES))
 def test_alpha_of_one_gives_the_bits_of_no_leak(engine, nonlinearity, dtype):
-    case = Case(T=4, B=3, H=5, dtype=dtype, nonlinearity=nonlinearity, keep=True)
+    case = Case(T=4, B=3, H=5, dtype=dtype, nonlinearity=nonlinearity, reset=True)
     arguments = case.arguments()
     arguments["x"][:, 0] = 0  # with the biases of -0.0 below: -0.0 must stay -0.0
     arguments["b_ih"].fill_(-0.0)
@@ -193,8 +193,10 @@ def test_float32_outputs_are_as_close_to_float64_as_torchs(
     [
         Case(T=50, B=8, I=16, H=65),
         Case(T=1, B=3, I=5, H=17),
-        Case(T=20, B=2, H=129, alpha=True, keep=True, nonlinearity="sigmoid"),
+        Case(T=20, B=2, H=129, alpha=True, reset=True, nonlinearity="sigmoid"),
         Case(lengths=(9, 8, 8, 5, 1, 1), reverse=True, I=33),
+        Case(T=20, B=2, H=129, form="potential", alpha=True, reset=True),
+        Case(T=20, B=8, I=16, H=65, form="inside", alpha=True, state_input=True),
     ],
     ids=str,
 )
@@ -211,15 +213,16 @@ def test_low_precision_is_as_accurate_as_torch(engine, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_gradients_are_as_accurate_as_torch(engine, dtype):
-    case = Case(T=20, B=8, I=16, H=65)
+@pytest.mark.parametrize("form", ["rate", "potential", "inside"])
+def test_low_precision_gradients_are_as_accurate_as_torch(engine, form, dtype):
+    case = Case(T=20, B=8, I=16, H=65, form=form, alpha=form != "rate")
     arguments = case.with_(dtype=dtype).arguments(requires_grad=True)
     names = list(arguments)
 
     def gradients(rnn):
         def of(*tensors):
             tensors = [t.detach().requires_grad_() for t in tensors]
-            h, _ = rnn(**dict(zip(names, tensors)))
+            h, _ = rnn(**dict(zip(names, tensors)), **case.flags())
             return torch.cat([g.flatten() for g in torch.autograd.grad(h.sum(), tensors)])
 
         return of

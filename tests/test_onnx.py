@@ -166,14 +166,14 @@ def test_nonlinearities_that_onnx_has():
     ("flags", "text"),
     [
         ({"alpha": 0.5}, "no leak (alpha)"),
-        ({"keep": torch.ones(5, 3, dtype=torch.bool)}, "no resets (keep)"),
+        ({"reset": torch.zeros(5, 3, dtype=torch.bool)}, "no resets (reset)"),
         *(
             ({"nonlinearity": name}, f"no nonlinearity '{name}', only tanh, relu, ")
             for name in NONLINEARITIES
             if name not in KNOWN_TO_ONNX
         ),
     ],
-    ids=["alpha", "keep", *(name for name in NONLINEARITIES if name not in KNOWN_TO_ONNX)],
+    ids=["alpha", "reset", *(name for name in NONLINEARITIES if name not in KNOWN_TO_ONNX)],
 )
 def test_what_onnx_cannot_express_is_named(flags, text):
     with pytest.raises(Exception) as error:

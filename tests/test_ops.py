@@ -14,11 +14,15 @@ CASES = [
     Case(),
     Case(dtype=torch.float32),
     Case(h0=False, bias=False, nonlinearity="relu", reverse=True),
-    Case(keep=True, alpha=True),
-    Case(keep=True, reverse=True, nonlinearity="elu"),
+    Case(reset=True, alpha=True),
+    Case(reset=True, reverse=True, nonlinearity="elu"),
     Case(T=1, B=0),
     Case(lengths=(4, 2, 1), alpha=True),
-    Case(lengths=(4, 4), keep=True, reverse=True, h0=False),
+    Case(lengths=(4, 4), reset=True, reverse=True, h0=False),
+    Case(state_input=True, reset=True),
+    Case(form="potential", alpha=True),
+    Case(form="potential", lengths=(4, 2, 1), nonlinearity="elu", reset=True),
+    Case(form="inside", alpha=True, alpha_varies=True, reverse=True),
 ]
 
 
@@ -28,15 +32,19 @@ def series(case: Case) -> torch.Tensor:
 
 def op_arguments(op: str, case: Case) -> tuple:
     found, flags = case.arguments(requires_grad=True), case.flags()
-    alpha, h0, keep, sizes = found.get("alpha"), found.get("h0"), flags["keep"], case.batch_sizes
-    walk = (alpha, keep, sizes, case.nonlinearity, case.reverse)
+    alpha, h0, reset, sizes = found.get("alpha"), found.get("h0"), flags["reset"], case.batch_sizes
+    walk = (reset, sizes, case.nonlinearity, case.form, case.reverse)
+    v0 = torch.randn_like(h0).requires_grad_() if h0 is not None and "pot" in case.form else None
     if op == "activation":
-        names = ("x", "w_ih", "b_ih", "b_hh", "h0", "w_hh")
-        return (*(found.get(name) for name in names), *walk)
-    driven = tuple(series(case).requires_grad_() for _ in range(2))
+        names = ("x", "w_ih", "b_ih", "b_hh", "h0")
+        given = (*(found.get(name) for name in names), v0, found["w_hh"], alpha)
+        return (*given, found.get("state_input"), *walk)
+    driven = tuple(series(case).requires_grad_() for _ in range(3))
+    driven = (*driven[:2], None if case.form == "rate" else driven[2])
     saved = series(case).tanh().requires_grad_()
-    last = (True, True) if op == "adjoint" else (True,)
-    return (*driven, h0, saved, found["w_hh"], *walk, *last)
+    if op == "adjoint":
+        return (*driven, h0, saved, found["w_hh"], alpha, *walk, True, True)
+    return (*driven, h0, v0, saved, found["w_hh"], alpha, *walk, True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -50,8 +58,10 @@ def test_opcheck(op, case):
 def test_opcheck_with_little_given(op, full):
     case = Case()
     saved, w_hh = series(case), case.arguments()["w_hh"]
+    states = (None,) if op == "adjoint" else (None, None)
+    walk = (None, None, "tanh", "rate", False)
     last = (False, full) if op == "adjoint" else (full,)
-    arguments = (series(case), None, None, saved, w_hh, None, None, None, "tanh", False, *last)
+    arguments = (series(case), None, None, *states, saved, w_hh, None, *walk, *last)
     torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, arguments)
 
 
@@ -60,7 +70,7 @@ def test_opcheck_with_little_given(op, full):
 def test_opcheck_of_views(op, dtype):
     """Low precision, without the check of gradients: torch rounds them as much as we do."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = op_arguments(op, Case(dtype=dtype, keep=True))
+    arguments = op_arguments(op, Case(dtype=dtype, reset=True))
     strange = tuple(
         a.mT.contiguous().mT if torch.is_tensor(a) and a.dim() > 1 else a for a in arguments
     )
@@ -69,9 +79,9 @@ def test_opcheck_of_views(op, dtype):
 
 def composite_arguments(op: str, case: Case) -> tuple:
     found, flags = case.arguments(requires_grad=True), case.flags()
-    h0, keep, sizes, alpha = found.get("h0"), flags["keep"], case.batch_sizes, found.get("alpha")
+    h0, reset, sizes, alpha = found.get("h0"), flags["reset"], case.batch_sizes, found.get("alpha")
     one, other = (series(case).requires_grad_() for _ in range(2))
-    walk = (keep, sizes, case.reverse)
+    walk = (reset, sizes, case.reverse)
     if op == "previous":
         return (one, h0, *walk)
     if op == "following":
@@ -81,10 +91,13 @@ def composite_arguments(op: str, case: Case) -> tuple:
     if op == "recurrent_product":
         return (one, other, h0, *walk)
     h = series(case).tanh().requires_grad_()
-    saved = h if alpha is not None or case.nonlinearity in _C.saving_z else None
-    given = (one, None, h0, found["x"], found["w_ih"], h0, found["w_hh"], alpha, keep, sizes)
-    wanted = [True, True, True, True, h0 is not None, True, alpha is not None]
-    return (*given, h, saved, case.nonlinearity, case.reverse, wanted)
+    saves = alpha is not None or case.nonlinearity in _C.saving_z or case.form == "potential"
+    if case.form == "potential":
+        found["v0"] = h0
+    names = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha")
+    given = (one, None, None, h0, *(found.get(name) for name in names), reset, sizes)
+    wanted = [found.get(name) is not None for name in (*names, "state_input")]
+    return (*given, h, h if saves else None, case.nonlinearity, case.form, case.reverse, wanted)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
@@ -129,9 +142,9 @@ def test_meta_tensors_give_shapes():
     assert (h.shape, h_n.shape) == ((5, 2, 4), (1, 2, 4))
 
 
-@pytest.mark.parametrize("name", ["w_ih", "w_hh", "b_ih", "h0", "keep", "alpha"])
+@pytest.mark.parametrize("name", ["w_ih", "w_hh", "b_ih", "h0", "reset", "alpha"])
 def test_one_tensor_elsewhere_is_an_error(name):
-    arguments = {**Case(alpha=True).arguments(), "keep": torch.ones(5, 3, dtype=torch.bool)}
+    arguments = {**Case(alpha=True).arguments(), "reset": torch.zeros(5, 3, dtype=torch.bool)}
     arguments[name] = arguments[name].to("meta")
     with pytest.raises(RuntimeError, match="must be on cpu like the others, got meta"):
         fusedrnn.rnn(**arguments)
@@ -145,10 +158,10 @@ BAD = [
     ({"w_hh": torch.randn(7, 6)}, "w_hh must have sizes [7, 7], got [7, 6]"),
     ({"b_ih": torch.randn(6)}, "b_ih must have sizes [7], got [6]"),
     ({"h0": torch.randn(2, 7)}, "h0 must have sizes [3, 7], got [2, 7]"),
-    ({"keep": torch.ones(5, 3)}, "keep must be bool, got Float"),
-    ({"keep": torch.ones(5, 2).bool()}, "keep must have sizes [5, 3], got [5, 2]"),
+    ({"reset": torch.ones(5, 3)}, "reset must be bool, got Float"),
+    ({"reset": torch.ones(5, 2).bool()}, "reset must have sizes [5, 3], got [5, 2]"),
     ({"alpha": 1.5}, "alpha must be in (0, 1], got 1.5"),
-    ({"alpha": torch.ones(3)}, "alpha must be a number or a tensor [] or [7], got [3]"),
+    ({"alpha": torch.ones(3)}, "with H = 7 and T = 5, B = 3, got [3]"),
     ({"batch_sizes": torch.tensor([3])}, "packed x must be [N, size], got [5, 3, 4]"),
     ({"x": torch.randn(5, 4), "batch_sizes": torch.tensor([1, 4])}, "never rise, got [1, 4]"),
     ({"x": torch.randn(5, 4), "batch_sizes": torch.tensor([3, 1])}, "sum to 4, but packed x has 5"),

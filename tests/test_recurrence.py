@@ -45,8 +45,11 @@ lengths = st.lists(st.integers(1, 12), min_size=1, max_size=9).map(
         nonlinearity=st.sampled_from(list(reference.NONLINEARITIES)),
         reverse=st.booleans(),
         lengths=st.none() | lengths,
-        keep=st.booleans(),
+        reset=st.booleans(),
         alpha=st.booleans(),
+        alpha_varies=st.booleans(),
+        form=st.sampled_from(["rate", "potential", "inside"]),
+        state_input=st.booleans(),
         bias=st.booleans(),
         h0=st.booleans(),
     )
@@ -130,18 +133,18 @@ def test_a_forgotten_nan_is_gone():
     case = Case(T=4, B=2)
     arguments = case.arguments()
     arguments["h0"].fill_(torch.nan)
-    keep = torch.ones(4, 2, dtype=torch.bool)
-    keep[1] = False
-    h, _ = fusedrnn.rnn(**arguments, keep=keep)
+    reset = torch.zeros(4, 2, dtype=torch.bool)
+    reset[1] = True
+    h, _ = fusedrnn.rnn(**arguments, reset=reset)
     assert h[0].isnan().all()
     assert h[1:].isfinite().all()
 
 
 def test_a_reset_starts_a_new_sequence():
     arguments = Case(T=7, h0=False).arguments()
-    keep = torch.ones(7, 3, dtype=torch.bool)
-    keep[4] = False
-    h, _ = fusedrnn.rnn(**arguments, keep=keep)
+    reset = torch.zeros(7, 3, dtype=torch.bool)
+    reset[4] = True
+    h, _ = fusedrnn.rnn(**arguments, reset=reset)
     x = arguments.pop("x")
     parts = [fusedrnn.rnn(x[:4], **arguments)[0], fusedrnn.rnn(x[4:], **arguments)[0]]
     torch.testing.assert_close(h, torch.cat(parts), rtol=0, atol=1e-15)

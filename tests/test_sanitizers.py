@@ -148,14 +148,14 @@ EVERY_NUMBER = [(tile_of(f"fma_{n}"), 1) for n in ("f32", "f64")] + [
 EVERY_SHAPE = [
     "T=2 B=2 I=1 H=1 h0",
     "T=3 B=1 I=1",
-    "T=4 B=9 I=5 h0 bias keep alpha",
+    "T=4 B=9 I=5 h0 bias reset alpha",
     "T=2 B=10 I=16 h0 bias unfused",
     "T=11 B=2 I=3 h0",  # inputs are prefetched some steps ahead
     "T=11 B=2 I=16 descending",
     "T=11 B=1 I=16 H=16 h0 bias plain",
     "T=11 B=1 I=5 H=16 descending unfused plain",
-    "sizes=4,3,3,1 I=3 h0 bias keep alpha apart",
-    "sizes=5,5,2,1 I=16 h0 keep descending",
+    "sizes=4,3,3,1 I=3 h0 bias reset alpha apart",
+    "sizes=5,5,2,1 I=16 h0 reset descending",
 ]
 
 
@@ -167,9 +167,9 @@ def test_cuda_touches_no_byte_astray(regime):
 
 
 # Buffers, and the problem in which each of them is one element too short.
-SHORT = "tile=0 split=1 T=3 B=3 I=3 H=7 h0 bias keep alpha"
+SHORT = "tile=0 split=1 T=3 B=3 I=3 H=7 h0 bias reset alpha"
 SHORTENED = {
-    **dict.fromkeys(["x", "w_ih", "b_ih", "b_hh", "alpha", "keep"], f"activation {SHORT}"),
+    **dict.fromkeys(["x", "w_ih", "b_ih", "b_hh", "alpha", "reset"], f"activation {SHORT}"),
     **dict.fromkeys(["w_hh", "first", "last", "out0", "out1"], f"adjoint {SHORT}"),
     **dict.fromkeys(["in0", "in1", "gate"], f"tangent {SHORT}"),
     "offsets": "activation tile=0 split=1 sizes=3,2,1 I=3 H=7",
@@ -204,9 +204,9 @@ WAITING_WAYS = [
 ]
 WAITING_SHAPES = [
     "T=5 B=1 I=5 H=16 h0 bias plain",
-    "T=4 B=9 I=5 h0 bias keep alpha",
-    "sizes=11,9,3,1 I=3 h0 bias keep alpha apart",
-    "sizes=11,9,3,1 I=16 h0 keep descending",
+    "T=4 B=9 I=5 h0 bias reset alpha",
+    "sizes=11,9,3,1 I=3 h0 bias reset alpha apart",
+    "sizes=11,9,3,1 I=16 h0 reset descending",
 ]
 
 

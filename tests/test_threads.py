@@ -28,9 +28,9 @@ PROBLEMS = [
     Case(T=40, B=64, I=20, H=200),
     Case(T=40, B=1, I=20, H=500),
     Case(T=60, B=8, I=20, H=300),
-    Case(T=60, B=1, I=20, H=600, reverse=True, keep=True, alpha=True),
+    Case(T=60, B=1, I=20, H=600, reverse=True, reset=True, alpha=True),
     Case(lengths=(40, 40, 39, 11, 2, 1), I=20, H=600, reverse=True),
-    Case(lengths=(60, 9), I=20, H=600, keep=True),
+    Case(lengths=(60, 9), I=20, H=600, reset=True),
 ]
 
 

@@ -60,14 +60,14 @@ def stacked(case: Case, names: tuple[str, ...]) -> tuple[list[Tensor], tuple[int
     The named arguments hold V different samples, stacked along a dimension that varies.
     """
     arguments, in_dims = case.arguments(), []
-    keep = case.flags()["keep"]
-    if keep is not None:
-        arguments["keep"] = keep
+    reset = case.flags()["reset"]
+    if reset is not None:
+        arguments["reset"] = reset
     for place, (name, value) in enumerate(arguments.items()):
         if name not in names:
             in_dims.append(None)
             continue
-        different = [value.roll(v, 0) * (1 if name == "keep" else 1 - v / 9) for v in range(V)]
+        different = [value.roll(v, 0) * (1 if name == "reset" else 1 - v / 9) for v in range(V)]
         dim = place % (value.dim() + 1)
         arguments[name] = torch.stack(different, dim).to(value.dtype)
         in_dims.append(dim if place % 2 else dim - value.dim() - 1)  # counted from either end
@@ -76,36 +76,39 @@ def stacked(case: Case, names: tuple[str, ...]) -> tuple[list[Tensor], tuple[int
 
 def function_of(case: Case, rnn: Callable) -> Callable:
     names, flags = list(case.arguments()), case.flags()
-    if flags.pop("keep") is not None:
-        return lambda *args: rnn(**dict(zip([*names, "keep"], args)), **flags)
+    if flags.pop("reset") is not None:
+        return lambda *args: rnn(**dict(zip([*names, "reset"], args)), **flags)
     return lambda *args: rnn(**dict(zip(names, args)), **flags)
 
 
 KINDS = [
     Case(),
     Case(h0=False, bias=False, nonlinearity="relu", reverse=True),
-    Case(keep=True, alpha=True),
+    Case(reset=True, alpha=True),
     Case(lengths=(4, 2, 1)),
-    Case(lengths=(4, 2, 2), keep=True, alpha=True, reverse=True, h0=False),
+    Case(lengths=(4, 2, 2), reset=True, alpha=True, reverse=True, h0=False),
+    Case(form="potential", alpha=True, alpha_varies=True, state_input=True),
+    Case(form="inside", alpha=True, lengths=(4, 2, 2), reset=True, reset_to=True),
 ]
 BATCHED = [
     ("x",),
     ("h0",),
-    ("keep",),
+    ("reset",),
     ("b_ih",),
     ("w_ih",),
     ("w_hh",),
     ("alpha",),
-    ("x", "h0", "keep"),
+    ("state_input", "reset_to"),
+    ("x", "h0", "reset"),
     ("x", "w_ih"),
     ("x", "h0", "b_hh"),
     ("w_ih", "w_hh", "b_ih", "b_hh"),
-    ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "alpha", "keep"),
+    ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "alpha", "reset"),
 ]
 
 
 def has(case: Case, names: tuple[str, ...]) -> bool:
-    return bool({*case.arguments(), *(["keep"] if case.keep else [])} & set(names))
+    return bool({*case.arguments(), *(["reset"] if case.reset else [])} & set(names))
 
 
 @pytest.mark.parametrize(
@@ -169,20 +172,21 @@ COMPOSITIONS = {
 }
 
 
-@pytest.mark.parametrize("names", [("x", "h0"), ("w_hh", "w_ih"), ("x", "w_hh", "keep", "alpha")])
+@pytest.mark.parametrize("names", [("x", "h0"), ("w_hh", "w_ih"), ("x", "w_hh", "reset", "alpha")])
 @pytest.mark.parametrize(
     "case",
     [
         Case(T=3, B=2, I=2, H=3, nonlinearity="sigmoid"),
-        Case(T=3, B=2, I=2, H=3, keep=True, alpha=True, reverse=True),
+        Case(T=3, B=2, I=2, H=3, reset=True, alpha=True, reverse=True),
         Case(lengths=(3, 1), I=2, H=3, alpha=True),
+        Case(T=3, B=2, I=2, H=3, form="potential", alpha=True, alpha_varies=True),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("composition", COMPOSITIONS.values(), ids=COMPOSITIONS)
 def test_composition(composition, case, names):
     args, in_dims = stacked(case, names)
-    all_names = [*case.arguments(), "keep"]
+    all_names = [*case.arguments(), "reset"]
     only = tuple(all_names.index(name) for name in sorted(names[:2], key=all_names.index))
     order = [*only, *(i for i in range(len(args)) if i not in only)]
     args, in_dims = [args[i] for i in order], tuple(in_dims[i] for i in order)
@@ -202,8 +206,8 @@ def test_chunks_and_nothing_to_batch():
     torch.testing.assert_close(h[1], reference.rnn(x, **arguments)[0])
 
 
-@pytest.mark.parametrize("names", [("x", "keep"), ("w_hh", "w_ih"), ("h0",)], ids="+".join)
-@pytest.mark.parametrize("case", [Case(keep=True), Case(lengths=(3, 1), keep=True)], ids=str)
+@pytest.mark.parametrize("names", [("x", "reset"), ("w_hh", "w_ih"), ("h0",)], ids="+".join)
+@pytest.mark.parametrize("case", [Case(reset=True), Case(lengths=(3, 1), reset=True)], ids=str)
 def test_no_sample_at_all(case, names):
     """An empty batch, which Poisson sampling occasionally draws."""
     args, in_dims = stacked(case, names)
@@ -287,9 +291,9 @@ def test_an_ensemble_is_one_call_a_member():
     assert calls.names.count("activation") == V
 
 
-@pytest.mark.parametrize("names", [("w_ih",), ("b_ih", "x"), ("keep", "h0")], ids="+".join)
+@pytest.mark.parametrize("names", [("w_ih",), ("b_ih", "x"), ("reset", "h0")], ids="+".join)
 def test_what_shares_its_recurrent_weight_is_one_call(names):
-    case = Case(keep=True)
+    case = Case(reset=True)
     args, in_dims = stacked(case, names)
     with Calls() as calls:
         vmap(function_of(case, fusedrnn.rnn), in_dims)(*args)

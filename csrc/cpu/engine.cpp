@@ -121,7 +121,7 @@ class Run {
         width_(vectors_ * k_.lanes),
         // rows that are a multiple of 2 KB apart would share cache sets
         state_row_(width_ + (width_ * int64_t(sizeof(C)) % 2048 == 0 ? k_.lanes : 0)) {
-    const bool adjoint = p_.pass == Pass::adjoint;
+    const bool adjoint = p_.pass == Pass::adjoint, potential = p_.form == Form::potential;
     plan_ = make_plan({p_.T, p_.B, p_.I, p_.H, int64_t(sizeof(C)), k_.lanes, k_.rows, k_.vectors,
                        threads, rows_to_pack()});
     offsets_.resize(size_t(p_.T) + 1);
@@ -132,14 +132,11 @@ class Run {
     zeros_ = scratch_.template take_zeros<C>(width_);
     state_[0] = scratch_.template take_zeros<C>(p_.B * state_row_);
     state_[1] = scratch_.template take<C>(p_.B * state_row_);
-    if (adjoint) carry_ = scratch_.template take_zeros<C>(p_.B * state_row_);
+    if (adjoint || potential) carry_ = scratch_.template take_zeros<C>(p_.B * state_row_);
     if (p_.b_ih || p_.b_hh) bias_ = sum(p_.b_ih, p_.b_hh);
-    if (p_.alpha) alpha_ = sum(p_.alpha, nullptr);
-    if (p_.first.data) {
-      for (int64_t b = 0; b < p_.B; ++b)
-        stored_.load(at(p_.first.data, b * p_.first.row), p_.H,
-                     (adjoint ? carry_ : state_[0]) + b * state_row_);
-    }
+    if (p_.alpha.data && !p_.alpha_varies()) alpha_ = sum(p_.alpha.data, nullptr);
+    load_states(p_.first, adjoint ? carry_ : state_[0]);
+    if (!adjoint && potential) load_states(p_.first_carry, carry_);
     // Packed rows that start later (descending) may read their first state from either buffer.
     if (p_.batch_sizes) std::memcpy(state_[1], state_[0], size_t(p_.B * state_row_) * sizeof(C));
 
@@ -193,7 +190,13 @@ class Run {
     return p_.batch_sizes ? (offsets_[size_t(t)] + b) * s.row : t * s.step + b * s.row;
   }
 
-  bool kept(int64_t t, int64_t b) const { return p_.keep[offsets_[size_t(t)] + b]; }
+  bool resets(int64_t t, int64_t b) const { return p_.reset && p_.reset[offsets_[size_t(t)] + b]; }
+
+  void load_states(const States& from, C* to) {
+    if (!from.data) return;
+    for (int64_t b = 0; b < p_.B; ++b)
+      stored_.load(at(from.data, b * from.row), p_.H, to + b * state_row_);
+  }
 
   C* sum(const void* a, const void* b) {
     C* total = scratch_.template take_zeros<C>(2 * width_);
@@ -338,10 +341,10 @@ class Run {
 
     // Whether row b carries its state into the s-th step.
     bool keeps(int64_t s, int64_t b) const {
-      if (!p_.keep) return true;
-      if (p_.pass != Pass::adjoint) return r_.kept(time(s), b);
-      // In the adjoint, the keep of the previously visited step decides, if row b was in it.
-      return s == 0 || b >= r_.alive(time(s - 1)) || r_.kept(time(s - 1), b);
+      if (!p_.reset) return true;
+      if (p_.pass != Pass::adjoint) return !r_.resets(time(s), b);
+      // In the adjoint, the reset of the previously visited step decides, if row b was in it.
+      return s == 0 || b >= r_.alive(time(s - 1)) || !r_.resets(time(s - 1), b);
     }
 
     void step(int64_t s) {
@@ -367,7 +370,6 @@ class Run {
         }
       };
       const C* states[kMaxRows];
-      const C* carries[kMaxRows];
       if (multiplies_by_dot()) {
         for_blocks(rows, kMaxDotRows, [&](int64_t first, int64_t count) {
           states_of(from, first, count, states);
@@ -386,7 +388,7 @@ class Run {
           dot.tile = tile_;
           dot.tile_row = r_.tile_row_;
           r_.stored_.dot(dot);
-          epilogue(t, first, count, column0_, dot.columns, states, to);
+          epilogue(s, first, count, column0_, dot.columns, states, to);
         });
       } else {
         for (const Panel& panel : panels_)
@@ -410,17 +412,7 @@ class Run {
             product.tile = tile_;
             product.tile_row = r_.tile_row_;
             r_.k_.product[count - 1][panel.vectors - 1](product);
-            if (p_.pass == Pass::adjoint) {
-              // Without a leak, the only carry is the gradient of a row's last state.
-              for (int64_t i = 0; i < count; ++i) {
-                const int64_t b = row0_ + first + i;
-                const bool begins = s == 0 || b >= r_.alive(time(s - 1));
-                carries[i] = begins || (r_.alpha_ && keeps(s, b)) ? r_.carry_ + b * r_.state_row_
-                                                                  : r_.zeros_;
-              }
-            }
-            epilogue(t, first, count, panel.column, panel.columns,
-                     p_.pass == Pass::adjoint ? carries : states, to);
+            epilogue(s, first, count, panel.column, panel.columns, states, to);
           });
       }
       chunk_row_ += rows;
@@ -428,25 +420,43 @@ class Run {
       meet();
     }
 
-    void epilogue(int64_t t, int64_t first, int64_t count, int64_t column, int64_t columns,
+    void epilogue(int64_t s, int64_t first, int64_t count, int64_t column, int64_t columns,
                   const C* const* states, C* to) {
+      const int64_t t = time(s), b = row0_ + first;
       const C* at_column[kMaxRows];
-      for (int64_t i = 0; i < count; ++i) at_column[i] = states[i] + column;
-      const int64_t b = row0_ + first;
+      for (int64_t i = 0; i < count; ++i) {
+        const C* state = states[i];
+        if (r_.carry_) {
+          // Without a leak, only the adjoint carries something, and only into a row's first step:
+          // the gradient of its last state.
+          const bool begins = s == 0 || b + i >= r_.alive(time(s - 1));
+          const bool carries = (begins && p_.pass == Pass::adjoint) || (leaky() && keeps(s, b + i));
+          state = carries ? r_.carry_ + (b + i) * r_.state_row_ : r_.zeros_;
+        }
+        at_column[i] = state + column;
+      }
+      const auto locate = [&](const Series& series) {
+        return series.data ? r_.at(series.data, r_.place(series, t, b) + column) : nullptr;
+      };
       Step<C> step{};
+      step.form = p_.form;
+      step.leaky = leaky();
       step.rows = count;
       step.columns = columns;
       step.tile = tile_;
       step.tile_row = r_.tile_row_;
       step.state = at_column;
       step.next = to + b * r_.state_row_ + column;
-      if (r_.carry_ && r_.alpha_) step.carry = r_.carry_ + b * r_.state_row_ + column;
+      // `last` of the potential is read from the carry.
+      if (r_.carry_ && (leaky() || p_.pass != Pass::adjoint))
+        step.carry = r_.carry_ + b * r_.state_row_ + column;
       step.state_row = r_.state_row_;
       if (r_.alpha_) step.alpha = r_.alpha_ + column;
-      const auto locate = [&](const Series& series) {
-        return series.data ? r_.at(series.data, r_.place(series, t, b) + column) : nullptr;
-      };
-      for (int i = 0; i < 2; ++i) {
+      if (p_.alpha_varies()) {
+        step.varying_alpha = locate(p_.alpha);
+        step.varying_alpha_row = p_.alpha.row;
+      }
+      for (int i = 0; i < 3; ++i) {
         step.in[i] = locate(p_.in[i]);
         step.in_row[i] = p_.in[i].row;
         step.out[i] = locate(p_.out[i]);
@@ -457,6 +467,8 @@ class Run {
       r_.stored_.step[int(p_.pass)][int(p_.nonlinearity)](step);
     }
 
+    bool leaky() const { return p_.alpha.data != nullptr; }
+
     // Waits for the threads that own other hidden units of these rows.
     void meet() { r_.groups_[group_].wait(plan_.hidden_groups, visits_group_); }
 
@@ -464,8 +476,10 @@ class Run {
     // the first step.
     void finish() {
       if (!p_.last.data) return;
+      const bool potential = p_.form == Form::potential;
       const C* last = r_.state_[p_.T & 1];
       if (p_.pass != Pass::adjoint) {
+        if (potential) last = r_.carry_;
         for (int64_t b = row0_; b < row1_; ++b)
           r_.stored_.store(last + b * r_.state_row_ + column0_, std::min(column1_, p_.H) - column0_,
                            r_.at(p_.last.data, b * p_.last.row + column0_));
@@ -487,11 +501,16 @@ class Run {
           for (int64_t i = 0; i < count; ++i) {
             const int64_t b = row0_ + first + i;
             C* row = tile_ + i * r_.tile_row_;
-            const C* carry = (r_.alpha_ ? r_.carry_ + b * r_.state_row_ : r_.zeros_) + panel.column;
-            const bool keep = !p_.keep || r_.kept(last_time(b), b);
-            for (int64_t j = 0; j < panel.columns; ++j) row[j] = keep ? row[j] + carry[j] : C(0);
+            const bool keep = !p_.reset || !r_.resets(last_time(b), b);
+            const C* carry =
+                (leaky() && keep ? r_.carry_ + b * r_.state_row_ : r_.zeros_) + panel.column;
+            for (int64_t j = 0; j < panel.columns; ++j)
+              row[j] = !keep ? C(0) : potential ? row[j] : row[j] + carry[j];
             r_.stored_.store(row, panel.columns,
                              r_.at(p_.last.data, b * p_.last.row + panel.column));
+            if (p_.last_carry.data)
+              r_.stored_.store(carry, panel.columns,
+                               r_.at(p_.last_carry.data, b * p_.last_carry.row + panel.column));
           }
         });
     }
@@ -534,8 +553,8 @@ class Run {
   C *w_state_ = nullptr, *w_input_ = nullptr;
   C *bias_ = nullptr, *alpha_ = nullptr;
   C* zeros_;
-  C* state_[2];  // e before and after a step, alternating
-  C* carry_ = nullptr;
+  C* state_[2];         // what a step multiplies, and what it leaves; alternating
+  C* carry_ = nullptr;  // what a row carries, where that is not what is multiplied
   std::vector<Worker> workers_;
   SpinBarrier everyone_;
   std::unique_ptr<SpinBarrier[]> groups_;  // one for each batch group

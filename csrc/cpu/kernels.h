@@ -14,7 +14,7 @@ constexpr int kMaxDotRows = 4;  // rows of the tile of `dot`, at most
 
 // tile[i][:] = state[i] · w_state + init[i] + input[i] · w_input
 // for the rows of a register tile and one panel of columns. Weights are in panels: row k of a panel
-// is `width` wide. Rows are passed as pointers, so that a state reset by `keep` can point to zeros.
+// is `width` wide. Rows are passed as pointers, so that a state that is reset can point to zeros.
 template <class C>
 struct Product {
   const C* const* state;
@@ -47,24 +47,28 @@ struct DotProduct {
   int64_t tile_row;
 };
 
-// One panel of one step. in, gate and out are those of Problem, offset to the first row and column
-// of the panel.
+// One panel of one step. in, gate, out and a varying alpha are those of Problem, offset to the
+// first row and column of the panel.
 template <class C>
 struct Step {
   int64_t rows, columns;
   const C* tile;
   int64_t tile_row;
+  Form form;
+  bool leaky;
   const C* const* state;  // k of each row (adjoint: the carry), at the panel's first column
-  C* next;                // e[t], at the panel's first row and column
-  C* carry;               // adjoint with alpha: the new carry, written
+  C* next;                // what the next step multiplies, at the panel's first row and column
+  C* carry;               // the new carry, where it is not `next`
   int64_t state_row;      // of next and carry
-  const C* alpha;         // optional
-  const void* in[2];
-  int64_t in_row[2];
+  const C* alpha;         // of each column, or null if it varies
+  const void* varying_alpha;
+  int64_t varying_alpha_row;
+  const void* in[3];
+  int64_t in_row[3];
   const void* gate;
   int64_t gate_row;
-  void* out[2];
-  int64_t out_row[2];
+  void* out[3];
+  int64_t out_row[3];
 };
 
 // Kernels for one storage type. C is the compute type.

@@ -157,10 +157,15 @@ void dot(const DotProduct<C>& p) {
 
 // ---- the step ----
 
-template <Pass pass, class F, class S, class C>
-void step(const Step<C>& s) {
+// `plain` means the form rate without leak, second input and second output. It is compiled by
+// itself, because it is the most common and the branches of the others would cost it 10 %.
+enum class Kind { plain, rate, other };
+
+template <Pass pass, Kind kind, class F, class S, class C>
+void step_of_kind(const Step<C>& s) {
   using V = Vec<C>;
-  const bool leaky = s.alpha != nullptr;
+  constexpr bool plain = kind == Kind::plain, rate = kind != Kind::other;
+  const bool leaky = !plain && s.leaky, potential = !rate && s.form == Form::potential;
   const int64_t columns = s.columns;
   const auto row_of = [](auto* p, int64_t offset) {
     using Stored =
@@ -171,38 +176,52 @@ void step(const Step<C>& s) {
     const C* tile = s.tile + i * s.tile_row;
     const C* state = s.state[i];
     C* next = s.next + i * s.state_row;
-    C* carry_out = s.carry + i * s.state_row;
+    C* carry_out = !plain && s.carry ? s.carry + i * s.state_row : nullptr;
     const S* in0 = row_of(s.in[0], i * s.in_row[0]);
-    const S* in1 = row_of(s.in[1], i * s.in_row[1]);
+    const S* in1 = plain ? nullptr : row_of(s.in[1], i * s.in_row[1]);
+    const S* in2 = rate ? nullptr : row_of(s.in[2], i * s.in_row[2]);
     const S* saved = row_of(s.gate, i * s.gate_row);
+    const S* varying_alpha = plain ? nullptr : row_of(s.varying_alpha, i * s.varying_alpha_row);
     S* out0 = row_of(s.out[0], i * s.out_row[0]);
-    S* out1 = row_of(s.out[1], i * s.out_row[1]);
+    S* out1 = plain ? nullptr : row_of(s.out[1], i * s.out_row[1]);
+    S* out2 = rate ? nullptr : row_of(s.out[2], i * s.out_row[2]);
     for (int64_t j = 0; j < columns; j += V::lanes) {
       const int64_t n = columns - j;
       const V acc = load<C>(tile + j);
-      const V from = load<C>(state + j);
-      const V alpha = leaky ? load<C>(s.alpha + j) : V(C(1));
-      V first, second;
+      V carry = load<C>(state + j);
+      V alpha = V(C(1));
+      if (leaky) alpha = varying_alpha ? load<C>(varying_alpha + j, n) : load<C>(s.alpha + j);
+      V first, second, third = V(C(0));
       if constexpr (pass == Pass::activation) {
         const V z = in0 ? acc + load<C>(in0 + j, n) : acc;
-        activation(F{}, z, from, leaky, alpha, first, second);
+        const V q = in1 ? load<C>(in1 + j, n) : V(C(-0.0));
+        activation<rate>(F{}, potential, z, q, carry, leaky, alpha, carry, first, second);
       } else {
         const V drive = in0 ? load<C>(in0 + j, n) : V(C(0));
         const V extra = in1 ? load<C>(in1 + j, n) : V(C(0));
-        const V p = gate(F{}, load<C>(saved + j, n), leaky, alpha);
-        if constexpr (pass == Pass::tangent) {
-          tangent(acc, drive, extra, p, from, leaky, alpha, first, second);
-        } else {
-          V carry = from;
-          adjoint(acc, drive, extra, p, carry, leaky, alpha, second, first);
-          if (leaky) store<C>(carry_out + j, carry);
-        }
+        const V more = in2 ? load<C>(in2 + j, n) : V(C(0));
+        const V slope_of = load<C>(saved + j, n);
+        if constexpr (pass == Pass::tangent)
+          tangent<rate>(F{}, potential, acc, drive, extra, more, slope_of, carry, leaky, alpha,
+                        carry, first, second, third);
+        else
+          adjoint<rate>(F{}, potential, acc, drive, extra, more, slope_of, carry, leaky, alpha,
+                        first, second, third);
       }
+      if (carry_out) store<C>(carry_out + j, carry);
       store<C>(next + j, first);
       store<C>(out0 + j, first, n);
       if (out1) store<C>(out1 + j, second, n);
+      if (out2) store<C>(out2 + j, third, n);
     }
   }
+}
+
+template <Pass pass, class F, class S, class C>
+void step(const Step<C>& s) {
+  if (s.form != Form::rate) return step_of_kind<pass, Kind::other, F, S>(s);
+  if (s.leaky || s.in[1] || s.out[1]) return step_of_kind<pass, Kind::rate, F, S>(s);
+  step_of_kind<pass, Kind::plain, F, S>(s);
 }
 
 // ---- moving data ----

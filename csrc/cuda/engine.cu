@@ -184,7 +184,7 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.e_row = int(plan.shared.e_row);
   p.e_size = int(plan.shared.e_size);
   p.e_offset = int(plan.shared.e);
-  const bool carries = problem.alpha || (problem.pass == Pass::adjoint && problem.first.data);
+  const bool carries = problem.alpha.data || (problem.pass == Pass::adjoint && problem.first.data);
   p.carry_offset = carries ? int(plan.shared.carry) : 0;
   p.vectors_offset = int(plan.shared.vectors);
   p.partial_offset = int(plan.shared.partial);
@@ -194,11 +194,13 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
     if (problem.I && fits(problem.x, problem.I, size, bytes)) p.x_copy = bytes;
   p.state_copies = fits(problem.out[0], problem.H, size, 16);
   p.packs = true;
-  for (const Series* series :
-       {&problem.in[0], &problem.in[1], &problem.gate, &problem.out[0], &problem.out[1]})
+  const Series alpha = problem.alpha_varies() ? problem.alpha : Series{};
+  for (const Series* series : {&problem.in[0], &problem.in[1], &problem.in[2], &problem.gate,
+                               &alpha, &problem.out[0], &problem.out[1], &problem.out[2]})
     p.packs = p.packs && (!series->data || fits(*series, problem.H, size, 2 * size));
-  const bool constant = problem.pass != Pass::tangent && !p.offsets && !problem.keep &&
-                        !problem.alpha && !problem.in[1].data && !problem.out[1].data;
+  const bool constant = problem.form == Form::rate && problem.pass != Pass::tangent && !p.offsets &&
+                        !problem.reset && !problem.alpha.data && !problem.in[1].data &&
+                        !problem.out[1].data;
   // States are sent to peers 16 bytes at a time.
   const bool sends = plan.regime == Regime::cluster && problem.H * size % 16 == 0 &&
                      plan.units * size % 16 == 0 && p.receivers == p.blocks;

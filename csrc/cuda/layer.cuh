@@ -64,6 +64,8 @@ struct Layer {
     Raw in[2], gate;
     uint32_t keep;  // 0: the next step does not start from the state that this step leaves
   };
+  // How many of Problem::in are loaded ahead of the step. The others are rare, and registers few.
+  static constexpr int kInputs = pass == Pass::activation ? 1 : 2;
   static __device__ __forceinline__ Numbers unpack(Raw raw) {
     Numbers numbers;
     memcpy(&numbers, &raw, sizeof(numbers));
@@ -85,7 +87,7 @@ struct Layer {
         rows(int(min(int64_t(params.rows), q.B - b0))),
         j0(j0),
         units(int(max(int64_t(0), min(int64_t(params.units), q.H - j0)))),
-        leaky(q.alpha != nullptr) {}
+        leaky(q.alpha.data != nullptr) {}
 
   // ---- the time loop ----
 
@@ -128,18 +130,18 @@ struct Layer {
   __device__ S* at(const States& states, int row, int64_t j) const {
     return static_cast<S*>(states.data) + ((b0 + row) * states.row + j);
   }
-  __device__ uint32_t keep_of(const Step& step, int row) const {
-    const auto* keep = reinterpret_cast<const uint8_t*>(q.keep);
-    return keep[(p.offsets ? step.offset : step.t * q.B) + b0 + row];
+  __device__ uint32_t reset_of(const Step& step, int row) const {
+    const auto* reset = reinterpret_cast<const uint8_t*>(q.reset);
+    return reset[(p.offsets ? step.offset : step.t * q.B) + b0 + row];
   }
   __device__ bool keeps(const Step& step, int row) const {
-    return !q.keep || keep_of(step, row) != 0;
+    return !q.reset || reset_of(step, row) == 0;
   }
 
   // The address of the state from which row `row` starts step `now`; null stands for zeros.
   __device__ const S* state_before(int row, const Step& before, const Step& now) const {
     if (row < before.alive) {
-      // keep = false at a step separates it from the step that precedes it in the forward pass. The
+      // A reset at a step separates it from the step that precedes it in the forward pass. The
       // later of the two is `now` in the forward pass and `before` in the backward pass.
       return keeps(kForward ? now : before, row) ? at(q.out[0], before, row, 0) : nullptr;
     }
@@ -153,8 +155,9 @@ struct Layer {
 
   // The value that a row carries into its first step.
   __device__ C first_carry(int row, int64_t j, const Step& start) const {
-    if (!q.first.data || (kForward && !keeps(start, row))) return C(0);
-    return widen(*at(q.first, row, j));
+    const States& first = kForward && q.form == Form::potential ? q.first_carry : q.first;
+    if (!first.data || (kForward && !keeps(start, row))) return C(0);
+    return widen(*at(first, row, j));
   }
 
   // ---- a step ----
@@ -163,7 +166,9 @@ struct Layer {
     return vector ? C(widen(static_cast<const S*>(vector)[j])) : C(0);
   }
   __device__ C bias(int64_t j) const { return value_of(q.b_ih, j) + value_of(q.b_hh, j); }
-  __device__ C alpha(int64_t j) const { return value_of(q.alpha, j); }
+  __device__ C alpha(int64_t j) const {
+    return value_of(q.alpha_varies() ? nullptr : q.alpha.data, j);
+  }
 
   // The distance, in steps of t, of the data to prefetch into L2 while the data of `step` is
   // loaded. 0 (no prefetch) near the end, and when packed, where the distance of steps is not
@@ -203,15 +208,62 @@ struct Layer {
     Inputs in = {};
     if (row >= now.alive || unit >= units) return in;
 #pragma unroll
-    for (int n = 0; n < (pass == Pass::activation ? 1 : 2); ++n)
+    for (int n = 0; n < kInputs; ++n)
       if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit, far);
     if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit, far);
-    // Forward, the keep of the next step applies to the state that this step leaves; backward, that
-    // of this step.
+    // Forward, the reset of the next step applies to the state that this step leaves; backward,
+    // that of this step.
     in.keep = 1;
-    if (q.keep)
-      in.keep = !kForward ? keep_of(now, row) : row < after.alive ? keep_of(after, row) : 0;
+    if (q.reset)
+      in.keep = !kForward ? !reset_of(now, row) : row < after.alive ? !reset_of(after, row) : 0;
     return in;
+  }
+
+  template <bool rate, class Hand>
+  __device__ __forceinline__ void compute_as(const Inputs& in, const C (&sums)[N], int unit,
+                                             int row, const Step& now, bool begins, bool ends,
+                                             const C* bias, const C* alpha, C (&carry)[N],
+                                             const Hand& hand) const {
+    const Chosen<S> phi(q.nonlinearity);
+    const bool potential = q.form == Form::potential;
+    constexpr int kLate = kInputs;
+    const bool late = (pass == Pass::activation || !rate) && q.in[kLate].data;
+    const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
+    Numbers more = {}, alphas = {}, out[3], handed;
+    if (late) more = unpack(load(q.in[kLate], now, row, unit, 0));
+    if (q.alpha_varies()) alphas = unpack(load(q.alpha, now, row, unit, 0));
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const C first = widen(in0.v[n]), second = widen(in1.v[n]);
+      const C leak = q.alpha_varies() ? C(widen(alphas.v[n])) : alpha[n];
+      C sum = sums[n], state = carry[n], results[3] = {};
+      if constexpr (pass == Pass::activation) {
+        activation<rate>(phi, potential, sum + first + bias[n],
+                         late ? C(widen(more.v[n])) : C(-0.0), carry[n], leaky, leak, state,
+                         results[0], results[1]);
+      } else {
+        // Without an initial state, a row's first step has no product, even if W_hh is NaN.
+        if (begins && !(kForward && q.first.data)) sum = C(0);
+        const C third = widen(more.v[n]), slope_of = widen(gates.v[n]);
+        if constexpr (pass == Pass::tangent)
+          tangent<rate>(phi, potential, sum, first, second, third, slope_of, carry[n], leaky, leak,
+                        state, results[0], results[1], results[2]);
+        else
+          adjoint<rate>(phi, potential, sum, first, second, third, slope_of, state, leaky, leak,
+                        results[0], results[1], results[2]);
+      }
+#pragma unroll
+      for (int i = 0; i < 3; ++i) out[i].v[n] = narrow<S>(results[i]);
+      const bool exists = unit + n < units;
+      handed.v[n] = in.keep && exists ? out[0].v[n] : narrow<S>(0);
+      if (kForward && ends && exists && q.last.data)
+        *at(q.last, row, j0 + unit + n) = narrow<S>(state);
+      carry[n] = in.keep ? state : C(0);
+    }
+    hand(handed);
+    store(q.out[0], now, row, unit, out[0]);
+    if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
+    if (!rate && pass != Pass::activation && q.out[2].data) store(q.out[2], now, row, unit, out[2]);
   }
 
   // Computes a step. Calls `hand` with the values that the next step multiplies, before storing the
@@ -221,37 +273,10 @@ struct Layer {
   __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
                                           const Step& now, bool begins, bool ends, const C* bias,
                                           const C* alpha, C (&carry)[N], const Hand& hand) const {
-    const Chosen<S> phi(q.nonlinearity);
-    Numbers out[2], handed;
-    const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const C first = widen(in0.v[n]), second = widen(in1.v[n]);
-      C sum = sums[n], state, other;
-      if constexpr (pass == Pass::activation) {
-        activation(phi, sum + first + bias[n], carry[n], leaky, alpha[n], state, other);
-        carry[n] = state;
-      } else {
-        // Without an initial state, a row's first step has no product, even if W_hh is NaN.
-        if (begins && !(kForward && q.first.data)) sum = C(0);
-        const C p = gate(phi, C(widen(gates.v[n])), leaky, alpha[n]);
-        if constexpr (pass == Pass::tangent) {
-          tangent(sum, first, second, p, carry[n], leaky, alpha[n], state, other);
-          carry[n] = state;
-        } else {
-          adjoint(sum, first, second, p, carry[n], leaky, alpha[n], other, state);
-        }
-      }
-      out[0].v[n] = narrow<S>(state);
-      out[1].v[n] = narrow<S>(other);
-      const bool exists = unit + n < units;
-      handed.v[n] = in.keep && exists ? out[0].v[n] : narrow<S>(0);
-      if (!in.keep) carry[n] = C(0);
-      if (kForward && ends && exists && q.last.data) *at(q.last, row, j0 + unit + n) = out[0].v[n];
-    }
-    hand(handed);
-    store(q.out[0], now, row, unit, out[0]);
-    if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
+    if (q.form == Form::rate)
+      compute_as<true>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+    else
+      compute_as<false>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
   }
 
   // The same, with the carry in memory; `carried` is null if the row carries nothing.
@@ -274,13 +299,15 @@ struct Layer {
   // Backward: stores ∂L/∂h0, computed from the product after the last step.
   __device__ __forceinline__ void finish(const C (&sums)[N], int unit, int row,
                                          const C* carried) const {
-    const bool keep = !q.keep || keeps(step(last_step(row)), row);
+    const bool keep = !q.reset || keeps(step(last_step(row)), row);
 #pragma unroll
-    for (int n = 0; n < N; ++n)
-      if (unit + n < units)
-        *at(q.last, row, j0 + unit + n) = narrow<S>(!keep   ? C(0)
-                                                    : leaky ? sums[n] + carried[n]
-                                                            : sums[n]);
+    for (int n = 0; n < N; ++n) {
+      if (unit + n >= units) continue;
+      const C sum = keep ? sums[n] : C(0), carry = keep && leaky ? carried[n] : C(0);
+      const int64_t j = j0 + unit + n;
+      *at(q.last, row, j) = narrow<S>(q.form == Form::potential ? sum : sum + carry);
+      if (q.last_carry.data) *at(q.last_carry, row, j) = narrow<S>(carry);
+    }
   }
 
   // Before the time loop, stores bias and alpha of the units and the initial carries of the rows.

@@ -73,7 +73,8 @@ template <class S>
 using TanhFor = std::conditional_t<std::is_same_v<S, __nv_bfloat16>, HardwareTanh, Tanh>;
 
 // The nonlinearity, chosen at run time: one kernel for each would mean nine times as many, and all
-// threads take the same branch. The two common ones are inline, the others are function calls.
+// threads take the same branch. The two common ones are inline, the others are function calls. The
+// expectation keeps the compiler from making a jump table.
 template <class S>
 struct Chosen {
   using V = Computed<S>;
@@ -84,12 +85,12 @@ struct Chosen {
       : which(which), saves_z(fusedrnn::saves_z(which)) {}
 
   __device__ __forceinline__ V value(V z) const {
-    if (which == Nonlinearity::tanh) return TanhFor<S>::value(z);
+    if (__builtin_expect(which == Nonlinearity::tanh, 1)) return TanhFor<S>::value(z);
     if (which == Nonlinearity::relu) return Relu::value(z);
     return other_value(which, z);
   }
   __device__ __forceinline__ V slope(V saved) const {
-    if (which == Nonlinearity::tanh) return Tanh::slope(saved);
+    if (__builtin_expect(which == Nonlinearity::tanh, 1)) return Tanh::slope(saved);
     if (which == Nonlinearity::relu) return Relu::slope(saved);
     return other_slope(which, saved);
   }

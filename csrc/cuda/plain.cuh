@@ -125,7 +125,7 @@ class PlainWalk : Walk<Product, pass> {
           if (!computes(i)) continue;
           const bool stores = place[i] >= 0;
           if (finishing) {
-            if (stores) Base::finish(sum[i], product_.unit(i), product_.row(i), nullptr);
+            if (stores) store_last(i, sum[i]);
             continue;
           }
           const Numbers ins = Base::unpack(now_in[i]), gates = Base::unpack(now_gate[i]);
@@ -139,15 +139,15 @@ class PlainWalk : Walk<Product, pass> {
           with_nonlinearity<S>(Nonlinearity(nonlinearity), [&](auto phi) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-              C state, other, none = C(0);
+              C result, state, other,
+                  none = C(-0.0);  // adding it changes nothing, and costs nothing
               if constexpr (kForward)
-                activation(phi, sum[i][n] + C(widen(ins.v[n])) + bias[i][n], none, false, none,
-                           state, other);
+                activation<true>(phi, false, sum[i][n] + C(widen(ins.v[n])) + bias[i][n], none,
+                                 none, false, none, state, result, other);
               else
-                adjoint(sum[i][n], C(widen(ins.v[n])), none,
-                        fusedrnn::gate(phi, C(widen(gates.v[n])), false, none), none, false, none,
-                        other, state);
-              results[i].v[n] = narrow<S>(state);
+                adjoint<true>(phi, false, sum[i][n], C(widen(ins.v[n])), none, none,
+                              C(widen(gates.v[n])), none, false, none, result, state, other);
+              results[i].v[n] = narrow<S>(result);
             }
           });
           if (kCluster)
@@ -168,14 +168,20 @@ class PlainWalk : Walk<Product, pass> {
     if (kForward && q.last.data)
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
-        if (place[i] >= 0)
-#pragma unroll
-          for (int n = 0; n < N; ++n)
-            *Base::at(q.last, product_.row(i), j0 + product_.unit(i) + n) = results[i].v[n];
+        if (place[i] >= 0) store_last(i, results[i].v);
     if (kCluster) cluster_barrier();
   }
 
  private:
+  // Stores item i of the state after the last step, or of ∂L/∂h0.
+  template <class T>
+  __device__ __forceinline__ void store_last(int i, const T (&values)[N]) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      *Base::at(q.last, product_.row(i), j0 + product_.unit(i) + n) =
+          narrow<S>(C(widen(values[n])));
+  }
+
   // All lanes with the same sums compute the state, so that they can share the sends.
   __device__ bool computes(int i) const {
     return (kCluster && Product::kCopies > 1) || product_.owns(i);

@@ -33,8 +33,10 @@ inline PlanInput plan_input(const Call& call) {
   in.B = p.B;
   in.I = p.I;
   in.H = p.H;
-  in.leaky = p.alpha;
-  in.packed = p.batch_sizes;
+  in.leaky = p.alpha.data;
+  // A part of the sequence must be a problem of its own, with few series (part_of).
+  in.packed = p.batch_sizes || p.form != Form::rate || p.alpha_varies() ||
+              (p.pass == Pass::activation && p.in[1].data);
   return in;
 }
 
@@ -58,7 +60,7 @@ inline Problem part_of(const Problem& p, int64_t from, int64_t end) {
   part.T = end - from;
   for (Series* series : {&part.in[0], &part.out[0], &part.out[1]})
     series->data = place(*series, begin);
-  if (p.keep) part.keep += begin * p.B;
+  if (p.reset) part.reset += begin * p.B;
   if (from > 0) part.first = {place(p.out[0], p.descending ? p.T - from : from - 1), p.out[0].row};
   if (end < p.T) part.last = {};
   return part;

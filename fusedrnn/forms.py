@@ -1,0 +1,153 @@
+"""Translation of what users write about the state into what the engine computes.
+
+The engine resets to 0 and, with the form "potential", takes both the state before the first step
+and what that sends to other units. Everything here is differentiable torch code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import NONLINEARITIES
+
+FORMS = ("rate", "potential", "inside")
+_NOT_ZERO_AT_ZERO = ("sigmoid", "softplus")
+
+
+def checked_alpha(
+    alpha: Tensor | float, x: Tensor, w_hh: Tensor, batch_sizes: Tensor | None
+) -> Tensor:
+    """Return alpha in the dtype of ``w_hh``: ``[H]``, or ``[T, B, H]`` (packed ``[N, H]``)."""
+    if w_hh.dim() == 0:
+        raise RuntimeError("fusedrnn: w_hh must be [H, H], got []")
+    size = w_hh.size(0)
+    if not isinstance(alpha, Tensor):
+        try:
+            inside, number = 0 < alpha <= 1, float(alpha)
+        except (TypeError, ValueError):  # a string, a complex number, an array of more than one
+            raise TypeError(
+                f"fusedrnn: alpha must be a number or a tensor, got {type(alpha).__name__}"
+            ) from None
+        if not inside:
+            raise ValueError(f"fusedrnn: alpha must be in (0, 1], got {alpha}")
+        if number < 1e-7:
+            info = torch.finfo(w_hh.dtype)
+            if number <= info.tiny * info.eps / 2:  # half of the smallest number above 0
+                raise ValueError(
+                    f"fusedrnn: alpha must be in (0, 1], got {alpha}, which is 0 in {w_hh.dtype}"
+                )
+        return torch.full((), number, dtype=w_hh.dtype, device=w_hh.device).expand(size)
+    if alpha.is_complex():
+        raise TypeError(f"fusedrnn: alpha must be real, got {alpha.dtype}")
+    if alpha.dtype != w_hh.dtype:
+        alpha = alpha.to(w_hh.dtype)
+    if alpha.dim() == 0 or alpha.shape == (size,):
+        return alpha.expand(size)
+    rows = x.shape[:-1]
+    if alpha.shape == rows:
+        alpha = alpha.unsqueeze(-1)
+    if alpha.shape not in ((*rows, 1), (*rows, size)):
+        names = "[T, B], [T, B, 1] or [T, B, H]" if batch_sizes is None else "[N], [N, 1] or [N, H]"
+        raise ValueError(
+            f"fusedrnn: alpha must be a number or a tensor [], [H], {names} with H = {size} and "
+            f"{', '.join(f'{n} = {v}' for n, v in zip('TB' if len(rows) == 2 else 'N', rows))}, "
+            f"got {list(alpha.shape)}"
+        )
+    return alpha.expand(*rows, size)
+
+
+def check_reset_to(
+    reset: Tensor | None,
+    reset_to: Tensor,
+    x: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> Tensor:
+    """Check ``reset`` and ``reset_to``, which the op does not get. Return ``reset``."""
+    if reset is None:
+        raise ValueError("fusedrnn: reset_to must come with reset, got reset=None")
+    rows, size = x.shape[:-1], w_hh.size(0)
+    if reset.dtype != torch.bool:
+        raise RuntimeError(f"fusedrnn: reset must be bool, got {reset.dtype}")
+    if reset.shape != rows:
+        raise RuntimeError(f"fusedrnn: reset must have sizes {list(rows)}, got {list(reset.shape)}")
+    if reset_to.dtype != x.dtype or reset_to.device != x.device:
+        raise RuntimeError(
+            f"fusedrnn: reset_to must be {x.dtype} on {x.device} like the others, got "
+            f"{reset_to.dtype} on {reset_to.device}"
+        )
+    batch = _batch(x, h0, batch_sizes)
+    if reset_to.shape not in ((size,), (batch, size), (*rows, size)):
+        name = "[T, B, H]" if batch_sizes is None else "[N, H]"
+        raise ValueError(
+            f"fusedrnn: reset_to must be [H], [B, H] or {name}, here [{size}], [{batch}, {size}] "
+            f"or {[*rows, size]}, got {list(reset_to.shape)}"
+        )
+    return reset
+
+
+def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
+    if h0 is not None:
+        return h0.size(0)
+    return x.size(1) if batch_sizes is None else int(batch_sizes[0])
+
+
+def _for_every_row(states: Tensor, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """Repeat ``states``, ``[B, H]``, at every step, unless they broadcast or are there already."""
+    rows = x.size(0)
+    if batch_sizes is None or states.dim() == 1 or states.size(0) == rows:
+        return states
+    sizes = batch_sizes.to(x.device)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=rows)
+    return states.index_select(0, torch.arange(rows, device=x.device) - starts)
+
+
+def translate(
+    x: Tensor,
+    w_ih: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    w_hh: Tensor,
+    alpha: Tensor | None,
+    q: Tensor | None,
+    reset: Tensor | None,
+    reset_to: Tensor | None,
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    form: str,
+) -> Any:
+    """Return x, w_ih, b_ih, b_hh, h0, v0 and q for the op ``activation``.
+
+    What a step that starts from ``reset_to`` computes beyond one that starts from 0 does not depend
+    on other steps: ``sent(reset_to) @ W_hh.T`` is added to ``u``, ``(1 - alpha) reset_to`` to
+    ``q``. ``sent`` is phi with the form "potential", else the identity.
+    """
+    v0 = None
+    sent = NONLINEARITIES[nonlinearity if form == "potential" else "identity"]
+    if form == "potential":
+        if nonlinearity in _NOT_ZERO_AT_ZERO:
+            if h0 is None:
+                h0 = x.new_zeros(_batch(x, h0, batch_sizes), w_hh.size(0))
+            if reset is not None and reset_to is None:
+                reset_to = x.new_zeros(w_hh.size(0))
+        if h0 is not None:
+            v0, h0 = h0, sent(h0)
+    if reset_to is not None:
+        here = check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes).unsqueeze(-1)
+        if reset_to.dim() == x.dim() and reset_to.shape[:-1] == x.shape[:-1]:
+            reset_to = torch.where(here, reset_to, 0)  # the product would spread a NaN
+        product = _for_every_row(sent(reset_to) @ w_hh.mT, x, batch_sizes)
+        u = x if w_ih is None else x @ w_ih.mT
+        for bias in (b_ih, b_hh):
+            u = u if bias is None else u + bias
+        x, w_ih, b_ih, b_hh = u + torch.where(here, product, 0), None, None, None
+        if alpha is not None:
+            left = (1 - alpha) * _for_every_row(reset_to, x, batch_sizes)
+            left = torch.where(here, left, 0)
+            q = left if q is None else q + left
+    return x, w_ih, b_ih, b_hh, h0, v0, q
