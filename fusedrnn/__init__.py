@@ -1,16 +1,20 @@
 """fusedrnn: a fused, drop-in replacement for ``torch.nn.RNN`` and ``torch.nn.RNNCell``."""
 
-from . import onnx, reference
+from . import onnx, parametrizations, reference
 from .explain import explain
 from .functional import recurrence, rnn
+from .leaky import LeakyRNN, LeakyRNNCell
 from .modules import RNN, RNNCell, replace, restore
 
 __version__ = "0.1.0"
 __all__ = [
     "RNN",
+    "LeakyRNN",
+    "LeakyRNNCell",
     "RNNCell",
     "explain",
     "onnx",
+    "parametrizations",
     "recurrence",
     "reference",
     "replace",

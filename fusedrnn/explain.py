@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from . import _C, _ops, functional, modules
+from .leaky import LeakyRNNCell
 
 _CELLS = (torch.rnn_tanh_cell, torch.rnn_relu_cell)
 
@@ -77,7 +78,7 @@ def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:
         original, module = module, type(module).__new__(type(module))
         module.__dict__ = original.__dict__.copy()
         module = modules.replace(module)
-    if not isinstance(module, (modules.RNN, modules.RNNCell)):
+    if not isinstance(module, (modules.Layers, modules.RNNCell, LeakyRNNCell)):
         raise TypeError(f"explain: expected an RNN or an RNNCell, got {type(module).__name__}")
     data = x.data if isinstance(x, PackedSequence) else x
     catcher = _Catcher()
@@ -177,8 +178,8 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
     """Describe which kernel ``module(x)`` will run, and why.
 
     Args:
-        module: A :class:`fusedrnn.RNN` or :class:`fusedrnn.RNNCell`. A ``torch.nn.RNN`` or
-            ``torch.nn.RNNCell`` is treated as if :func:`fusedrnn.replace` had converted it.
+        module: An RNN or a cell of this package. A ``torch.nn.RNN`` or ``torch.nn.RNNCell`` is
+            treated as if :func:`fusedrnn.replace` had converted it.
         x: Its input. The values do not matter. The device, the dtype and the sizes do, and so does
             the context: autocast, ``no_grad``, the number of threads.
 

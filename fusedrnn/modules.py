@@ -1,13 +1,13 @@
 """Drop-in replacements for ``torch.nn.RNN`` and ``torch.nn.RNNCell``.
 
 Parameters, state, constructor checks and their messages are inherited from torch; only the
-computation from input to output is new. ``RNN`` derives from ``nn.RNNBase`` and not from ``nn.RNN``
-because ``torch.compile`` refuses every subclass of the latter.
+computation from input to output is new. ``RNN`` derives from ``nn.RNNBase``, by way of ``Layers``,
+and not from ``nn.RNN`` because ``torch.compile`` refuses every subclass of the latter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar, overload
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import directions
+from . import _ops, directions
 from .functional import rnn, rnn_cell, rows_of
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
@@ -31,7 +31,305 @@ def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
     return [parameters[n] if n in parameters else getattr(module, n) for n in names]  # type: ignore[misc]
 
 
-class RNN(nn.RNNBase):
+class Layers(nn.RNNBase):
+    """Stacked layers with the parameters and layouts of ``nn.RNN``: the base of :class:`RNN`.
+
+    A subclass defines ``forward``, which calls :meth:`_forward`.
+    """
+
+    @property  # type: ignore[override]
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:
+        # nn.RNNBase stores a list here, which it must keep up to date. Computed on demand, it is
+        # also correct when functional_call, a parametrization or weight drop swaps the weights.
+        return tuple(getattr(self, name, None) for name in self._flat_weights_names)
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Sequence[Tensor | None]) -> None:
+        # nn.RNNBase assigns the weights that the module already has, which is allowed. A
+        # parametrized weight is not compared: it is a new tensor on each access.
+        names = self._flat_weights_names
+        stored = {**vars(self), **self._parameters}
+        if len(value) != len(names) or any(
+            stored.get(name, new) is not new for name, new in zip(names, value)
+        ):
+            raise AttributeError(
+                "fusedrnn: _flat_weights must be the weights of the module, got others; assign "
+                "each weight itself, such as weight_hh_l0"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super(nn.RNNBase, self).__setattr__(name, value)  # nn.RNNBase's writes to its list as well
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels use the weights where they are in memory."""
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None,
+        nonlinearity: str,
+        options: list[dict[str, Any]] | None = None,
+    ) -> tuple[Any, ...]:
+        """Run every layer over an input of any layout.
+
+        Args:
+            options: More arguments of :func:`fusedrnn.rnn`, for each layer and direction.
+
+        Returns:
+            ``output``, ``h_n``, and the potential if the last layer's options ask for it.
+        """
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            elif torch.compiler.is_compiling():
+                target = options[0].get("reset_to") if options else None
+                if target is not None and target.dim() == 2:
+                    rows = target.size(0)
+                elif sorted_indices is not None:
+                    rows = sorted_indices.size(0)
+                else:
+                    rows = rows_of(batch_sizes)
+                if rows is not None:
+                    hx = data.new_zeros(len(self._all_weights), rows, self.hidden_size)
+            results = self._run_layers(data, hx, batch_sizes, nonlinearity, options)
+            output = PackedSequence(results[0], batch_sizes, sorted_indices, unsorted_indices)
+            h_n = self.permute_hidden(results[1], unsorted_indices)
+            if len(results) == 2:
+                return output, h_n
+            potential = PackedSequence(results[2], batch_sizes, sorted_indices, unsorted_indices)
+            return output, h_n, potential
+
+        dim = input.dim()
+        if dim not in (2, 3):
+            raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dim}D tensor instead")
+        if hx is not None and hx.dim() != dim:
+            raise RuntimeError(
+                f"For {'batched' if dim == 3 else 'unbatched'} {dim}-D input, "
+                f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
+            )
+        if dim == 2:
+            hx = None if hx is None else hx.unsqueeze(1)
+            results = self._run_layers(input.unsqueeze(1), hx, None, nonlinearity, options)
+            if len(results) == 2:
+                return results[0].squeeze(1), results[1].squeeze(1)
+            return tuple(result.squeeze(1) for result in results)
+        if self.batch_first:
+            x = input.transpose(0, 1)
+            results = self._run_layers(x, hx, None, nonlinearity, options)
+            if len(results) == 2:
+                return results[0].transpose(0, 1), results[1]
+            return results[0].transpose(0, 1), results[1], results[2].transpose(0, 1)
+        return self._run_layers(input, hx, None, nonlinearity, options)
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        hx: Tensor | None,
+        batch_sizes: Tensor | None,
+        nonlinearity: str,
+        options: list[dict[str, Any]] | None,
+    ) -> tuple[Tensor, ...]:
+        """Run every layer over ``x [T, B, I]``, or packed ``[N, I]``; see :meth:`_forward`.
+
+        ``hx`` and ``h_n`` are ``[L*D, B, H]``.
+        """
+        names = self._all_weights
+        if options is None and len(names) == 1 and self.num_layers == 1 and not self.bidirectional:
+            # The loop below gives the same, but costs 0.7 us more.
+            one_layer = _tensors(self, names[0])
+            self._check(x, hx, batch_sizes, one_layer[0])
+            h0 = None if hx is None else hx[0]
+            output, h = rnn(  # type: ignore[call-overload]  # of two or four weights
+                x, *one_layer, h0=h0, nonlinearity=nonlinearity, batch_sizes=batch_sizes
+            )
+            return output, h.unsqueeze(0)
+
+        weights = [_tensors(self, layer_names) for layer_names in names]
+        self._check(x, hx, batch_sizes, weights[0][0])
+        num_directions = 2 if self.bidirectional else 1
+        if len(weights) != self.num_layers * num_directions:  # the caller changed these attributes
+            raise RuntimeError(
+                f"Expected weights of {self.num_layers} layers in {num_directions} direction(s), "
+                f"got {len(weights)}"
+            )
+        h0s = [None] * len(weights) if hx is None else hx.unbind(0)
+        on_gpu = num_directions == 2 and x.is_cuda and options is None
+        run: Callable[..., Any] = rnn if options is None else self._rnn
+        no_options: dict[str, Any] = {}
+        h_n: list[Tensor] = []
+        potentials: list[Tensor] = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout and self.training:
+                x = torch.dropout(x, self.dropout, True)
+            outputs: list[Tensor] = []
+            i = layer * num_directions
+            if on_gpu and directions.pays(x, weights[i : i + 2], h0s[i : i + 2], batch_sizes):
+                outputs, h_of_both = directions.both_directions(
+                    x, weights[i : i + 2], h0s[i : i + 2], nonlinearity, batch_sizes
+                )
+                h_n += h_of_both
+            else:
+                for direction in range(num_directions):
+                    results = run(
+                        x,
+                        *weights[i + direction],
+                        h0=h0s[i + direction],
+                        nonlinearity=nonlinearity,
+                        reverse=direction == 1,
+                        batch_sizes=batch_sizes,
+                        **(no_options if options is None else options[i + direction]),
+                    )
+                    outputs.append(results[0])
+                    h_n.append(results[1])
+                    if len(results) == 3:
+                        potentials.append(results[2])
+            x = outputs[0] if num_directions == 1 else torch.cat(outputs, -1)
+        if potentials:
+            potential = potentials[0] if num_directions == 1 else torch.cat(potentials, -1)
+            return x, torch.stack(h_n), potential
+        return x, torch.stack(h_n)
+
+    def _rnn(self, x: Tensor, *weights: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+        """Run one layer in one direction, with the options of :meth:`_forward`."""
+        return rnn(x, *weights, **arguments)
+
+    def _check(
+        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor
+    ) -> None:
+        """Raise the errors of nn.RNN, in its order.
+
+        This is one function because each function call costs 0.1 us.
+        """
+        dim = 3 if batch_sizes is None else 2
+        if x.dtype != weight.dtype or x.size(-1) != self.input_size or x.dim() != dim:
+            self.check_input(x, batch_sizes)  # accepts another dtype under autocast
+        if hx is not None:
+            if batch_sizes is None:
+                batch = x.size(1)
+            elif torch.compiler.is_compiling():  # data-dependent: left to the op
+                batch = hx.size(1)
+            else:
+                batch = int(batch_sizes[0])
+            self.check_hidden_size(hx, (len(self._all_weights), batch, self.hidden_size))
+            _check_device(x, hx, "hidden")
+        _check_device(x, weight, "parameter")
+        if x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _reset_options(
+        self, input: Tensor | PackedSequence, reset: Any, reset_to: Tensor | None
+    ) -> list[dict[str, Any]]:
+        """Return the arguments of :func:`fusedrnn.rnn` for resets, for each layer and direction."""
+        if reset is None:
+            if reset_to is not None:
+                raise ValueError("fusedrnn: reset must be a tensor if reset_to is given, got None")
+            return [{} for _ in self._all_weights]
+        reset = self._series(input, reset, "reset")
+        if reset.dtype != torch.bool:
+            raise RuntimeError(f"fusedrnn: reset must be torch.bool, got {reset.dtype}")
+        masks = [reset]
+        if self.bidirectional:
+            batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+            masks.append(_last_steps(reset, batch_sizes))
+        targets: Sequence[Tensor | None] = [None] * len(self._all_weights)
+        if reset_to is not None:
+            targets = self._reset_targets(input, reset_to)
+        return [
+            {"reset": masks[i % len(masks)], "reset_to": target} for i, target in enumerate(targets)
+        ]
+
+    def _reset_targets(
+        self, input: Tensor | PackedSequence, reset_to: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Return the state after a reset, ``[H]`` or ``[B, H]``, for each layer and direction."""
+        if not isinstance(reset_to, Tensor):
+            raise TypeError(f"fusedrnn: reset_to must be a tensor, got {type(reset_to).__name__}")
+        states, size = len(self._all_weights), self.hidden_size
+        shapes: list[tuple[int, ...]] = [(size,), (states, size)]
+        if isinstance(input, PackedSequence):
+            # B depends on data when compiling, and is left to the op.
+            compiling = torch.compiler.is_compiling() and reset_to.dim() == 3
+            batch = reset_to.size(1) if compiling else int(input.batch_sizes[0])
+            shapes.append((states, batch, size))
+        elif input.dim() == 3:
+            shapes.append((states, input.size(0 if self.batch_first else 1), size))
+        if reset_to.shape not in shapes:
+            raise RuntimeError(
+                f"fusedrnn: reset_to must have sizes {_either(shapes)}, got {list(reset_to.shape)}"
+            )
+        if reset_to.dim() == 1:
+            return [reset_to] * states
+        if reset_to.dim() == 3 and isinstance(input, PackedSequence):
+            reset_to = self.permute_hidden(reset_to, input.sorted_indices)
+        return reset_to.unbind(0)
+
+    def _series(
+        self, input: Tensor | PackedSequence, series: Any, name: str, widths: Sequence[int] = ()
+    ) -> Tensor:
+        """Check an argument with a value for each step, and return it with time first, or packed.
+
+        Its sizes must be those of ``input`` without the features, or with one of ``widths``
+        features.
+        """
+        if isinstance(input, PackedSequence):
+            data = input.data
+            if isinstance(series, PackedSequence):
+                _check_same_packing(input, series, name)
+                series = series.data
+        else:
+            data = input
+        if not isinstance(series, Tensor):
+            raise TypeError(f"fusedrnn: {name} must be a tensor, got {type(series).__name__}")
+        rows = tuple(data.shape[:-1])
+        shapes = [rows, *((*rows, width) for width in widths)]
+        packed = isinstance(input, PackedSequence)
+        # N depends on data when compiling, and is left to the op.
+        if not (packed and torch.compiler.is_compiling()) and series.shape not in shapes:
+            raise RuntimeError(
+                f"fusedrnn: {name} must have sizes {_either(shapes)}, got {list(series.shape)}"
+            )
+        if packed:
+            return series
+        if data.dim() == 2:
+            return series.unsqueeze(1)
+        return series.transpose(0, 1) if self.batch_first else series
+
+
+def _either(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Return the shapes as words: ``[5, 3], [5, 3, 1] or [5, 3, 6]``."""
+    *first, last = [str(list(shape)) for shape in dict.fromkeys(shapes)]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _check_same_packing(input: PackedSequence, series: PackedSequence, name: str) -> None:
+    if torch.compiler.is_compiling():
+        return  # the values depend on data
+    for field in ("batch_sizes", "sorted_indices"):
+        wanted, got = getattr(input, field), getattr(series, field)
+        if wanted is got:
+            continue
+        if wanted is None or got is None or not torch.equal(wanted, got):
+            raise RuntimeError(
+                f"fusedrnn: {name} must be packed like the input, got {field} {_values(got)} "
+                f"instead of {_values(wanted)}"
+            )
+
+
+def _values(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.tolist()
+
+
+def _last_steps(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """Return whether each step is the last one of its episode, as the next step is a reset.
+
+    The reverse direction reaches step t - 1 from step t, so an episode that begins at t cuts the
+    state before its step t - 1.
+    """
+    return _ops.following(reset.unsqueeze(-1), None, batch_sizes, False).squeeze(-1)
+
+
+class RNN(Layers):
     r"""An Elman RNN of one or more layers: ``torch.nn.RNN`` with one fused kernel per layer.
 
     Each layer computes, for every time step t,
@@ -40,7 +338,8 @@ class RNN(nn.RNNBase):
         h_t = \tanh(x_t W_{ih}^T + b_{ih} + h_{t-1} W_{hh}^T + b_{hh})
 
     where :math:`x_t` is the input, or the :math:`h_t` of the layer below; with
-    ``nonlinearity="relu"``, ReLU replaces tanh.
+    ``nonlinearity="relu"``, ReLU replaces tanh. Where ``reset`` is true, the step starts from
+    ``reset_to`` instead of :math:`h_{t-1}`.
 
     Args:
         input_size: Number of features in the input, I.
@@ -54,7 +353,7 @@ class RNN(nn.RNNBase):
             training.
         bidirectional: Whether a second set of weights runs from the last step to the first. D is
             then 2, otherwise 1. On CUDA, both directions run concurrently, on two streams, if there
-            are 128 steps or more.
+            are 128 steps or more and no resets.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -62,6 +361,13 @@ class RNN(nn.RNNBase):
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
             ``PackedSequence``.
         hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; None means zeros.
+        reset: Where an episode begins, bool ``[T, B]``, with ``batch_first`` ``[B, T]``, unbatched
+            ``[T]``; with a packed input ``[N]``, the rows of its ``data``, or a ``PackedSequence``
+            with the same layout. Every layer is reset at the same steps. The reverse direction
+            runs from later episodes to earlier ones, so its state is reset before the last step of
+            each episode that another one follows. None means no resets.
+        reset_to: State after a reset, ``[H]``, or for each layer and direction ``[L*D, H]`` or
+            ``[L*D, B, H]`` (not unbatched); may be learned. None means zeros.
 
     Outputs:
         output: Every state of the last layer, in the shape of the input but with D*H features. A
@@ -80,9 +386,12 @@ class RNN(nn.RNNBase):
             is unknown or missing.
 
     Raises, from a call:
-        ValueError: ``input`` is neither 2-D nor 3-D, or its dtype is not that of the weights.
-        RuntimeError: ``hx`` does not match ``input``, ``input`` does not have ``input_size``
-            features, there is no time step, or tensors are on different devices.
+        ValueError: ``input`` is neither 2-D nor 3-D, its dtype is not that of the weights, or
+            ``reset_to`` is given without ``reset``.
+        RuntimeError: ``hx``, ``reset`` or ``reset_to`` does not match ``input``, ``reset`` is not
+            bool, ``input`` does not have ``input_size`` features, there is no time step, or tensors
+            are on different devices.
+        TypeError: ``reset`` or ``reset_to`` is not a tensor.
 
     Differences from ``nn.RNN``:
         - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true. Apply
@@ -93,6 +402,7 @@ class RNN(nn.RNNBase):
           tensors to it, or to an element, raises an error: assign ``weight_hh_l0`` and so on.
           ``flatten_parameters`` does nothing on any device: no kernel needs the weights in one
           block of memory.
+        - ``forward`` also takes ``reset`` and ``reset_to``.
         - ``output`` itself is saved for backward; modifying it in place before backward raises an
           error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
@@ -150,154 +460,37 @@ class RNN(nn.RNNBase):
             **unknown,
         )
 
-    @property  # type: ignore[override]
-    def _flat_weights(self) -> tuple[Tensor | None, ...]:
-        # nn.RNNBase stores a list here, which it must keep up to date. Computed on demand, it is
-        # also correct when functional_call, a parametrization or weight drop swaps the weights.
-        return tuple(getattr(self, name, None) for name in self._flat_weights_names)
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: Sequence[Tensor | None]) -> None:
-        # nn.RNNBase assigns the weights that the module already has, which is allowed. A
-        # parametrized weight is not compared: it is a new tensor on each access.
-        names = self._flat_weights_names
-        stored = {**vars(self), **self._parameters}
-        if len(value) != len(names) or any(
-            stored.get(name, new) is not new for name, new in zip(names, value)
-        ):
-            raise AttributeError(
-                "fusedrnn: _flat_weights must be the weights of the module, got others; assign "
-                "each weight itself, such as weight_hh_l0"
-            )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super(nn.RNNBase, self).__setattr__(name, value)  # nn.RNNBase's writes to its list as well
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: the kernels use the weights where they are in memory."""
-
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
     @overload
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: Tensor | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run every layer over the sequence; see the class."""
-        if isinstance(input, PackedSequence):
-            data, batch_sizes, sorted_indices, unsorted_indices = input
-            if hx is not None:
-                hx = self.permute_hidden(hx, sorted_indices)
-            elif torch.compiler.is_compiling():
-                rows = rows_of(batch_sizes) if sorted_indices is None else sorted_indices.size(0)
-                if rows is not None:
-                    hx = data.new_zeros(len(self._all_weights), rows, self.hidden_size)
-            output, h_n = self._run_layers(data, hx, batch_sizes)
-            return (
-                PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
-                self.permute_hidden(h_n, unsorted_indices),
-            )
-
-        dim = input.dim()
-        if dim not in (2, 3):
-            raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dim}D tensor instead")
-        if hx is not None and hx.dim() != dim:
-            raise RuntimeError(
-                f"For {'batched' if dim == 3 else 'unbatched'} {dim}-D input, "
-                f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
-            )
-        if dim == 2:
-            hx = None if hx is None else hx.unsqueeze(1)
-            output, h_n = self._run_layers(input.unsqueeze(1), hx)
-            return output.squeeze(1), h_n.squeeze(1)
-        if self.batch_first:
-            output, h_n = self._run_layers(input.transpose(0, 1), hx)
-            return output.transpose(0, 1), h_n
-        return self._run_layers(input, hx)
-
-    def _run_layers(
-        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compute ``output, h_n`` from ``x [T, B, I]``, or packed ``[N, I]``, and ``hx``.
-
-        ``hx`` and ``h_n`` are ``[L*D, B, H]``.
-        """
-        weights = [_tensors(self, names) for names in self._all_weights]
-        self._check(x, hx, batch_sizes, weights[0][0])
-
-        nonlinearity = _NONLINEARITIES[self.mode]
-        if (
-            len(weights) == 1 and self.num_layers == 1 and not self.bidirectional
-        ):  # the loop below gives the same, but costs 0.7 us more
-            output, h = rnn(
-                x,
-                *weights[0],
-                h0=None if hx is None else hx[0],
-                nonlinearity=nonlinearity,
-                batch_sizes=batch_sizes,
-            )  # type: ignore[misc]  # of two or four weights
-            return output, h.unsqueeze(0)
-
-        num_directions = 2 if self.bidirectional else 1
-        if len(weights) != self.num_layers * num_directions:  # the caller changed these attributes
-            raise RuntimeError(
-                f"Expected weights of {self.num_layers} layers in {num_directions} direction(s), "
-                f"got {len(weights)}"
-            )
-        h0s = [None] * len(weights) if hx is None else hx.unbind(0)
-        on_gpu = num_directions == 2 and x.is_cuda
-        h_n: list[Tensor] = []
-        for layer in range(self.num_layers):
-            if layer > 0 and self.dropout and self.training:
-                x = torch.dropout(x, self.dropout, True)
-            outputs: list[Tensor] = []
-            i = layer * num_directions
-            if on_gpu and directions.pays(x, weights[i : i + 2], h0s[i : i + 2], batch_sizes):
-                outputs, h_of_both = directions.both_directions(
-                    x, weights[i : i + 2], h0s[i : i + 2], nonlinearity, batch_sizes
-                )
-                h_n += h_of_both
-            else:
-                for direction in range(num_directions):
-                    output, h = rnn(
-                        x,
-                        *weights[i + direction],
-                        h0=h0s[i + direction],
-                        nonlinearity=nonlinearity,
-                        reverse=direction == 1,
-                        batch_sizes=batch_sizes,
-                    )  # type: ignore[misc]
-                    outputs.append(output)
-                    h_n.append(h)
-            x = outputs[0] if num_directions == 1 else torch.cat(outputs, -1)
-        return x, torch.stack(h_n)
-
-    def _check(
-        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor
-    ) -> None:
-        """Raise the errors of nn.RNN, in its order.
-
-        This is one function because each function call costs 0.1 us.
-        """
-        dim = 3 if batch_sizes is None else 2
-        if x.dtype != weight.dtype or x.size(-1) != self.input_size or x.dim() != dim:
-            self.check_input(x, batch_sizes)  # accepts another dtype under autocast
-        if hx is not None:
-            if batch_sizes is None:
-                batch = x.size(1)
-            elif torch.compiler.is_compiling():  # data-dependent: left to the op
-                batch = hx.size(1)
-            else:
-                batch = int(batch_sizes[0])
-            self.check_hidden_size(hx, (len(self._all_weights), batch, self.hidden_size))
-            _check_device(x, hx, "hidden")
-        _check_device(x, weight, "parameter")
-        if x.size(0) == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        # Not keyword-only: torch's exporter by TorchScript passes every argument by position.
+        options = None
+        if reset is not None or reset_to is not None:
+            options = self._reset_options(input, reset, reset_to)
+        return self._forward(input, hx, _NONLINEARITIES[self.mode], options)  # type: ignore[return-value]
 
 
 def _check_device(x: Tensor, other: Tensor, name: str) -> None:
