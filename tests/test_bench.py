@@ -5,6 +5,7 @@ The times themselves are not tested.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -18,6 +19,7 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+import bench_loops  # noqa: E402
 import bench_rnn  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
@@ -25,9 +27,9 @@ import peers  # noqa: E402
 TINY = ["--seconds", "0.01", "--threads", "1", "--peers", "fusedrnn,loop,RNNCell loop"]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, program: str = "bench_rnn.py") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCH / "bench_rnn.py"), *arguments],
+        [sys.executable, str(BENCH / program), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -129,3 +131,42 @@ def test_sets_span_what_they_promise() -> None:
     for size, span in spans.items():
         values = [getattr(shape, size) for shape in wide]
         assert (min(values), max(values)) == span
+
+
+# ---- bench_loops.py
+
+
+def test_loops_are_timed_against_their_calls(tmp_path: Path) -> None:
+    path = tmp_path / "loops.json"
+    ran = run("--tiny", "--threads", "1", "--json", str(path), program="bench_loops.py")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    data = json.loads(path.read_text())
+    assert data["environment"]["threads"] == 1
+    assert len(data["results"]) == len(bench_loops.RECIPES) * 2 * 2  # sizes, modes
+    for result in data["results"]:
+        assert result["check"]["error"] <= result["check"]["bound"]
+        assert len(result["loop"]) == len(result["call"]) >= measure.MIN_ROUNDS
+        assert 0 < result["speed_up"]["low"] <= result["speed_up"]["high"]
+        assert result["us_per_step"] > 0
+    for recipe in bench_loops.RECIPES:
+        assert ran.stdout.count(recipe.name + " ") >= 2  # a row for each size
+    assert "forward+backward: geometric mean" in ran.stdout
+
+
+def test_a_call_that_differs_from_its_loop_is_not_timed() -> None:
+    recipe = bench_loops.RECIPES[0]
+    wrong = dataclasses.replace(recipe, call=lambda **a: [1.001 * r for r in recipe.loop(**a)])
+    results = [
+        bench_loops.measure(wrong, bench_loops.TINY[0], mode, 0.01) for mode in bench_loops.MODES
+    ]
+    for result in results:
+        assert not result.check.passed
+        assert result.loop == result.call == []
+    assert bench_loops.table(results, markdown=False).count("WRONG") == 2
+    assert bench_loops.means(results) == []
+
+
+def test_unknown_recipes_are_named() -> None:
+    ran = run("--recipes", "nn4n", "GRU", program="bench_loops.py")
+    assert ran.returncode == 2
+    assert "error: unknown recipes ['GRU']" in ran.stderr

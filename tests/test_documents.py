@@ -1,16 +1,20 @@
-"""Documents name files, tests and make targets that exist."""
+"""Documents name files, tests and make targets that exist, and their examples run."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import fusedrnn
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "bench" / "README.md", *ROOT.glob("tests/**/*.md")])
+PATTERNS = ("*.md", "bench/README.md", "docs/*.md", "tests/**/*.md")
+DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
 )
@@ -38,6 +42,33 @@ def test_make_targets_that_a_document_names_exist(document: Path) -> None:
     targets = {target for rule in rules for target in rule.split()}
     named = re.findall(r"(?:`|^    )make ([\w-]+)", document.read_text(), re.MULTILINE)
     assert set(named) <= targets
+
+
+def given() -> dict[str, Any]:
+    """Return the tensors and the model that README's examples assume."""
+    T, B, I, H = 6, 3, 10, 50
+    return {
+        "torch": torch,
+        "x": torch.randn(T, B, I),
+        "u": torch.randn(T, B, H),
+        "h0": torch.randn(B, H),
+        "w_ih": torch.randn(H, I),
+        "w_hh": torch.randn(H, H) / H,
+        "b_ih": torch.randn(H),
+        "b_hh": torch.randn(H),
+        "episode_starts": torch.rand(T, B) < 0.5,
+        "learned_state": torch.randn(H),
+        "model": nn.ModuleList([nn.RNN(I, H), nn.RNNCell(I, H)]),
+    }
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
+def test_examples_of_a_document_run_in_order(name: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
+    assert blocks
+    names = given() if name == "README.md" else {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), names)
 
 
 def test_the_citation_has_the_version_of_the_package() -> None:

@@ -91,7 +91,7 @@ BUILT = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
 def checkout(tmp_path: Path) -> Path:
     """A copy of the repository without build products."""
     copy = tmp_path / "checkout"
-    for name in ("fusedrnn", "csrc", "tests", "bench", "examples", ".ci", ".github"):
+    for name in ("fusedrnn", "csrc", "tests", "bench", "docs", "examples", ".ci", ".github"):
         shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
     files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml")]
     names = ("setup.py", "MANIFEST.in", "Makefile", "LICENSE", "CITATION.cff", ".clang-format")
