@@ -219,13 +219,13 @@ struct Layer {
     return in;
   }
 
-  template <bool rate, class Hand>
+  template <Form form, class Hand>
   __device__ __forceinline__ void compute_as(const Inputs& in, const C (&sums)[N], int unit,
                                              int row, const Step& now, bool begins, bool ends,
                                              const C* bias, const C* alpha, C (&carry)[N],
                                              const Hand& hand) const {
     const Chosen<S> phi(q.nonlinearity);
-    const bool potential = q.form == Form::potential;
+    constexpr bool rate = form == Form::rate, potential = form == Form::potential;
     constexpr int kLate = kInputs;
     const bool late = (pass == Pass::activation || !rate) && q.in[kLate].data;
     const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
@@ -274,9 +274,11 @@ struct Layer {
                                           const Step& now, bool begins, bool ends, const C* bias,
                                           const C* alpha, C (&carry)[N], const Hand& hand) const {
     if (q.form == Form::rate)
-      compute_as<true>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+      compute_as<Form::rate>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+    else if (q.form == Form::potential)
+      compute_as<Form::potential>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
     else
-      compute_as<false>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+      compute_as<Form::inside>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
   }
 
   // The same, with the carry in memory; `carried` is null if the row carries nothing.
