@@ -76,7 +76,7 @@ def planted(file: str, old: str, new: str, test: str) -> tuple[Mutant, list[str]
 
 
 def of_alpha(new: str, test: str) -> tuple[Mutant, list[str]]:
-    return planted("fusedrnn/functional.py", "0 < alpha <= 1", new, f"test_ops.py::{test}")
+    return planted("fusedrnn/forms.py", "0 < alpha <= 1", new, f"test_ops.py::{test}")
 
 
 def of_engine(old: str, new: str) -> tuple[Mutant, list[str]]:
@@ -95,7 +95,7 @@ def test_planted_mutants():
         (of_engine("[s & 1]", "[1]"), "tests/test_recurrence.py::test_any_strides"),
         (of_engine("spins < 1000", "spins < 1001"), None),
         (of_engine("[s & 1]", "[s & one]"), ""),
-        (of_engine("i < 2", "i <= 1"), ""),  # the same machine code
+        (of_engine("i < 3", "i <= 2"), ""),  # the same machine code
         (of_alpha("0 < alpha <= 1", fits), None),  # the earlier mutants leave no trace
     ]
     with mutants.workers(1, timeout=1000) as pool:

@@ -249,7 +249,6 @@ def test_errors_of_the_input_are_those_of_nn_rnn():
 def test_signature():
     parameters = inspect.signature(fusedrnn.RNN(I, H).forward).parameters
     assert list(parameters) == ["input", "hx", "reset", "reset_to"]
-    assert parameters["reset"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 # ---- other uses
