@@ -59,7 +59,7 @@ TESTS = {
     "fusedrnn/directions.py": "directions modules",
     "fusedrnn/expanded_weights.py": "expanded_weights",
     "fusedrnn/explain.py": "explain",
-    "fusedrnn/forms.py": "recurrence gradients arguments reset leaky",
+    "fusedrnn/forms.py": "ops recurrence gradients arguments reset leaky",
     "fusedrnn/functional.py": "recurrence ops explain modules autocast export compile",
     "fusedrnn/leaky.py": "leaky",
     "fusedrnn/parametrizations.py": "parametrizations",
