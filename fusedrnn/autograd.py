@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from . import _ops, bptt, vmap  # noqa: F401  (vmap registers the batching rules)
 from ._C import forward_mode, saving_z
+from .forms import drive
 from .streams import transformed
 
 Gradients = tuple[Tensor | None, ...]
@@ -242,9 +243,7 @@ class FusedRNN(_Op):
             if form == "rate":
                 leaked = _value(saved, nonlinearity)
             else:
-                leaked = (x if w_ih is None else x @ w_ih.mT) + before @ w_hh.mT
-                for bias in (b_ih, b_hh):
-                    leaked = leaked if bias is None else leaked + bias
+                leaked = drive(x, w_ih, b_ih, b_hh) + before @ w_hh.mT
                 if form == "potential":
                     before = _ops.previous(saved, v0, *walk)
             q = _add(q, alpha_t * (leaked - before))

@@ -17,6 +17,14 @@ FORMS = ("rate", "potential", "inside")
 _NOT_ZERO_AT_ZERO = ("sigmoid", "softplus")
 
 
+def drive(x: Tensor, w_ih: Tensor | None, *biases: Tensor | None) -> Tensor:
+    """Return ``u``, the input product with the biases; without ``w_ih``, x is the product."""
+    u = x if w_ih is None else x @ w_ih.mT
+    for bias in biases:
+        u = u if bias is None else u + bias
+    return u
+
+
 def checked_alpha(
     alpha: Tensor | float, x: Tensor, w_hh: Tensor, batch_sizes: Tensor | None
 ) -> Tensor:
@@ -142,10 +150,8 @@ def translate(
         if reset_to.dim() == x.dim() and reset_to.shape[:-1] == x.shape[:-1]:
             reset_to = torch.where(here, reset_to, 0)  # the product would spread a NaN
         product = _for_every_row(sent(reset_to) @ w_hh.mT, x, batch_sizes)
-        u = x if w_ih is None else x @ w_ih.mT
-        for bias in (b_ih, b_hh):
-            u = u if bias is None else u + bias
-        x, w_ih, b_ih, b_hh = u + torch.where(here, product, 0), None, None, None
+        x = drive(x, w_ih, b_ih, b_hh) + torch.where(here, product, 0)
+        w_ih = b_ih = b_hh = None
         if alpha is not None:
             left = (1 - alpha) * _for_every_row(reset_to, x, batch_sizes)
             left = torch.where(here, left, 0)

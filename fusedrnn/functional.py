@@ -214,11 +214,10 @@ def rnn(
             device, x, w_ih, w_hh, b_ih, b_hh, h0, reset_to, state_input
         )
     if device not in _DEVICES or x.dtype not in _DTYPES:
-        results = _loop(
+        return _loop(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, reverse, batch_sizes, reset,
             reset_to, alpha, state_input, return_potential,
         )  # fmt: skip
-        return results
     # Call the op when tracing or a transform is active; otherwise call the kernel directly, which
     # saves one 4 us dispatch.
     compiling = torch.compiler.is_compiling()

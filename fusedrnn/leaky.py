@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from .forms import FORMS
 from .functional import rnn
 from .modules import Layers, _tensors
 from .reference import NONLINEARITIES
-
-_FORMS = ("rate", "potential", "inside")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -112,7 +111,7 @@ class _Leaky(nn.Module):
 
     def _set_options(self, nonlinearity: str, form: str, noise: float, state_noise: float) -> None:
         _check_choice("nonlinearity", nonlinearity, tuple(NONLINEARITIES))
-        _check_choice("form", form, _FORMS)
+        _check_choice("form", form, FORMS)
         self.nonlinearity = nonlinearity
         self.form = form
         self.noise = _deviation("noise", noise)

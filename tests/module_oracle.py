@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 from fusedrnn import reference
@@ -18,6 +18,12 @@ from fusedrnn import reference
 
 def data_of(x: Any) -> Tensor:
     return x.data if isinstance(x, PackedSequence) else x
+
+
+def pack(values: Tensor, lengths: list[int], enforce_sorted: bool) -> PackedSequence:
+    """Pack ``[T, B, ...]``, with the lengths sorted if the packing requires it."""
+    lengths = sorted(lengths, reverse=True) if enforce_sorted else lengths
+    return pack_padded_sequence(values, torch.tensor(lengths), enforce_sorted=enforce_sorted)
 
 
 def batch_of(module: nn.RNNBase, x: Any) -> int:

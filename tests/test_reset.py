@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from module_oracle import assert_matches, data_of, expected, state_for
+from module_oracle import assert_matches, data_of, expected, pack, state_for
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
@@ -22,8 +22,7 @@ WIDE = {"dtype": torch.float64}
 
 
 def packed(values: Tensor, enforce_sorted: bool = False) -> PackedSequence:
-    lengths = sorted(LENGTHS, reverse=True) if enforce_sorted else LENGTHS
-    return pack_padded_sequence(values, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+    return pack(values, LENGTHS, enforce_sorted)
 
 
 INPUTS: dict[str, Callable[[], Any]] = {
