@@ -119,8 +119,10 @@ def capture(make: Callable[[], Callable[[], Any]], device: torch.device) -> Call
     with torch.cuda.graph(graph, stream=stream):
         result = call()
 
+    held = graph, call  # the graph reads memory that the call owns, such as a forward's states
+
     def replay() -> Any:
-        graph.replay()
+        held[0].replay()
         return result
 
     return replay

@@ -50,7 +50,8 @@ def digest() -> str:
 def build(which: str) -> None:
     copy = BUILDS / which
     stamp = copy / "built.txt"
-    built = stamp.exists() and stamp.read_text() == digest()
+    sources = digest()  # before the copy: an edit during the build is not part of it
+    built = stamp.exists() and stamp.read_text() == sources
     stale = () if built else ("csrc", "fusedrnn")
     for name in stale:
         shutil.rmtree(copy / name, ignore_errors=True)
@@ -75,7 +76,7 @@ def build(which: str) -> None:
     subprocess.run(command, cwd=copy, env=environment, check=True)
     if which == "all":
         subprocess.run([sys.executable, "-c", LOAD], cwd=copy, check=True)
-    stamp.write_text(digest())
+    stamp.write_text(sources)
     print(f"built in {time.monotonic() - started:.0f} s")
 
 

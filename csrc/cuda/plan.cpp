@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
+#include <cstdio>
 
 namespace fusedrnn::cuda {
 namespace {
@@ -382,50 +382,53 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
   return plan;
 }
 
+// No std::ostringstream: where g++ links the C++ library statically (seen beside an H200), writing a
+// double to one crashes once torch has loaded the shared library.
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device) {
-  std::ostringstream words;
-  words.precision(3);
-  const auto count = [&](int64_t n, const char* what) {
-    words << n << " " << what << (n == 1 ? "" : "s");
+  const auto number = [](double value) {
+    char digits[32];
+    std::snprintf(digits, sizeof(digits), "%.3g", value);
+    return std::string(digits);
   };
+  const auto count = [](int64_t n, const std::string& what) {
+    return std::to_string(n) + " " + what + (n == 1 ? "" : "s");
+  };
+  std::string words;
   if (plan.regime == Regime::step) {
-    words << "step regime: one fused kernel a step, which reads the weights through L2";
+    words = "step regime: one fused kernel a step, which reads the weights through L2";
   } else {
     const Tile& tile = kTiles[plan.tile];
     const char* arithmetic[] = {"float32 FMA", "float64 FMA", "bfloat16 tensor cores",
                                 "float16 tensor cores", "TF32 tensor cores"};
-    words << kRegimeNames[int(plan.regime)] << " regime, one launch for " << in.T << " steps, by "
-          << arithmetic[int(tile.arithmetic)] << ": ";
-    count(plan.teams, plan.regime == Regime::block     ? "block"
-                      : plan.regime == Regime::cluster ? "cluster"
-                                                       : "team");
-    if (plan.regime != Regime::block) words << " of " << plan.blocks << " blocks";
-    if (plan.regime == Regime::slices) words << " in clusters of " << plan.slices;
-    words << ", each with ";
-    count(plan.rows, "batch row");
-    words << "; a block keeps " << (plan.slices > 1 ? "a slice of " : "") << "the weights of ";
-    count(plan.slices * plan.units, "hidden unit");
+    words = std::string(kRegimeNames[int(plan.regime)]) + " regime, one launch for " +
+            std::to_string(in.T) + " steps, by " + arithmetic[int(tile.arithmetic)] + ": ";
+    words += count(plan.teams, plan.regime == Regime::block     ? "block"
+                               : plan.regime == Regime::cluster ? "cluster"
+                                                                : "team");
+    if (plan.regime != Regime::block) words += " of " + count(plan.blocks, "block");
+    if (plan.regime == Regime::slices) words += " in clusters of " + std::to_string(plan.slices);
+    words += ", each with " + count(plan.rows, "batch row") + "; a block keeps " +
+             (plan.slices > 1 ? "a slice of " : "") + "the weights of " +
+             count(plan.slices * plan.units, "hidden unit");
     const bool spills = plan.chunks / plan.split > tile.held();
-    words << (spills ? " in registers and shared memory" : " in registers") << " and uses "
-          << plan.shared.end / 1024.0 << " KB of shared memory";
+    words += std::string(spills ? " in registers and shared memory" : " in registers") +
+             " and uses " + number(double(plan.shared.end) / 1024) + " KB of shared memory";
   }
   if (in.I > 0 && plan.fuse_input) {
-    words << "; the input product is part of the step";
+    words += "; the input product is part of the step";
   } else if (in.I > 0) {
-    words << "; one GEMM multiplies the inputs of ";
-    if (plan.cut == 0)
-      words << "all steps before";
-    else
-      words << plan.cut << " steps before, and one those of the others on idle SMs meanwhile";
+    words += "; one GEMM multiplies the inputs of ";
+    words += plan.cut == 0 ? "all steps before"
+                           : std::to_string(plan.cut) +
+                                 " steps before, and one those of the others on idle SMs meanwhile";
   } else if (plan.cut > 0) {
-    words << "; what " << plan.cut
-          << " steps left is multiplied on idle SMs during the others, for the gradients";
+    words += "; what " + std::to_string(plan.cut) +
+             " steps left is multiplied on idle SMs during the others, for the gradients";
   }
-  words << "; about " << plan.microseconds << " µs a step";
+  words += "; about " + number(plan.microseconds) + " µs a step";
   if (plan.input_microseconds > 0)
-    words << " and " << plan.input_microseconds << " µs for its input";
-  words << " on " << device.name;
-  return words.str();
+    words += " and " + number(plan.input_microseconds) + " µs for its input";
+  return words + " on " + device.name;
 }
 
 }  // namespace fusedrnn::cuda
