@@ -109,9 +109,6 @@ if REASON is not None and os.getenv("FUSEDRNN_CUDA") == "1":
 if REASON is None:
     # torch's own default is the architecture of the visible GPU, and an error without one
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()
-    # 9.0a is for the same GPUs, and has setmaxnreg, by which warps release registers to others
-    # (csrc/cuda/slices.cuh)
-    architectures = re.sub(r"\b9\.0(?![a+])", "9.0a", architectures)
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     CUDA = f"CUDA {torch.version.cuda}, architectures {architectures.replace(';', ' ')}"
 else:

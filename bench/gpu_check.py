@@ -40,7 +40,7 @@ EMULATED_FACTOR = 15  # an emulated part may take this many times as long
 PRINTED = 11_000  # characters of the summary, at most
 BUDGET = "{seconds}"  # placeholder in a command for its time limit, less some time to finish
 SUMMARY = "== summary"  # lines that a job prints after this one go into the summary
-REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
+REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
 DTYPES = ("float32", "float64", "bfloat16", "float16", "tf32")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Signals for a job that is out of time, and the seconds to wait after each. The first makes Python
@@ -202,12 +202,12 @@ class Part:
 KERNELS = {
     "block": "test_small and block",
     "cluster": "test_small and cluster",
-    "grid": "test_small and (grid or slices)",
+    "grid": "test_small and grid",
     "others": "not test_small",
 }
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
 NCU = (
-    "ncu", "--clock-control", "none", "--kernel-name", "regex:persistent|plain|sliced|fused_step",
+    "ncu", "--clock-control", "none", "--kernel-name", "regex:persistent|plain|fused_step",
     "--launch-skip", "1", "--launch-count", "1", "--csv", "--page", "raw",
     *(word for name in ("SpeedOfLight", "LaunchStats", "InstructionStats", "SchedulerStats",
                                "WarpStateStats")
@@ -277,7 +277,6 @@ class Jobs:
             self.job(f"{regime} {dtype}", [script, *self.word, regime, dtype], 0.1, which)
             for regime in REGIMES
             for dtype in DTYPES
-            if (regime, dtype) != ("slices", "float64")
         ]
 
     def tests(self, file: str, name: str, wanted: str = "", emulated: str = "") -> Job:
@@ -291,9 +290,12 @@ class Jobs:
     def sanitizer(self, tool: str) -> Job:
         """Run all small problems under a tool of compute-sanitizer, limited to our kernels.
 
-        initcheck is not limited: it must also see what torch's kernels write.
+        initcheck is not limited: it must also see what torch's kernels write. On an H200, cuBLAS's
+        GEMMs of 16 bits end racecheck with an internal error, and initcheck takes their results for
+        uninitialised.
         """
-        job = self.job(tool, [ROOT / "tests" / "smoke.py", *self.word], 0.4)
+        wide = ["--wide"] if tool in ("racecheck", "initcheck") else []
+        job = self.job(tool, [ROOT / "tests" / "smoke.py", *self.word, *wide], 0.4)
         # Give each tensor an allocation of its own, so that its bounds are known.
         job.environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         ours = () if tool == "initcheck" else ("--kernel-name", "kns=fusedrnn")
@@ -341,7 +343,6 @@ class Jobs:
             self.tests(
                 "gradients", "gradients", "cuda:gpu", "emulated:tiny:block and match and reset"
             ),
-            self.tests("bptt", "bptt"),
             self.tests("directions", "directions"),
             self.tests("cuda_graphs", "graphs"),
             *map(self.sanitizer, SANITIZERS),

@@ -24,10 +24,9 @@ PROFILED = {
     "step": Shape(64, 64, 1024, 1024),
     "block": Shape(64, 1, 64, 64),
     "cluster": Shape(64, 64, 1024, 1024),
-    "grid": Shape(64, 64, 1024, 1024),
-    "slices": Shape(64, 128, 2048, 2048),
+    "grid": Shape(64, 128, 2048, 2048),
 }
-REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
+REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
 
 
 def time_regimes(

@@ -214,6 +214,67 @@ __global__ void cluster_gather(int n, int64_t* out, float* sink) {
   cluster_meet<false>();
 }
 
+// The same exchange of 1 KB to every block, by st.async of 16 bytes (kBulk: by one bulk copy for
+// each peer, out of this block's shared memory). The 1 KB lie in rows of `run` times 16 bytes,
+// which begin `pad` bytes further than they would without gaps: states of several batch rows lie
+// so.
+template <bool kBulk>
+__global__ void cluster_send(int run, int pad, int n, int64_t* out, float* sink) {
+  extern __shared__ __align__(128) unsigned char sent[];  // [2][64 / run][stride], then [2][1 KB]
+  __shared__ alignas(8) uint64_t barriers[2];
+  const int rank = cluster_rank(), size = cluster_size();
+  const int stride = size * run * 16 + pad, slot_bytes = kBulk ? size * 1024 : 64 / run * stride;
+  if (threadIdx.x == 0) {
+    for (const auto& barrier : barriers)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier))
+                   : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  const int piece = threadIdx.x % 64;
+  const auto place = [&](int slot, int from) {
+    return sent + slot * slot_bytes +
+           (kBulk ? from * 1024 + piece * 16
+                  : piece / run * stride + (from * run + piece % run) * 16);
+  };
+  uint32_t value = piece;
+  cluster_meet<false>();
+  const Stopwatch watch;
+  for (int i = 0; i < n; ++i) {
+    const void* barrier = &barriers[i % 2];
+    if (threadIdx.x == 0)
+      asm volatile(
+          "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+          "r"(size * 1024)
+          : "memory");
+    if (kBulk) {
+      unsigned char* const source = sent + 2 * slot_bytes + i % 2 * 1024;
+      if (threadIdx.x < 64)
+        *reinterpret_cast<uint4*>(source + piece * 16) = make_uint4(value, value, value, value);
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncthreads();
+      if (int(threadIdx.x) < size)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], "
+            "1024, [%2];" ::"r"(remote(sent + i % 2 * slot_bytes + rank * 1024, threadIdx.x)),
+            "r"(shared_address(source)), "r"(remote(barrier, threadIdx.x))
+            : "memory");
+    } else {
+      for (int peer = threadIdx.x / 64; peer < size; peer += int(blockDim.x) / 64)
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %1, %1, %1}, "
+            "[%2];" ::"r"(remote(place(i % 2, rank), peer)),
+            "r"(value), "r"(remote(barrier, peer))
+            : "memory");
+    }
+    wait_for_phase(shared_address(barrier), i / 2 % 2);
+    value = *reinterpret_cast<volatile uint32_t*>(place(i % 2, (rank + 1 + i) % size)) + 1;
+    __syncthreads();
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
+  if (blockIdx.x == 0) sink[threadIdx.x] = float(value);
+  cluster_meet<false>();
+}
+
 // Two blocks send a word back and forth, n round trips: st.async carries it and signals the
 // mbarrier of the waiting block. The word may arrive before its bytes are announced (expect_tx):
 // the phase cannot end without the announcement, which is also the one arrival that it expects.
@@ -292,6 +353,8 @@ __global__ void cluster_barrier(int, int64_t*) {}
 __global__ void cluster_exchange(int, int64_t*, float*) {}
 template <bool kAsync>
 __global__ void cluster_gather(int, int64_t*, float*) {}
+template <bool kBulk>
+__global__ void cluster_send(int, int, int, int64_t*, float*) {}
 __global__ void async_ping_pong(int, int64_t*, float*) {}
 __global__ void flag_ping_pong(int, int64_t*, float*) {}
 #endif
@@ -439,6 +502,13 @@ int probe_cluster_gather(bool async, int cluster, int threads, int n, int64_t* o
   const auto kernel = async ? cluster_gather<true> : cluster_gather<false>;
   const size_t shared = 2 * size_t(cluster) * size_t(threads) * sizeof(uint32_t);
   return launch(kernel, cluster, threads, cluster, false, shared, stream, n, out, sink);
+}
+
+int probe_cluster_send(bool bulk, int run, int pad, int cluster, int threads, int n, int64_t* out,
+                       float* sink, cudaStream_t stream) {
+  const auto kernel = bulk ? cluster_send<true> : cluster_send<false>;
+  const size_t shared = 2 * (size_t(cluster) * 1024 + size_t(64 / run) * size_t(pad) + 1024);
+  return launch(kernel, cluster, threads, cluster, false, shared, stream, run, pad, n, out, sink);
 }
 
 int probe_async_ping_pong(int n, int64_t* out, float* sink, cudaStream_t stream) {

@@ -222,6 +222,19 @@ class Probes:
                     lambda n: launch(n, *results),  # noqa: B023
                     cluster=size,
                 )
+            for name, *pattern in (
+                ("16 bytes a row", False, 1, 16),
+                ("32 bytes a row", False, 2, 16),
+                ("32 bytes a row, aligned", False, 2, 32),
+                ("128 bytes a row, aligned", False, 8, 0),
+                ("bulk copies", True, 1, 0),
+            ):
+                send = functools.partial(self.call, "probe_cluster_send", *pattern, size, THREADS)
+                yield self.kernel(
+                    f"cluster of {size}: all to all, 1 KB a block, 16 bytes a lane, {name}",
+                    lambda n: send(n, self.out, self.sink),  # noqa: B023
+                    cluster=size,
+                )
         for name, launcher in (
             ("st.async + mbarrier, one way", "probe_async_ping_pong"),
             ("remote st.release + ld.acquire, one way", "probe_flag_ping_pong"),

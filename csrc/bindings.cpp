@@ -118,8 +118,7 @@ fusedrnn::cuda::Device cuda_device(const py::object& device) {
 // Builds the input of the CUDA planner. If `tf32` is None, torch's setting applies.
 fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjoint,
                                      const std::string& dtype, int64_t T, int64_t B, int64_t I,
-                                     int64_t H, bool leaky, bool packed, int64_t products,
-                                     std::optional<bool> tf32) {
+                                     int64_t H, bool leaky, std::optional<bool> tf32) {
   constexpr const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   fusedrnn::cuda::PlanInput in;
   in.pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
@@ -134,23 +133,20 @@ fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjo
   in.I = I;
   in.H = H;
   in.leaky = leaky;
-  in.packed = packed;
-  in.products = products;
   return in;
 }
 
 // The CUDA planner's decision. `device` is an index, or a dict of device properties, which needs no
 // GPU.
 py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
-                   int64_t H, bool leaky, bool packed, int64_t products, std::optional<bool> tf32,
+                   int64_t H, bool leaky, std::optional<bool> tf32,
                    const std::optional<std::string>& regime, std::optional<int> tile,
                    std::optional<int> split, std::optional<bool> fuse_input,
-                   std::optional<int64_t> cut, const py::object& device) {
+                   const py::object& device) {
   const fusedrnn::cuda::Device on = cuda_device(device);
-  const fusedrnn::cuda::PlanInput in =
-      plan_input(on, adjoint, dtype, T, B, I, H, leaky, packed, products, tf32);
+  const fusedrnn::cuda::PlanInput in = plan_input(on, adjoint, dtype, T, B, I, H, leaky, tf32);
   const fusedrnn::cuda::Plan plan =
-      make_plan(in, on, {regime_named(regime), tile, split, fuse_input, cut});
+      make_plan(in, on, {regime_named(regime), tile, split, fuse_input});
   py::dict result;
   result["regime"] = fusedrnn::cuda::kRegimeNames[int(plan.regime)];
   result["fuse_input"] = plan.fuse_input;
@@ -161,11 +157,9 @@ py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B,
   result["blocks"] = plan.blocks;
   result["teams"] = plan.teams;
   result["waves"] = plan.waves;
-  result["slices"] = plan.slices;
   result["chunks"] = plan.chunks;
   result["shared_memory"] = plan.shared.end;
   result["counters"] = plan.counters;
-  result["cut"] = plan.cut;
   result["microseconds"] = plan.microseconds;
   result["input_microseconds"] = plan.input_microseconds;
   result["words"] = in_words(in, plan, on);
@@ -186,24 +180,12 @@ py::list cuda_tiles() {
     one["held"] = tile.held();
     one["chunk_bytes"] = tile.chunk_bytes();
     one["block_units"] = tile.block_units(1);
-    one["slices"] = tile.slices();
-    one["only_slices"] = tile.only_slices();
     result.append(one);
   }
   return result;
 }
 
 #ifdef FUSEDRNN_CUDA
-// The number of steps after which the planner splits the time loop of BPTT (0: no split), for
-// fusedrnn/bptt.py.
-int64_t cut_of_adjoint(const std::string& dtype, int64_t T, int64_t B, int64_t H, bool leaky,
-                       int64_t products, int device) {
-  const fusedrnn::cuda::Device& on = fusedrnn::cuda::device_properties(device);
-  return make_plan(plan_input(on, true, dtype, T, B, 0, H, leaky, false, products, std::nullopt),
-                   on, fusedrnn::cuda::wished())
-      .cut;
-}
-
 py::dict device_properties(int index) {
   const fusedrnn::cuda::Device& device = fusedrnn::cuda::device_properties(index);
   py::dict result;
@@ -258,19 +240,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_tiles", &cuda_tiles);
   m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("adjoint") = false,
         py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("leaky") = false, py::arg("packed") = false, py::arg("products") = 0,
-        py::arg("tf32") = py::none(), py::arg("regime") = py::none(), py::arg("tile") = py::none(),
-        py::arg("split") = py::none(), py::arg("fuse_input") = py::none(),
-        py::arg("cut") = py::none(), py::arg("device"));
+        py::arg("leaky") = false, py::arg("tf32") = py::none(), py::arg("regime") = py::none(),
+        py::arg("tile") = py::none(), py::arg("split") = py::none(),
+        py::arg("fuse_input") = py::none(), py::arg("device"));
 #ifdef FUSEDRNN_CUDA
   m.attr("has_cuda") = true;
   m.def("device_properties", &device_properties, py::arg("index"));
-  m.def("cut_of_adjoint", &cut_of_adjoint);
   m.def(
       "use_regime",
       [](const std::optional<std::string>& name, std::optional<int> tile, std::optional<int> split,
          std::optional<bool> fuse_input) {
-        fusedrnn::cuda::wish({regime_named(name), tile, split, fuse_input, std::nullopt});
+        fusedrnn::cuda::wish({regime_named(name), tile, split, fuse_input});
       },
       py::arg("name"), py::arg("tile") = py::none(), py::arg("split") = py::none(),
       py::arg("fuse_input") = py::none());

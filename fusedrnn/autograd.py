@@ -32,10 +32,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
-from . import _ops, bptt, vmap  # noqa: F401  (vmap registers the batching rules)
+from . import _ops, vmap  # noqa: F401  (vmap registers the batching rules)
 from ._C import forward_mode, saving_z
 from .forms import drive
-from .streams import transformed
+from .transforms import transformed
 
 Gradients = tuple[Tensor | None, ...]
 Walk = tuple[Tensor | None, Tensor | None, bool]  # reset, batch_sizes, reverse
@@ -216,7 +216,7 @@ class FusedRNN(_Op):
                 f = g_saved
         if g is None and g_n is None and d is None and f is None:
             return (None,) * 14
-        gradients = bptt.bptt(
+        gradients = _ops.bptt(
             g, d, f, g_n, *inputs, reset, batch_sizes, h, saved, *ctx.options,
             ctx.needs_input_grad[:9],
         )  # type: ignore[call-arg]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .forms import FORMS, check_reset_to
 from .reference import NONLINEARITIES
-from .streams import watched
+from .transforms import watched
 
 
 def check_types(

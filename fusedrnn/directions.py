@@ -16,18 +16,42 @@ would alone, so the results are bitwise equal.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import streams
 from ._ops import _C
 from .functional import rnn
+from .transforms import watched
 
 # Two streams cost about 30 us of CPU time per layer, and as much again in backward (estimated, not
 # measured). A step takes 0.13 us at best on a GPU, and mostly 0.3 to 0.6 us.
 _MIN_STEPS = 128
+
+
+class _Streams(threading.local):
+    """The side streams of a thread: one per device, and another one per device for captures.
+
+    Threads do not share side streams: otherwise a CUDA graph captured by one thread would contain
+    the work that another thread launches meanwhile. Captures have their own because cuBLAS has one
+    workspace per stream, which a replayed graph must not share with work that runs meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[torch.device, bool], torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return this thread's side stream."""
+    key = (device, torch.cuda.is_current_stream_capturing())
+    if key not in _streams.of:
+        _streams.of[key] = torch.cuda.Stream(device)
+    return _streams.of[key]
 
 
 def pays(
@@ -44,7 +68,7 @@ def pays(
     needs one, and a node on the other stream would not wait for that.
     """
     return (
-        not streams.watched(x, *h0s, *weights[0], *weights[1])
+        not watched(x, *h0s, *weights[0], *weights[1])
         and _C.has_cuda
         and (x if batch_sizes is None else batch_sizes).size(0) >= _MIN_STEPS
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
@@ -73,7 +97,7 @@ def both_directions(
     nodes first, so it does not wait at a view before it has queued both directions.
     """
     run = functools.partial(rnn, nonlinearity=nonlinearity, batch_sizes=batch_sizes)
-    here, side = torch.cuda.current_stream(x.device), streams.beside(x.device)
+    here, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     inputs = [x, h0s[1], *weights[1]]
     if torch.is_grad_enabled():
         inputs = [None if t is None else t.view_as(t) for t in inputs]

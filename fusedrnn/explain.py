@@ -115,9 +115,6 @@ def _plan_cuda(call: _Call, adjoint: bool, device: int | dict[str, Any]) -> dict
         I=0 if adjoint else call.I,
         H=call.H,
         leaky=call.leaky,
-        packed=call.packed,
-        # as in fusedrnn/bptt.py with all gradients wanted
-        products=2 * call.I + call.H if adjoint and call.I else 0,
         device=device,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _ops, checks, forms, onnx, reference
 from .autograd import FusedRNN
 from .expanded_weights import ExpandedWeight
-from .streams import transformed
+from .transforms import transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

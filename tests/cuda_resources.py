@@ -23,7 +23,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")])
-ARCHITECTURES = ("75", "80", "86", "89", "90a", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", *COMMON_NVCC_FLAGS)
 CHECKS = ("-Werror=all-warnings", "-Xptxas=-v")
 BUILD = ROOT / "build" / "cubins"

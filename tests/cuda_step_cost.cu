@@ -7,7 +7,6 @@
 namespace fusedrnn::cuda {  // defined in kernels_*.cu, which are not linked
 const TileKernels kFmaF32[4] = {}, kFmaF64[2] = {}, kMmaBf16[2] = {}, kMmaF16[2] = {},
                   kMmaTf32[2] = {};
-const TileKernels kSlicesF32 = {}, kSlicesBf16 = {}, kSlicesF16 = {}, kSlicesTf32 = {};
 const StepKernels kStepF32 = {}, kStepF64 = {}, kStepBf16 = {}, kStepF16 = {};
 }  // namespace fusedrnn::cuda
 
@@ -46,13 +45,11 @@ int main(int, char** argv) {
   const Params params = parameters(p, plan, workspace);
   const Tile& tile = kTiles[plan.tile];
   std::printf(
-      "{\"regime\": \"%s\", \"plain\": %d, \"tile_units\": %d, \"tile_rows\": %d, \"slices\": %d, "
-      "\"blocks\": %d, "
+      "{\"regime\": \"%s\", \"plain\": %d, \"tile_units\": %d, \"tile_rows\": %d, \"blocks\": %d, "
       "\"rows\": %d, \"units\": %d, \"state_k\": %d, \"fused\": %d, \"microseconds\": %.3f, "
       "\"threads\": %d, \"shared\": %d}\n",
-      kRegimeNames[int(plan.regime)], int(params.plain), tile.units, tile.rows, params.slices,
-      params.blocks, params.rows, params.units, params.state_k, int(plan.fuse_input),
-      plan.microseconds, plan.regime == Regime::slices ? kSliceThreads : kThreads,
+      kRegimeNames[int(plan.regime)], int(params.plain), tile.units, tile.rows, params.blocks,
+      params.rows, params.units, params.state_k, int(plan.fuse_input), plan.microseconds, kThreads,
       int(plan.shared.end));
   std::printf("%s\n", in_words(in, plan, h100).c_str());
   for (size_t i = 0; i < sizeof(params); ++i)

@@ -21,23 +21,13 @@ struct Run {
 std::vector<Run> watched;
 bool watching = false;
 
-// The side stream: emulated streams run in order, and GEMMs run on the CPU.
-struct Beside {
-  void fork() {}
-  template <class Work>
-  void run(const Work& work) {
-    work();
-  }
-  void join() {}
-};
-
 struct Engine {
   static at::ScalarType dtype(const Tensor& like) {
     return dtype_on(device_properties(0), like.scalar_type());
   }
 
   static void run(Call& call) {
-    const Plan plan = cuda::run(call, 0, nullptr, Beside());
+    const Plan plan = cuda::run(call, 0, nullptr);
     ++runs[int(plan.regime)];
     if (watching) watched.push_back({call.problem.pass, plan});
   }
@@ -67,16 +57,15 @@ void fusedrnn_install() {
 void fusedrnn_uninstall() { fusedrnn::cuda::installed.reset(); }
 
 // Overrides the planner: the regime as an index into kRegimeNames, the tile as an index into
-// kTiles, how many warps share the K of the same units, whether the input product is part of the
-// step, and after how many steps the sequence is split; -1: the planner chooses.
-void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input, int cut) {
+// kTiles, how many warps share the K of the same units, and whether the input product is part of
+// the step; -1: the planner chooses.
+void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input) {
   const auto wanted = [](int value) { return value < 0 ? std::nullopt : std::optional(value); };
   fusedrnn::cuda::Wish wish;
   if (regime >= 0) wish.regime = fusedrnn::cuda::Regime(regime);
   wish.tile = wanted(tile);
   wish.split = wanted(split);
   if (fuse_input >= 0) wish.fuse_input = fuse_input != 0;
-  if (cut >= 0) wish.cut = cut;
   fusedrnn::cuda::wish(wish);
 }
 
@@ -90,12 +79,12 @@ void fusedrnn_watch(int watching) {
 }
 
 // Copies the pass and plan of a recorded run into `values`; returns 0 if there is no such run.
-int fusedrnn_watched(int64_t index, int64_t values[11]) {
+int fusedrnn_watched(int64_t index, int64_t values[10]) {
   using namespace fusedrnn::cuda;
   if (index >= int64_t(watched.size())) return 0;
   const auto& [pass, plan] = watched[size_t(index)];
   const int64_t found[] = {
-      int64_t(pass), int64_t(plan.regime), plan.tile,   plan.split, plan.fuse_input, plan.cut,
+      int64_t(pass), int64_t(plan.regime), plan.tile,   plan.split, plan.fuse_input,
       plan.rows,     plan.units,           plan.blocks, plan.teams, plan.chunks};
   std::copy(std::begin(found), std::end(found), values);
   return 1;

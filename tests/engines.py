@@ -23,7 +23,7 @@ from torch.utils import cpp_extension
 from fusedrnn import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-REGIMES = ("step", "block", "cluster", "grid", "slices")  # kRegimeNames of csrc/cuda/plan.h
+REGIMES = ("step", "block", "cluster", "grid")  # kRegimeNames of csrc/cuda/plan.h
 PASSES = ("activation", "tangent", "adjoint")  # Pass of csrc/recurrence.h
 
 
@@ -39,8 +39,6 @@ class Tile:
     held: int
     chunk_bytes: int
     block_units: int  # if each warp has its own units
-    slices: bool  # usable in the slices regime
-    only_slices: bool  # and in no other
 
     @property
     def mma(self) -> bool:
@@ -70,7 +68,6 @@ class Run:
     tile: int
     split: int
     fuse_input: bool
-    cut: int
     rows: int
     units: int
     blocks: int
@@ -87,7 +84,6 @@ class Engine:
     tile: int | None = None  # index into kTiles of csrc/cuda/plan.h
     split: int | None = None  # warps that share the K of the same units
     fuse_input: bool | None = None  # whether the input product is part of the step
-    cut: int | None = None  # emulated only: after how many steps the sequence is split
 
     def __str__(self) -> str:
         parts = [getattr(self, field.name) for field in fields(self)]
@@ -106,7 +102,7 @@ class Engine:
             library = emulated(self.name)
             library.schedule("random", seed, 0.05)
             print(f"{self}: threads in a random order, seed {seed}")  # shown if the test fails
-            library.install(self.regime, self.tile, self.split, self.fuse_input, self.cut)
+            library.install(self.regime, self.tile, self.split, self.fuse_input)
             try:
                 yield
             finally:
@@ -121,7 +117,7 @@ class Engine:
                 _C.use_regime(None)
 
 
-ARCHITECTURES = {"tiny": "90a", "h100": "90a", "t4": 75}  # of pretend devices, one build each
+ARCHITECTURES = {"tiny": 90, "h100": 90, "t4": 75}  # of pretend devices, one build each
 # If a forced regime cannot run a problem, the planner still chooses another.
 EMULATED = [
     Engine("emulated", "h100"),
@@ -164,10 +160,9 @@ class Emulated(emulator.Library):
         tile: int | None = None,
         split: int | None = None,
         fuse_input: bool | None = None,
-        cut: int | None = None,
     ) -> None:
         place = None if regime is None else REGIMES.index(regime)
-        wishes = (place, tile, split, fuse_input, cut)
+        wishes = (place, tile, split, fuse_input)
         self.c.fusedrnn_use_regime(*(-1 if wish is None else int(wish) for wish in wishes))
         self.c.fusedrnn_install()
 

@@ -46,16 +46,15 @@ TESTS = {
     "csrc/cpu/*": "recurrence numerics gradients threads",
     "csrc/epilogues.h": "recurrence gradients numerics derivatives",
     "csrc/cuda/plan.*": "plan_cuda explain",
-    "csrc/cuda/slices.cuh": "cuda_kernels",
     "csrc/cuda/*.cu*": "recurrence gradients",  # on the emulator, which takes minutes to build
     "csrc/bptt.cpp": "gradients ops vmap func derivatives arguments",
     "csrc/*": "arguments ops recurrence gradients modules",
     "fusedrnn/_ops.py": "ops gradients compile export",
     "fusedrnn/autograd.py": "gradients derivatives func autograd_features ops compile",
-    "fusedrnn/bptt.py": "bptt gradients",
     "fusedrnn/__main__.py": "cli",
     "fusedrnn/charlm.py": "charlm cli",
     "fusedrnn/checks.py": "arguments ops modules",
+    "fusedrnn/transforms.py": "directions func",
     "fusedrnn/directions.py": "directions modules",
     "fusedrnn/expanded_weights.py": "expanded_weights",
     "fusedrnn/explain.py": "explain",
@@ -66,7 +65,6 @@ TESTS = {
     "fusedrnn/modules.py": "modules reset replace autocast export compile",
     "fusedrnn/onnx.py": "onnx",
     "fusedrnn/reference.py": "recurrence gradients",
-    "fusedrnn/streams.py": "directions bptt func",
     "fusedrnn/vmap.py": "vmap func ops",
     "fusedrnn/*": "cli modules",
 }
@@ -359,7 +357,7 @@ class Copy:
         place.write_text(mutated)
         try:
             if mutant.file.endswith((".cu", ".cuh")):
-                return self.test("-k", "emulated:tiny or (emulated:kernels and slices)", *tests)
+                return self.test("-k", "emulated:tiny", *tests)
             tests = ["-k", "not emulated:", *tests]  # not the mark slow_emulated
             if mutant.file.endswith(".py"):
                 compile(mutated, mutant.file, "exec")

@@ -1,4 +1,4 @@
-"""Execute one thread block of a kernel from its machine code (sm_90a), and time it.
+"""Execute one thread block of a kernel from its machine code (sm_90), and time it.
 
 `Program` parses the output of nvdisasm, and `Block` runs it. Integers, branches, memory and numbers
 are exact, so a warp executes the instructions that a GPU would issue. Other blocks of the cluster
@@ -24,24 +24,25 @@ from typing import Any
 
 import numpy as np
 
-# Cycles from issue to use. For those marked ?, no measurement on Hopper is known.
+# Cycles from issue to use. Those marked * were measured on an H200 (bench/results/gpu-h200); for
+# those marked ?, no measurement on Hopper is known.
 LATENCY = {
     "LDS": 23, "LDS.64": 27, "LDS.128": 33, "LDSM": 33,  # the wide ones: ?
-    "LDG": 370, "LDGSTS": 370,  # out of L2
+    "LDG": 288, "LDGSTS": 288,  # * out of L2
     "LDC": 30, "S2R": 30,  # ?
     "SHFL": 26, "MUFU": 18, "I2F": 18, "F2I": 18,
-    "HMMA": 33, "IMAD": 12,  # IMAD.WIDE, if it sets a scoreboard
+    "HMMA": 24, "IMAD": 12,  # *; IMAD.WIDE, if it sets a scoreboard
     "read": 12,  # ? until a register that is read may be overwritten
     "branch": 8,  # ? a taken branch, beyond its stall count
-    "barrier": 21, "barrier, a warp": 2,
-    "hop": 200,  # ? from st.async until the peer's mbarrier has counted it
+    "barrier": 13, "barrier, a warp": 2,  # *
+    "hop": 288,  # * from st.async until the peer's mbarrier has counted it
     "SYNCS": 20,  # ? try_wait for a phase that has completed
     "flag": 1140,  # from red.release until another SM reads it: 651 ns
     "other": 20,
 }  # fmt: skip
 # Cycles for which an instruction of a warp keeps a unit of a scheduler or of the SM busy.
 INTERVAL = {"HMMA": 6.26, "MUFU": 8.5, "I2F": 8.5, "F2I": 8.5}
-REMOTE_BYTES = 16  # per cycle and SM, from SM to SM
+PACKET = 2.35  # * cycles of an SM for 32 bytes, or for the 16 of one lane, from SM to SM
 
 SHARED = 0x400  # where dynamic shared memory begins
 PARAMS = 0x210  # where parameters begin in constant memory
@@ -922,7 +923,8 @@ def send(ins: Instruction, _: Program) -> Run:
 
     def run(w: Warp, m: Array) -> None:
         block, lanes = w.block, int(m.sum())
-        block.use("other SMs", w, lanes * size / REMOTE_BYTES)
+        packets = lanes if size == 16 else len(np.unique(w.R[first][m] >> U32(5)))
+        block.use("other SMs", w, packets * PACKET)
         to, barrier = w.R[first][m], int(w.R[first + 1][m][0]) & 0xFFFFFF
         own = m.copy()
         own[m] = to >> U32(24) == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedrnn import _C, streams
+from fusedrnn import _C, directions
 
 
 class Log:
@@ -68,17 +68,16 @@ FORK, JOIN = ("side", "waits for", "here"), ("here", "waits for", "side")
 
 @pytest.fixture
 def stream_log(monkeypatch: pytest.MonkeyPatch) -> Log:
-    """Make CPU tensors pass for CUDA tensors and replace the streams. The planner never splits."""
+    """Make CPU tensors pass for CUDA tensors and replace the streams."""
     log = Log()
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(_C, "has_cuda", True)
-    monkeypatch.setattr(_C, "cut_of_adjoint", lambda *args: 0, raising=False)
     monkeypatch.setattr(Tensor, "record_stream", lambda *args: log.record(*args))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: log.current)
     monkeypatch.setattr(torch.cuda, "stream", log.stream)
     monkeypatch.setattr(torch.cuda, "Stream", log.make)
-    monkeypatch.setattr(streams, "_streams", streams._Streams())
+    monkeypatch.setattr(directions, "_streams", directions._Streams())
     return log
 
 

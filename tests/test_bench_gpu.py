@@ -431,6 +431,10 @@ def test_probes_carry_what_they_should(emulated: probes.Probes) -> None:
         sink.zero_()
         emulated.call("probe_cluster_gather", by_async, 4, 64, 5, out, sink)
         assert sink[:64].tolist() == [thread + 5.0 for thread in range(64)]
+    for by_bulk, run, pad in ((False, 1, 16), (False, 2, 32), (False, 8, 0), (True, 1, 0)):
+        sink.zero_()
+        emulated.call("probe_cluster_send", by_bulk, run, pad, 4, 64, 5, out, sink)
+        assert sink[:64].tolist() == [thread + 5.0 for thread in range(64)]
     words = torch.zeros(8, dtype=torch.int64)
     emulated.call("probe_flag_in_data", 4, 32, 5, out, words, sink)
     assert (words >> 32).tolist() == [4] * 4 + [5] * 4  # the last steps of the two slots

@@ -88,7 +88,6 @@ class Way:
             tf32=self.shape.dtype == "tf32",
             adjoint=adjoint,
             leaky=case.alpha,
-            packed=case.lengths is not None,
             device=DEVICES[device],
             **wishes,
         )
@@ -107,15 +106,9 @@ class Way:
 
 WAYS = [
     Way(regime, tile, split)
-    for regime in REGIMES[1:4]
+    for regime in REGIMES[1:]
     for tile, shape in enumerate(TILES)
-    if not shape.only_slices
     for split in shape.splits
-]
-SLICES = [
-    Way("slices", tile, spills=shape.only_slices)
-    for tile, shape in enumerate(TILES)
-    if shape.slices
 ]
 
 
@@ -270,8 +263,6 @@ def small_cases(way: Way) -> list[Trial]:
         Trial(way, Case(lengths=(3, 2, 2, 1), I=40, H=51, alpha=True, h0=False), True),
         Trial(way, Case(T=1, B=2, I=2, H=6)),
     ]
-    if way.regime == "slices":  # which never fuses the input product
-        trials = [replace(t, fuse_input=None) for t in trials]
     if way.regime == "block":  # H must fit into one block
         most = way.block_units
         trials = [replace(t, case=t.case.with_(H=min(t.case.H, most - 1))) for t in trials]
@@ -291,7 +282,7 @@ def fast_and_slow(trials: list[Trial], fast: Callable[[int], bool]) -> list[obje
     ] + on_gpu(trials)
 
 
-SMALL = [trial for way in (*WAYS, *SLICES) for trial in small_cases(way)]
+SMALL = [trial for way in WAYS for trial in small_cases(way)]
 
 
 @pytest.mark.parametrize("trial", fast_and_slow(SMALL, lambda i: i % 4 == 0))
@@ -305,8 +296,7 @@ def test_small(trial):
 ON_OLD = [
     replace(trial, device="t4")
     for trial in SMALL
-    if trial.way.regime not in ("cluster", "slices")
-    and trial.way.shape.dtype not in ("tf32", "bfloat16")
+    if trial.way.regime != "cluster" and trial.way.shape.dtype not in ("tf32", "bfloat16")
 ]
 
 
@@ -369,25 +359,6 @@ FULL = [full_case(way) for way in WAYS]
 
 @pytest.mark.parametrize("trial", fast_and_slow(FULL, lambda i: i % 4 == 0))
 def test_full(trial):
-    trial.check_way()
-
-
-# Slices: clusters that use all their units, with fewer in the last; K of several slabs, and beyond
-# what registers hold; several groups of rows, on their own and in teams of several waves.
-OF_SLICES = [
-    Trial(way, case)
-    for way in SLICES
-    for case in (
-        Case(T=3, B=3 * way.shape.rows + 1, I=4, H=2 * way.block_units - 3, alpha=True),
-        Case(T=2, B=5, I=3, H=701, reset=True),
-        Case(T=4, B=70, I=3, H=130, h0=False, reverse=True),
-        Case(lengths=(5,) * 20 + (3,) * 40 + (1,) * 9, H=129, reset=True),
-    )
-]
-
-
-@pytest.mark.parametrize("trial", fast_and_slow(OF_SLICES, lambda i: i % 4 == 0))
-def test_slices(trial):
     trial.check_way()
 
 
@@ -524,12 +495,8 @@ def kernel_name(run: Run) -> str:
     number = {"float32": "f", "tf32": "f", "float64": "d", "float16": "6__half"}
     number["bfloat16"] = "13__nv_bfloat16"
     of_pass = f"LNS_4PassE{PASSES.index(run.which)}E"
-    if run.regime == "slices" and tile.mma:
-        return f"8SliceMmaI{number[tile.dtype]}EE{of_pass}"
     if tile.mma:
         return f"3MmaI{number[tile.dtype]}Li{tile.units}EEE{of_pass}"
-    if tile.only_slices:
-        return f"8SliceFmaE{of_pass}"
     return f"3FmaI{number[tile.dtype]}Li{tile.units}ELi{tile.rows}EEE{of_pass}"
 
 
@@ -538,7 +505,7 @@ def test_every_kernel_ran():
     libraries = [emulated(name) for name in ("tiny", "h100")]
     ever: dict[str, int] = dict.fromkeys(libraries[0].kernels(), 0)
     taken = set()
-    for way in (*WAYS, *SLICES):
+    for way in WAYS:
         H = min(32, way.block_units)
         for case in (Case(T=2, B=2, I=3, H=9, reset=True), Case(T=2, B=1, I=3, H=H)):
             before = [library.launched() for library in libraries]
@@ -562,7 +529,7 @@ def test_every_kernel_ran():
             taken |= {(r.regime, r.tile, r.split, r.which) for r in runs}
             for name in launched:
                 ever[name] += 1
-    assert len(taken) == (len(WAYS) + len(SLICES)) * len(PASSES)
+    assert len(taken) == len(WAYS) * len(PASSES)
     for tile, lengths in ((0, (2, 1)), (4, None), (6, None), (8, None)):
         before = libraries[0].launched()
         Trial(Way("step", tile), Case(T=2, B=2, I=3, H=9, lengths=lengths)).run()
@@ -571,5 +538,5 @@ def test_every_kernel_ran():
     assert [name for name, count in ever.items() if not count] == []
     steps = [name for name in ever if "10fused_step" in name]
     assert len(steps) == 4 * len(PASSES)
-    kernels = (len(TILES) - 1 + len(SLICES) + 4) * len(PASSES)
-    assert len(ever) == kernels + (len(TILES) - 1) * 2 * 2 + 1  # plain ones, write_numbers
+    kernels = (len(TILES) + 4) * len(PASSES)
+    assert len(ever) == kernels + len(TILES) * 2 * 2 + 1  # plain ones, write_numbers

@@ -15,7 +15,6 @@ import fusedrnn
 from fusedrnn import reference
 
 ON_GPU = [engine for engine in ENGINES if engine.kind == "cuda"]
-SLICES = Engine("emulated", "tiny", "slices")
 LOW = (torch.bfloat16, torch.float16)
 ALL = (torch.float32, *LOW)
 
@@ -23,7 +22,7 @@ ALL = (torch.float32, *LOW)
 def params(gpu: Sequence[Case], emulated: Case, regime: str | None = None) -> list[object]:
     """Pair `gpu` with the GPU engines, and `emulated` with the emulated ones (of one regime)."""
     pairs = [(engine, case) for engine in ON_GPU for case in gpu]
-    pairs += [(engine, emulated) for engine in (*EMULATED, SLICES)]
+    pairs += [(engine, emulated) for engine in EMULATED]
     return [
         pytest.param(engine, case, id=f"{engine} {case}")
         for engine, case in pairs
@@ -81,7 +80,7 @@ def test_long_sequences(engine, case, dtype):
     params(
         [Case(T=20, B=B, I=16, H=H) for B, H in ((130, 1024), (300, 512), (128, 2048))],
         Case(T=3, B=70, H=40),
-        regime="slices",
+        regime="grid",
     ),
 )
 def test_several_groups_of_rows(engine, case, dtype):

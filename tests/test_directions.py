@@ -392,10 +392,11 @@ def test_they_are_at_once():
     results(ours, x)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        results(ours, x)
-        torch.cuda.synchronize()
+        for _ in range(2):  # the profiler delays the first launches
+            results(ours, x)
+            torch.cuda.synchronize()
     kernels = [e.time_range for e in found.events() if e.device_type.name == "CUDA"]
-    chains = sorted(kernels, key=lambda kernel: kernel.elapsed_us())[-4:]
+    chains = sorted(kernels, key=lambda kernel: kernel.elapsed_us())[-8:]
     chains.sort(key=lambda kernel: kernel.start)
-    for first, second in (chains[:2], chains[2:]):  # forward, backward
+    for first, second in (chains[4:6], chains[6:]):  # forward, backward
         assert second.start < first.end

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from cases import Case
@@ -12,7 +10,6 @@ from engines import EMULATED, OLD, Engine, emulated
 import fusedrnn
 
 FREE = Engine("emulated", "h100")
-SLICES = Engine("emulated", "tiny", "slices")  # not in EMULATED: it does not support float64
 PACKED = Case(lengths=(5, 3, 3, 1), reset=True, alpha=True, H=33)
 
 
@@ -25,10 +22,9 @@ def all_passes(case: Case) -> list[torch.Tensor]:
     return [h, h_n, *gradients, *again]
 
 
-@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
+@pytest.mark.parametrize("engine", EMULATED, ids=str)
 def test_the_regime_that_was_asked_for_runs(engine):
-    dtype = torch.float32 if engine is SLICES else torch.float64
-    library, arguments = emulated(engine.name), Case(dtype=dtype).arguments()
+    library, arguments = emulated(engine.name), Case().arguments()
     before = library.runs()
     with engine.installed():
         fusedrnn.rnn(**arguments)
@@ -40,7 +36,7 @@ def test_the_regime_that_was_asked_for_runs(engine):
 
 
 @pytest.mark.parametrize("case", [Case(), PACKED, PACKED.with_(dtype=torch.float32)], ids=str)
-@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
+@pytest.mark.parametrize("engine", EMULATED, ids=str)
 def test_nobody_waits_and_nothing_is_allocated(engine, case):
     """Nothing except tensors is allocated, so a stream can be captured in a graph."""
     library = emulated(engine.name)
@@ -54,7 +50,7 @@ def test_nobody_waits_and_nothing_is_allocated(engine, case):
     assert {name: counters[name] for name in quiet} == dict.fromkeys(quiet, 0)
 
 
-@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
+@pytest.mark.parametrize("engine", EMULATED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_order_of_threads_does_not_show(engine, dtype):
     case = Case(T=4, B=9, H=70, dtype=dtype)
@@ -64,46 +60,6 @@ def test_the_order_of_threads_does_not_show(engine, dtype):
             found.append(all_passes(case))
     for again in found[1:]:
         torch.testing.assert_close(again, found[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
-@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
-def test_a_chain_that_is_cut(engine, reverse):
-    """The sequence is split, for overlap of the input GEMM with the recurrence.
-
-    The inputs of the steps before the split are multiplied first, the others during the recurrence.
-    """
-    for case in (
-        Case(T=6, B=9, H=37, dtype=torch.float32, reverse=reverse, reset=True, alpha=True),
-        Case(T=6, B=40, H=19, dtype=torch.float32, reverse=reverse, h0=False, bias=False),
-        Case(T=6, B=5, H=13, dtype=torch.bfloat16, reverse=reverse, h0=False),
-    ):
-        arguments = case.arguments()
-        # time is last in memory, so that steps of x are not contiguous
-        arguments["x"] = arguments["x"].movedim(0, -1).contiguous().movedim(-1, 0)
-        found = []
-        for cut in (0, 1, 3, 5):
-            cutting = replace(engine, fuse_input=False, cut=cut)
-            with cutting.installed(cut), emulated(engine.name).watched() as runs:
-                found.append(fusedrnn.rnn(**arguments, **case.flags()))
-            assert [run.cut for run in runs] == [cut]
-        for again in found[1:]:
-            torch.testing.assert_close(again, found[0])
-
-
-def test_a_chain_that_must_not_be_cut():
-    """No split if the input is packed, if a carry is more precise than the stored state, for a
-    single step, or if the step multiplies its inputs itself."""
-    cutting = Engine("emulated", "tiny", "block", fuse_input=False, cut=2)
-    for case, engine in (
-        (Case(lengths=(4, 3, 1)), cutting),
-        (Case(alpha=True, dtype=torch.bfloat16), cutting),
-        (Case(T=1), cutting),
-        (Case(), replace(cutting, fuse_input=True)),
-    ):
-        with engine.installed(), emulated("tiny").watched() as runs:
-            fusedrnn.rnn(**case.arguments(), **case.flags())
-        assert [run.cut for run in runs] == [0]
 
 
 def test_a_failed_launch_names_the_plan():
@@ -142,11 +98,10 @@ def test_bfloat16_on_a_device_that_does_not_know_it():
     torch.testing.assert_close(found, fusedrnn.rnn(**case.arguments(), **case.flags()))
 
 
-@pytest.mark.parametrize("engine", [Engine("emulated", "h100", "cluster"), SLICES], ids=str)
 @pytest.mark.parametrize("lengths", [(40, 1), (9,) * 3 + (7,) * 16 + (2,) * 60], ids=str)
-def test_teams_that_begin_late_do_not_hang(engine, lengths):
+def test_teams_that_begin_late_do_not_hang(lengths):
     """In a packed backward, blocks send nothing in the steps before the first row of their team."""
-    case = Case(lengths=lengths, H=7, dtype=torch.float32)
+    case, engine = Case(lengths=lengths, H=7), Engine("emulated", "h100", "cluster")
     found = []
     for seed in range(8):
         with engine.installed(seed):
@@ -156,7 +111,7 @@ def test_teams_that_begin_late_do_not_hang(engine, lengths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("engine", [*EMULATED, SLICES], ids=str)
+@pytest.mark.parametrize("engine", EMULATED, ids=str)
 def test_a_nan_stays_in_its_row(engine, dtype):
     """Although rows are adjacent, and the padding of K is in memory that held other numbers."""
     arguments = Case(T=5, B=37, H=45, dtype=dtype).arguments()

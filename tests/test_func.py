@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
+from stream_log import on_gpu
 from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
@@ -268,3 +269,22 @@ def test_transforms_of_a_module(transform, batch_sizes):
     with torch.no_grad():  # torch.func ignores an outer no_grad
         found = transform(value(module), weights)
     torch.testing.assert_close(found, transform(value(loops), weights))
+
+
+@on_gpu
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_packed_on_a_gpu(transform):
+    """Batch sizes are copied to the device in another way when a transform is active."""
+    arguments = Case(lengths=(5, 3, 3, 1)).arguments()
+    w_hh = arguments.pop("w_hh")
+
+    def result(w_hh, **others):
+        def output(w_hh):
+            return fusedrnn.rnn(w_hh=w_hh, **others, **Case(lengths=(5, 3, 3, 1)).flags())[0]
+
+        if transform == "jvp":
+            return jvp(output, (w_hh,), (w_hh.sin(),))[1]
+        return grad(lambda w_hh: output(w_hh).sin().sum())(w_hh)
+
+    on_device = {name: t.cuda() for name, t in arguments.items()}
+    torch.testing.assert_close(result(w_hh.cuda(), **on_device).cpu(), result(w_hh, **arguments))

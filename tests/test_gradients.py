@@ -279,3 +279,11 @@ def test_only_input_output_weights_and_h0_are_saved(hx):
     h0 = torch.randn(1, B, H) if hx else None
     saved = saved_bytes(lambda x: rnn(x, h0), x)
     assert saved == 4 * (T * B * I + T * B * H + H * I + H * H + (B * H if hx else 0))
+
+
+def test_gradients_share_no_memory():
+    """Callers may scale gradients in place, for example to clip them."""
+    given = Case(T=9).arguments(requires_grad=True)
+    h, _ = fusedrnn.rnn(**given)
+    found = torch.autograd.grad(h.sin().sum(), list(given.values()))
+    assert len({g.untyped_storage().data_ptr() for g in found}) == len(given)

@@ -126,10 +126,8 @@ def problems(regime: str, ways: Sequence[tuple[int, int]], shapes: Sequence[str]
     for tile, split in ways:
         held = TILES[tile].held * TILES[tile].chunk * split  # the part of K in registers
         units = min(TILES[tile].block_units // split, held)
-        H = {"step": 67, "block": units - 1, "slices": 69}.get(regime, units + 1)
+        H = {"step": 67, "block": units - 1}.get(regime, units + 1)
         for shape in shapes:
-            if regime == "slices" and "unfused" not in shape:  # its input GEMM runs before
-                shape += " unfused"
             for which in PASSES:
                 yield f"{regime} {which} tile={tile} split={split} H={H} {shape}"
 
@@ -138,10 +136,7 @@ def tile_of(arithmetic: str) -> int:
     return next(i for i, tile in enumerate(TILES) if tile.arithmetic == arithmetic)
 
 
-EVERY_WAY = [
-    (i, split) for i, tile in enumerate(TILES) if not tile.only_slices for split in tile.splits
-]
-SLICES = [(i, 1) for i, tile in enumerate(TILES) if tile.slices]
+EVERY_WAY = [(i, split) for i, tile in enumerate(TILES) for split in tile.splits]
 EVERY_NUMBER = [(tile_of(f"fma_{n}"), 1) for n in ("f32", "f64")] + [
     (tile_of(f"mma_{n}"), 1) for n in ("bf16", "f16")
 ]
@@ -162,7 +157,7 @@ EVERY_SHAPE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
 def test_cuda_touches_no_byte_astray(regime):
-    ways = {"step": EVERY_NUMBER, "slices": SLICES}.get(regime, EVERY_WAY)
+    ways = EVERY_NUMBER if regime == "step" else EVERY_WAY
     assert_right(program("address"), *problems(regime, ways, EVERY_SHAPE))
 
 
@@ -180,7 +175,7 @@ SHORTENED = {
 @pytest.mark.parametrize(
     ("regime", "name"),
     [
-        *((regime, name) for regime in REGIMES[:4] for name in SHORTENED),
+        *((regime, name) for regime in REGIMES for name in SHORTENED),
         *(("grid", "counters"), ("step", "carry")),
     ],
 )
@@ -214,7 +209,7 @@ WAITING_SHAPES = [
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_cuda_has_no_race(regime, seed):
-    ways = {"step": EVERY_NUMBER, "slices": SLICES}.get(regime, WAITING_WAYS)
+    ways = EVERY_NUMBER if regime == "step" else WAITING_WAYS
     assert_right(program("thread"), *problems(regime, ways, WAITING_SHAPES), seed=seed)
 
 
@@ -236,7 +231,6 @@ PLAIN = "block tile=0 split=1 T=3 B=1 I=3 H=36 h0 plain"
 PLAIN_CLUSTER = "cluster tile=0 split=1 T=3 B=1 I=3 H=72 h0 plain"
 GRID = "grid tile=0 split=1 T=3 B=2 I=3 H=67 h0"
 STEP = "step tile=0 split=1 T=3 B=2 I=3 H=67 h0"
-SLICES_OF_K = f"slices tile={len(TILES) - 1} split=1 T=6 B=70 I=3 H=67 h0 unfused"
 FORGOTTEN = {
     "block-begin": (
         "persistent.cuh",
@@ -317,43 +311,17 @@ FORGOTTEN = {
         "}\n      if (!FORGET) __syncthreads();",
         STEP,
     ),
-    "slices-held": (
-        "slices.cuh",
-        'asm volatile("bar.sync 1',
-        'if (!FORGET) asm volatile("bar.sync 1',
-        SLICES_OF_K,
-    ),
-    "slices-freed": (
-        "slices.cuh",
-        "if (ring.round > 0)\n          wait",
-        "if (ring.round > 0 && !FORGET)\n          wait",
-        SLICES_OF_K.replace("B=70 I=3 H=67", "B=500 I=3 H=5"),  # more groups than buffers
-    ),
-    "slices-told": (
-        "slices.cuh",
-        "told, group) - full) < 0)",
-        "told, group) - full) < 0 && !FORGET)",
-        SLICES_OF_K,
-    ),
-    "slices-finished": (
-        "slices.cuh",
-        "wait_for_arrivals(finished_ + group",
-        "if (!FORGET) wait_for_arrivals(finished_ + group",
-        SLICES_OF_K,
-    ),
     # States that another block writes in the same launch.
     "launch": ("step.cuh", "layer.step(s - 1)", "layer.step(FORGET ? s : s - 1)", STEP),
 }
 
 
 # Where leaving it out is not a race: the adjoint starts from zeros, which were written one barrier
-# earlier; without inputs, the last slab is not in the memory where sums are added up; and next to
-# the values that rows carry there is no room for that many groups.
+# earlier; and without inputs, the last slab is not in the memory where sums are added up.
 NO_RACE = {
     ("block-begin", "adjoint"),
     ("slabs-end", "adjoint"),
     ("slabs-end", "tangent"),
-    ("slices-freed", "adjoint"),
     ("plain-step", "tangent"),  # for which there is no plain kernel
     ("plain-cluster-step", "tangent"),
 }
@@ -413,9 +381,7 @@ def limited() -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("regime", "problem"), {"cluster": CLUSTER, "grid": GRID, "slices": SLICES_OF_K}.items()
-)
+@pytest.mark.parametrize(("regime", "problem"), {"cluster": CLUSTER, "grid": GRID}.items())
 def test_a_check_build_names_a_wait_without_end(regime, problem):
     assert_right(limited(), f"{problem} activation")
     result = run(limited(), f"{problem} activation stuck")

@@ -24,12 +24,6 @@ const TileKernels& tile_kernels(int tile) {
   return lists[int(kTiles[tile].arithmetic)][index];
 }
 
-PersistentKernel slices_kernel(Arithmetic arithmetic, Pass pass) {
-  const TileKernels* const kernels[] = {&kSlicesF32, nullptr, &kSlicesBf16, &kSlicesF16,
-                                        &kSlicesTf32};
-  return kernels[int(arithmetic)]->of_pass[int(pass)];
-}
-
 StepKernel step_kernel(Storage storage, Pass pass) {
   const StepKernels* const kernels[] = {&kStepF32, &kStepF64, &kStepBf16, &kStepF16};
   return kernels[int(storage)]->of_pass[int(pass)];
@@ -174,11 +168,6 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
   p.units = int(plan.units);
   p.receivers = int((problem.H + plan.units - 1) / plan.units);
   while (1 << p.split_log2 < plan.split) ++p.split_log2;
-  p.slices = plan.slices;
-  p.groups = int((plan.rows + tile.rows - 1) / tile.rows);
-  p.slots = plan.slots;
-  p.slab = int(plan.slab);
-  if (plan.slab > 0) p.slabs = int((plan.chunks + plan.slab - 1) / plan.slab);
   p.state_k = int(plan.state_chunks) * tile.chunk();
   p.chunks = int(plan.chunks);
   p.e_row = int(plan.shared.e_row);
@@ -231,24 +220,20 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
     }
     return;
   }
-  const bool slices = plan.regime == Regime::slices;
   const TileKernels& of_tile = tile_kernels(plan.tile);
-  PersistentKernel kernel =
-      slices ? slices_kernel(kTiles[plan.tile].arithmetic, problem.pass)
-             : (!p.plain                         ? of_tile.of_pass
-                : plan.regime == Regime::cluster ? of_tile.plain_cluster
-                                                 : of_tile.plain)[int(problem.pass)];
-  const int64_t cluster = plan.regime == Regime::cluster ? plan.blocks : plan.slices;
+  PersistentKernel kernel = (!p.plain                         ? of_tile.of_pass
+                             : plan.regime == Regime::cluster ? of_tile.plain_cluster
+                                                              : of_tile.plain)[int(problem.pass)];
+  const int64_t cluster = plan.regime == Regime::cluster ? plan.blocks : 1;
   allow(reinterpret_cast<const void*>(kernel), device, cluster);
-  // In the slices and grid regimes the blocks of a team wait for each other, so each launch has
-  // only as many teams as can run at once. In the others, the hardware starts teams as SMs become
-  // free.
-  const bool waits = slices || plan.regime == Regime::grid;
+  // In the grid regime the blocks of a team wait for each other, so each launch has only as many
+  // teams as can run at once. In the others, the hardware starts teams as SMs become free.
+  const bool waits = plan.regime == Regime::grid;
   const int64_t waves = waits ? plan.waves : 1, of_a_wave = (plan.teams + waves - 1) / waves;
   for (int64_t first = 0; first < plan.teams; first += of_a_wave) {
     p.first_team = int(first);
-    Launch launch(plan.blocks * std::min(of_a_wave, plan.teams - first),
-                  slices ? kSliceThreads : kThreads, plan.shared.end, stream);
+    Launch launch(plan.blocks * std::min(of_a_wave, plan.teams - first), kThreads, plan.shared.end,
+                  stream);
     if (cluster > 1) launch.clusters_of(cluster);
     if (waits) launch.all_at_once();
     void* arguments[] = {&p};

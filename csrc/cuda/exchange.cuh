@@ -26,10 +26,10 @@ class TimeLimit {
   static __device__ __noinline__ void give_up(const Params& p, int64_t step, const char* wait) {
     printf(
         "fusedrnn: no end of the wait for %s, pass %d, T %lld, B %lld, H %lld: step %lld, block %d "
-        "of %d, thread %d (teams of %d blocks, %d rows, %d units a block, split %d, %d slices)\n",
+        "of %d, thread %d (teams of %d blocks, %d rows, %d units a block, split %d)\n",
         wait, int(p.problem.pass), (long long)p.problem.T, (long long)p.problem.B,
         (long long)p.problem.H, (long long)step, int(blockIdx.x), int(gridDim.x), int(threadIdx.x),
-        p.blocks, p.rows, p.units, 1 << p.split_log2, p.slices);
+        p.blocks, p.rows, p.units, 1 << p.split_log2);
     __trap();
   }
 
@@ -59,32 +59,16 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Initialises an mbarrier in shared memory. Each of its phases ends after `count` arrivals.
-__device__ __forceinline__ void init_arrivals(uint64_t* arrived, int count = 1) {
+// Initialises an mbarrier in shared memory. Each of its phases ends after one arrival.
+__device__ __forceinline__ void init_arrivals(uint64_t* arrived) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-          shared_address(arrived)),
-      "r"(count)
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          shared_address(arrived))
       : "memory");
 #endif
 }
 
-// Arrives at an mbarrier of this block. Threads that wait for the phase see all earlier writes of
-// this thread.
-__device__ __forceinline__ void arrive(uint64_t* arrived) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(arrived))
-               : "memory");
-#endif
-}
-// Arrives when the asynchronous copies that this thread has issued are complete.
-__device__ __forceinline__ void arrive_after_copies(uint64_t* arrived) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(arrived))
-               : "memory");
-#endif
-}
 // Waits for the end of the phase with parity `phase`. The scope is the block, even for bytes from
 // peers: they are written into this block's own shared memory, which no cache duplicates. With
 // cluster scope, each warp would invalidate its L1 (CCTL.IVALL). CUTLASS waits for a cluster's
@@ -210,15 +194,6 @@ __device__ __forceinline__ void copy_through_l2(void* to, const void* from) {
                : "memory");
 #else
   *static_cast<uint4*>(to) = __ldcg(static_cast<const uint4*>(from));
-#endif
-}
-
-// The same if `exists`; otherwise writes zeros, and `from` may be any aligned address.
-__device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool exists) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(exists ? 16 : 0)
-               : "memory");
 #endif
 }
 

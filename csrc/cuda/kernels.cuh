@@ -4,7 +4,6 @@
 
 #include "persistent.cuh"
 #include "plain.cuh"
-#include "slices.cuh"
 #include "step.cuh"
 
 namespace fusedrnn::cuda {
@@ -16,12 +15,6 @@ TileKernels tile_kernels() {
        &persistent<Product, Pass::adjoint>},
       {&plain<Product, Pass::activation, false>, nullptr, &plain<Product, Pass::adjoint, false>},
       {&plain<Product, Pass::activation, true>, nullptr, &plain<Product, Pass::adjoint, true>}};
-}
-
-template <class Product>
-TileKernels slices_kernels() {
-  return {{&sliced<Product, Pass::activation>, &sliced<Product, Pass::tangent>,
-           &sliced<Product, Pass::adjoint>}};
 }
 
 template <class S>

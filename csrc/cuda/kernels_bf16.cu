@@ -7,5 +7,4 @@ const TileKernels kMmaBf16[] = {
     tile_kernels<Mma<__nv_bfloat16, 2>>(),
 };
 const StepKernels kStepBf16 = step_kernels<__nv_bfloat16>();
-const TileKernels kSlicesBf16 = slices_kernels<SliceMma<__nv_bfloat16>>();
 }  // namespace fusedrnn::cuda

@@ -7,5 +7,4 @@ const TileKernels kMmaF16[] = {
     tile_kernels<Mma<__half, 2>>(),
 };
 const StepKernels kStepF16 = step_kernels<__half>();
-const TileKernels kSlicesF16 = slices_kernels<SliceMma<__half>>();
 }  // namespace fusedrnn::cuda

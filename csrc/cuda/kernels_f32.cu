@@ -9,5 +9,4 @@ const TileKernels kFmaF32[] = {
     tile_kernels<Fma<float, 1, 8>>(),
 };
 const StepKernels kStepF32 = step_kernels<float>();
-const TileKernels kSlicesF32 = slices_kernels<SliceFma>();
 }  // namespace fusedrnn::cuda

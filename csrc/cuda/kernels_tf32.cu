@@ -6,5 +6,4 @@ const TileKernels kMmaTf32[] = {
     tile_kernels<Mma<float, 1>>(),
     tile_kernels<Mma<float, 2>>(),
 };
-const TileKernels kSlicesTf32 = slices_kernels<SliceMma<float>>();
 }  // namespace fusedrnn::cuda

@@ -1,5 +1,5 @@
 // The computation of a step for one unit of one row, and the addresses of what it loads and stores.
-// Common to the kernels that keep weights on the chip (persistent.cuh, slices.cuh) and the one that
+// Common to the kernels that keep weights on the chip (persistent.cuh, plain.cuh) and the one that
 // does not (step.cuh).
 #pragma once
 

@@ -11,17 +11,15 @@ namespace fusedrnn::cuda {
 struct Params {
   Problem problem;
   const int64_t* offsets;  // packed: number of rows before each step, on the device
-  unsigned* counters;      // grid: one per team; slices: one per group of rows of each team
+  unsigned* counters;      // grid: one per team
   void* carry;             // step, with a leak: the carries of the rows, [B, H]
   Regime regime;
   int first_team;           // index of the first team of this launch
   int blocks, rows, units;  // blocks and batch rows of a team, hidden units of a block
   int receivers;            // blocks of a team that have units
   int split_log2;           // log2 of the number of warps that share the K of the same units
-  int slices, groups;       // slices: slices of K; groups of rows of a team
-  int slots, slab, slabs;   // slices: buffers for states; chunks per buffer; buffers per slice
   int state_k;              // offset in K of the inputs, which follow the states
-  int chunks;               // of K; slices: of a slice
+  int chunks;               // of K
   int e_row, e_size;        // numbers in a row and in a buffer of e; below: bytes in shared memory
   int e_offset, carry_offset, vectors_offset, partial_offset, arrivals_offset;
   int x_copy;         // bytes of x copied at a time; 0: number by number
@@ -44,7 +42,6 @@ struct StepKernels {
 
 // Defined in kernels_*.cu, in the order of kTiles.
 extern const TileKernels kFmaF32[4], kFmaF64[2], kMmaBf16[2], kMmaF16[2], kMmaTf32[2];
-extern const TileKernels kSlicesF32, kSlicesBf16, kSlicesF16, kSlicesTf32;
 extern const StepKernels kStepF32, kStepF64, kStepBf16, kStepF16;
 
 }  // namespace fusedrnn::cuda

@@ -12,49 +12,49 @@ constexpr int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
-// Throughput and latency of an SM, from public figures. An architecture without any gets those of
-// the RTX 4090 (8.9). They serve to rank plans. How well they predict is measured on a GPU
-// (bench/README.md).
+// Throughput of an SM, from public figures. An architecture without any gets those of the RTX 4090
+// (8.9).
 struct Speeds {
-  double fma_f64;      // multiplications per cycle in float64; in float32 they are 128
-  double mma;          // cycles of a warp scheduler for an m16n8k16 in 16 bits, or m16n8k8 in TF32
-  double mma_latency;  // cycles until the next mma can add to the same sum
-  double gemm;         // multiplications per cycle in a large 16-bit GEMM; half as many in TF32
+  double fma_f64;  // multiplications per cycle in float64; in float32 they are 128
+  double mma;      // cycles of a warp scheduler for an m16n8k16 in 16 bits, or m16n8k8 in TF32
+  double gemm;     // multiplications per cycle in a large 16-bit GEMM; half as many in TF32
 };
 
 Speeds speeds(int architecture) {
   switch (architecture) {
-    case 75: return {2, 16, 34, 350};
-    case 80: return {32, 8, 25, 800};
+    case 75: return {2, 16, 350};
+    case 80: return {32, 8, 800};
     case 90:
     case 100:
-    case 103: return {64, 6.5, 33, 1300};
-    default: return {2, 32, 34, 220};  // 86, 89, 120
+    case 103: return {64, 6.5, 1300};
+    default: return {2, 32, 220};  // 86, 89, 120
   }
 }
 
-// In cycles, unless a comment gives another unit.
-constexpr double kLoad = 33;  // latency of a load from shared memory
-constexpr double kFma = 4;    // latency of an FMA
-constexpr double kShuffle = 25;
-constexpr double kBarrier = 35;       // __syncthreads
-constexpr double kEpilogue = 70;      // tanh, and a store into shared memory
-constexpr double kItem = 40;          // instructions for each number that a thread owns,
-constexpr double kSend = 4;           // and for sending it to one peer
-constexpr double kPartial = 90;       // adding the partial sums of warps that share K
-constexpr double kClusterHop = 240;   // from a store at a peer until it is visible there
-constexpr double kClusterBytes = 14;  // bytes per cycle and SM, from SM to SM
-constexpr double kGridHop = 2100;     // from stores, through a barrier in L2, to all blocks,
-constexpr double kFlagHop = 1600;     // and to a warp that only polls a flag in L2
-constexpr double kL2Latency = 700;    // until the first states of a group are in shared memory
-constexpr double kL2Bytes = 24;       // bytes per cycle and SM
-constexpr double kSetUp = 700;        // loading a chunk of weights, once per launch
-constexpr double kLaunch = 2.2;       // µs, from one kernel of a stream to the next;
-constexpr double kNextLaunch = 1.2;   // µs, if the next may begin before the previous one ends
-constexpr double kGemmLaunch = 6;     // µs, least cost of a GEMM before the recurrence
-constexpr double kCut = 12;           // µs, for a second stream and a second launch of each kernel
-constexpr double kQueueForward = 20;  // µs of CPU time to queue an overlapping GEMM,
-constexpr double kQueueBackward = 100;  // and those of backward, from Python
+// In cycles, unless a comment gives another unit. Fitted to measurements of our kernels on an H200
+// (bench/results/gpu-h200; tests/test_plan_cuda.py compares). On other GPUs they serve to rank
+// plans.
+constexpr double kFmaStep = 640;      // a step without the product and the exchange, for a group of
+constexpr double kMmaStep = 440;      // rows,
+constexpr double kGroupStep = 300;    // and more for each of several groups (persistent.cuh),
+constexpr double kWarpStep = 50;      // and more for each further warp of a scheduler,
+constexpr double kSplitStep = 400;    // if warps add up their partial sums,
+constexpr double kSplitWarp = 20;     // for each warp that does so,
+constexpr double kRowsStep = 150;     // if there is more than one row,
+constexpr double kAdjointStep = 200;  // and in backward: with tensor cores
+constexpr double kFmaChunk = 20;      // a chunk: a load from shared memory,
+constexpr double kFma = 2.7;          // and each multiplication of a thread
+constexpr double kMmaChunk[] = {90, 240};  // a chunk, by units per warp
+constexpr double kSpill = 8;  // for each warp and 16 bytes of a thread's weights in shared memory
+constexpr double kPacket = 2.4;      // for each 16 bytes that a block sends to a peer
+constexpr double kClusterHop = 100;  // more than a barrier of the block
+constexpr double kGridHop = 3800;    // from stores, through a barrier in L2, to all blocks
+constexpr double kL2Bytes = 8;       // bytes per cycle and SM
+constexpr double kSetUp = 1200;      // loading a chunk of weights, once per launch
+constexpr double kLaunch = 4.5;      // µs, from one kernel of a stream to the next
+constexpr double kStepMost = 7000;   // step regime: loads of the first weights and states, and
+constexpr double kStepRate[] = {32, 12, 80};  // multiplications per cycle: f32, f64, 16 bits
+constexpr double kGemmLaunch = 6;             // µs, least cost of a GEMM before the recurrence
 
 bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
   const bool has_mma = device.architecture >= 80 || tile.arithmetic == Arithmetic::mma_f16;
@@ -91,23 +91,6 @@ Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   return shared;
 }
 
-// The same for the slices regime.
-Shared shared_memory_of_slices(const Tile& tile, const PlanInput& in, const Plan& plan) {
-  const int64_t size = tile.number_size(), slab = plan.slab * tile.chunk();
-  const int64_t groups = ceil_div(plan.rows, tile.rows);
-  Shared shared;
-  shared.e_row = size == 2 ? slab + 8 : round_up(slab, 32) + 8;  // banks, as above
-  shared.e_size = tile.rows * shared.e_row + tile.overrun(1);
-  shared.vectors = std::max<int64_t>(0, plan.chunks - tile.held()) * tile.chunk_bytes();
-  shared.arrivals = shared.vectors + 2 * plan.units * 4;
-  shared.carry = shared.arrivals + 8 * (2 * kMostSlots + 2 * kMostGroups);
-  const bool carries = in.leaky || in.pass == Pass::adjoint;
-  shared.partial = shared.carry + (carries ? groups * tile.rows * plan.units * 4 : 0);
-  shared.e = shared.partial + groups * tile.rows * plan.units * plan.slices * 4;
-  shared.end = shared.e + plan.slots * shared.e_size * size;
-  return shared;
-}
-
 // Predicted microseconds per step of a team, including a share of launching and loading weights.
 double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const Device& device) {
   const Speeds speed = speeds(device.architecture);
@@ -118,82 +101,51 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
   const double per_scheduler = std::ceil(busy / 4);
   const double chunks = double(plan.chunks / plan.split);
   const double spilled = std::max(0.0, chunks - tile.held());
-  const double items = tile.mma() ? 2.0 * tile.units / std::min(plan.split, 2) : 1;
-  const double peers = plan.regime == Regime::cluster ? double(plan.blocks) : 0;
-  // A group of rows takes as long as it occupies the busiest resource, or as long as one warp takes
-  // from its first load to its last store, whichever is longer.
-  double issue, feed, latency;
+  // A chunk takes as long as one warp needs for it, or as long as it occupies a scheduler.
+  double step, chunk, issue, vectors;
   if (tile.mma()) {
-    issue = chunks * 2 * tile.units * speed.mma;
-    feed = busy * (chunks * 4 + spilled * 2 * tile.units * 4);
-    latency = chunks * speed.mma_latency + (plan.split > 1 ? kPartial : 0);
+    step = kMmaStep + (plan.split > 1 ? kSplitStep + kSplitWarp * plan.split : 0) +
+           kWarpStep * (per_scheduler - 1) + (plan.rows > 1 ? kRowsStep : 0) +
+           (in.pass == Pass::adjoint ? kAdjointStep : 0);
+    chunk = kMmaChunk[tile.units - 1];
+    issue = 2 * tile.units * speed.mma;
+    vectors = 2 * tile.units;
   } else {
-    const double numbers = 16.0 / tile.number_size();
-    const double rate = tile.number_size() == 8 ? speed.fma_f64 / 128 : 1;
-    issue = chunks * numbers * tile.units * tile.rows / rate;
-    feed = busy * (chunks * tile.rows * 2 + spilled * tile.units * 4);  // an LDS.128 takes 2, or 4
-    latency = chunks * numbers * std::max(kFma, tile.units * tile.rows / rate) + 3 * kShuffle;
+    const double multiplications = 16.0 / tile.number_size() * tile.units * tile.rows;
+    step = kFmaStep;
+    chunk = kFmaChunk + kFma * multiplications;
+    issue = multiplications * (tile.number_size() == 8 ? 128 / speed.fma_f64 : 1);
+    vectors = tile.units;
   }
-  issue = per_scheduler * (issue + items * (kItem * (tile.mma() ? 2 : 1) + peers * kSend));
-  latency += kLoad + kEpilogue;
-  double gather = 0;
-  if (plan.regime == Regime::grid)
-    gather =
+  const double product =
+      chunks * std::max(chunk, per_scheduler * issue) + spilled * busy * vectors * kSpill;
+  double cycles = groups * (step + product + (groups > 1 ? kGroupStep : 0));
+  if (plan.regime == Regime::cluster) {
+    const double packets = std::ceil(double(plan.units) * tile.number_size() / 16) *
+                           double(plan.rows) * double(plan.blocks);
+    cycles += kClusterHop + kPacket * packets;
+  } else if (plan.regime == Regime::grid) {
+    // The states of a group are loaded while the previous group is multiplied.
+    const double gather =
         double(tile.rows * (in.H + (plan.fuse_input ? in.I : 0)) * tile.number_size()) / kL2Bytes;
-  double cycles = groups * std::max({issue, feed, latency, gather});
-  switch (plan.regime) {
-    case Regime::block: cycles += kBarrier; break;
-    case Regime::cluster: cycles += kClusterHop; break;
-    case Regime::grid: cycles += kGridHop + kL2Latency + gather; break;
-    case Regime::step:
-    case Regime::slices: break;  // have cost models of their own
+    cycles = kGridHop + gather + groups * std::max(step + product, gather);
   }
   const double once = kLaunch + chunks * kSetUp / device.clock / 1000;
   return cycles / device.clock / 1000 + once / double(in.T);
 }
 
-// The same for the slices regime, where K is split into slices and groups of rows take turns.
-double slices_time(const Tile& tile, const PlanInput& in, const Plan& plan, const Device& device) {
-  const double groups = double(ceil_div(plan.rows, tile.rows)), chunks = double(plan.chunks);
-  const double K = chunks * tile.chunk(), cluster_units = double(plan.slices * plan.units);
-  const double spilled = std::max(0.0, chunks - tile.held());
-  const double busy = std::min(8.0, std::ceil(cluster_units / 32) * (tile.mma() ? 1 : 2));
-  const double per_scheduler = std::ceil(busy / 4);
-  // Cycles for a group of rows: arithmetic, shared memory, and the two exchanges (partial sums from
-  // SM to SM, states through L2).
-  double products, feed;
-  if (tile.mma()) {
-    products = per_scheduler * chunks * 2 * tile.units * speeds(device.architecture).mma;
-    feed = busy * (chunks * 4 + spilled * 2 * tile.units * 4);
-  } else {  // per thread 32 sums over half of K, with 12 loads for 128 multiplications
-    products = per_scheduler * 32 * K / 2 * 1.1;
-    feed = busy * 12 * K / 8;
-  }
-  const double sums = tile.rows * cluster_units * 4 * (plan.slices - 1) / plan.slices;
-  const double sends = sums / kClusterBytes;
-  const double gather = tile.rows * K * tile.number_size() / kL2Bytes;
-  // While one warp sends and finishes, another warp of the same scheduler multiplies.
-  const double others = 2 * kItem + 8 * kSend;
-  const double turn = std::max({products + others, feed, sends, gather});
-  const double trip =
-      products + others + sends + kClusterHop + kEpilogue + kFlagHop + kL2Latency + gather;
-  const double once = kLaunch + chunks * kSetUp / device.clock / 1000;
-  return std::max(groups * turn, trip) / device.clock / 1000 + once / double(in.T);
-}
-
 bool half(const PlanInput& in) { return in.storage == Storage::bf16 || in.storage == Storage::f16; }
 
-// Predicted microseconds per step of a GEMM over all steps, with `products` multiplications per row
-// and unit: I for u = x W_ihᵀ.
-double gemm_time(const PlanInput& in, int64_t products, const Device& device) {
+// Predicted microseconds per step of the GEMM u = x W_ihᵀ over all steps.
+double gemm_time(const PlanInput& in, const Device& device) {
   const Speeds speed = speeds(device.architecture);
   const double rate = half(in)                     ? speed.gemm
                       : in.tf32                    ? speed.gemm / 2
                       : in.storage == Storage::f64 ? speed.fma_f64 * 0.8
                                                    : 128 * 0.75;
-  const double cycles = double(in.B) * double(products) * double(in.H) / rate / device.sms;
+  const double cycles = double(in.B) * double(in.I) * double(in.H) / rate / device.sms;
   const double bytes =
-      double(in.B) * double(products + 2 * in.H) * double(size_of(in.storage));  // write and read u
+      double(in.B) * double(in.I + 2 * in.H) * double(size_of(in.storage));  // write and read u
   return std::max(cycles / device.clock, bytes / device.memory_bandwidth) / 1000 +
          kGemmLaunch / double(in.T);
 }
@@ -208,63 +160,18 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   plan.blocks = ceil_div(in.H, kStepUnits);
   plan.teams = ceil_div(in.B, kStepRows);
   if (in.leaky) plan.carry_bytes = in.B * in.H * (in.storage == Storage::f64 ? 8 : 4);
-  const Speeds speed = speeds(device.architecture);
   const double K = double(in.H + (fuse ? in.I : 0));
-  const double rate = half(in)                     ? 4 * 2048 / speed.mma * 0.5
-                      : in.storage == Storage::f64 ? speed.fma_f64 * 0.7
-                                                   : 128 * 0.7;
+  const double rate = kStepRate[half(in) ? 2 : in.storage == Storage::f64 ? 1 : 0];
   const double waves = std::ceil(double(plan.blocks * plan.teams) / device.sms);
-  const double products = kStepUnits * kStepRows * K / rate;
-  const double bytes = (kStepUnits + kStepRows) * K * double(size_of(in.storage)) / kL2Bytes;
-  plan.microseconds =
-      (device.architecture >= 90 ? kNextLaunch + (kLaunch - kNextLaunch) / double(in.T) : kLaunch) +
-      (waves * std::max(products, bytes) + kL2Latency) / device.clock / 1000;
+  const double cycles = waves * kStepUnits * kStepRows * K / rate + kStepMost;
+  plan.microseconds = std::max(kLaunch, cycles / device.clock / 1000);
   return plan;
 }
 
-// A plan that splits K into 2^log2_slices slices, or none if that is impossible. The inputs are
-// multiplied beforehand, because K is large without them.
-std::optional<Plan> slices_plan(const PlanInput& in, const Device& device, int t, int log2_slices) {
-  const Tile& tile = kTiles[t];
-  Plan plan;
-  plan.regime = Regime::slices;
-  plan.tile = t;
-  plan.slices = 1 << log2_slices;
-  plan.units = own_units(tile);
-  const int64_t cluster_units = plan.slices * plan.units;
-  if (!tile.slices() || cluster_units > tile.block_units(1)) return std::nullopt;
-  if (tile.mma() && device.architecture != 90) return std::nullopt;  // registers: slices.cuh
-  const int64_t clusters = ceil_div(in.H, cluster_units);            // per team
-  const int64_t at_once = device.clusters[log2_slices] / clusters;
-  if (at_once == 0) return std::nullopt;
-  plan.blocks = clusters * plan.slices;
-  plan.state_chunks = plan.chunks = ceil_div(ceil_div(in.H, tile.chunk()), plan.slices);
-  plan.slab = tile.mma() ? plan.chunks : std::min<int64_t>(kSliceSlab, plan.chunks);
-  const auto fits = [&](int64_t rows, int slots) {
-    plan.rows = rows;
-    plan.slots = slots;
-    plan.shared = shared_memory_of_slices(tile, in, plan);
-    return plan.shared.end <= device.shared_memory;
-  };
-  // As many rows per team as let all teams run at once; or as many as there is room for, in several
-  // waves. Then as many buffers as there is room for.
-  int64_t groups = std::min(ceil_div(ceil_div(in.B, at_once), tile.rows), int64_t(kMostGroups));
-  while (groups > 0 && !fits(groups * tile.rows, 2)) --groups;
-  if (groups == 0) return std::nullopt;
-  plan.waves = ceil_div(ceil_div(in.B, at_once), groups * tile.rows);
-  const int64_t rows = std::min(in.B, round_up(ceil_div(in.B, plan.waves * at_once), tile.rows));
-  for (int slots = kMostSlots; !fits(rows, slots); --slots) continue;
-  plan.teams = ceil_div(in.B, plan.rows);
-  plan.waves = ceil_div(plan.teams, at_once);
-  plan.counters = plan.teams * ceil_div(plan.rows, tile.rows);
-  plan.microseconds = double(plan.waves) * slices_time(tile, in, plan, device);
-  plan.fuse_input = in.I == 0;
-  return plan;
-}
+}  // namespace
 
-// The plan predicted to be the fastest, of those that satisfy the overrides if there are any.
-Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
-  const double gemm = in.I > 0 ? gemm_time(in, in.I, device) : 0;
+Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
+  const double gemm = in.I > 0 ? gemm_time(in, device) : 0;
   Plan best;
   bool found = false, as_wished = false;
   const auto consider = [&](Plan plan, bool wished) {
@@ -292,11 +199,6 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
   for (int t = 0; t < kTileCount; ++t) {
     const Tile& tile = kTiles[t];
     if (!suits(tile, in, device)) continue;
-    for (int log2 = 1; log2 < 4 && device.cooperative; ++log2)
-      if (const std::optional<Plan> plan = slices_plan(in, device, t, log2))
-        consider(*plan, agrees(wish.regime, Regime::slices) && agrees(wish.tile, t) &&
-                            agrees(wish.split, 1) && agrees_on_input(false));
-    if (tile.only_slices()) continue;
     for (int split = 1; split <= (tile.mma() ? 8 : 1); split *= 2)
       for (const bool fuse : {true, false}) {
         if (!fuse && in.I == 0) continue;
@@ -349,41 +251,8 @@ Plan choose(const PlanInput& in, const Device& device, const Wish& wish) {
   return best;
 }
 
-// After how many steps to split the sequence so that GEMMs overlap the recurrence; 0: not at all.
-// The share of the GEMMs that overlaps is chosen so that, on the idle SMs, it takes as long as the
-// part of the recurrence that it overlaps.
-int64_t where_to_cut(const PlanInput& in, const Plan& plan, const Device& device,
-                     const std::optional<int64_t>& wanted) {
-  const bool forward = in.pass == Pass::activation;
-  const int64_t products = !forward ? in.products : plan.fuse_input ? 0 : in.I;
-  // No split if rows carry more precision than the dtype in which states are stored.
-  if (products == 0 || in.T < 2 || in.B == 0 || in.H == 0 || in.packed || (in.leaky && half(in)))
-    return 0;
-  if (wanted) return std::min(*wanted, in.T - 1);
-  if (plan.regime == Regime::step) return 0;  // the CPU is busy launching and would be too late
-  const double T = double(in.T), gemm = gemm_time(in, products, device);
-  const double busy = double(plan.blocks * ceil_div(plan.teams, plan.waves)) / device.sms;
-  const double idle = std::max(0.0, 1 - busy);
-  const double chain = plan.microseconds;
-  // The GEMMs must also be queued before the part of the recurrence that they overlap has ended.
-  const double queued = forward ? kQueueForward : kQueueBackward;
-  const double share = std::min(idle * chain / (idle * chain + gemm), 1 - queued / (chain * T));
-  const double cost = kCut + double(plan.chunks) * kSetUp / device.clock / 1000;
-  const double saved = share * gemm - cost / T;
-  if (saved < std::max(kCut / T, 0.05 * (chain + gemm))) return 0;
-  return std::clamp<int64_t>(std::llround((forward ? 1 - share : share) * T), 1, in.T - 1);
-}
-
-}  // namespace
-
-Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
-  Plan plan = choose(in, device, wish);
-  plan.cut = where_to_cut(in, plan, device, wish.cut);
-  return plan;
-}
-
-// No std::ostringstream: where g++ links the C++ library statically (seen beside an H200), writing a
-// double to one crashes once torch has loaded the shared library.
+// No std::ostringstream: where g++ links the C++ library statically (seen beside an H200), writing
+// a double to one crashes once torch has loaded the shared library.
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device) {
   const auto number = [](double value) {
     char digits[32];
@@ -406,10 +275,8 @@ std::string in_words(const PlanInput& in, const Plan& plan, const Device& device
                                : plan.regime == Regime::cluster ? "cluster"
                                                                 : "team");
     if (plan.regime != Regime::block) words += " of " + count(plan.blocks, "block");
-    if (plan.regime == Regime::slices) words += " in clusters of " + std::to_string(plan.slices);
-    words += ", each with " + count(plan.rows, "batch row") + "; a block keeps " +
-             (plan.slices > 1 ? "a slice of " : "") + "the weights of " +
-             count(plan.slices * plan.units, "hidden unit");
+    words += ", each with " + count(plan.rows, "batch row") + "; a block keeps the weights of " +
+             count(plan.units, "hidden unit");
     const bool spills = plan.chunks / plan.split > tile.held();
     words += std::string(spills ? " in registers and shared memory" : " in registers") +
              " and uses " + number(double(plan.shared.end) / 1024) + " KB of shared memory";
@@ -417,13 +284,7 @@ std::string in_words(const PlanInput& in, const Plan& plan, const Device& device
   if (in.I > 0 && plan.fuse_input) {
     words += "; the input product is part of the step";
   } else if (in.I > 0) {
-    words += "; one GEMM multiplies the inputs of ";
-    words += plan.cut == 0 ? "all steps before"
-                           : std::to_string(plan.cut) +
-                                 " steps before, and one those of the others on idle SMs meanwhile";
-  } else if (plan.cut > 0) {
-    words += "; what " + std::to_string(plan.cut) +
-             " steps left is multiplied on idle SMs during the others, for the gradients";
+    words += "; one GEMM multiplies the inputs of all steps before";
   }
   words += "; about " + number(plan.microseconds) + " µs a step";
   if (plan.input_microseconds > 0)

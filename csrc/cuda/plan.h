@@ -16,11 +16,8 @@ namespace fusedrnn::cuda {
 //   block    in the registers and shared memory of one SM; the batch is split over SMs
 //   cluster  in those of 2 to 16 SMs, which write states into each other's shared memory
 //   grid     in those of many SMs, which exchange states through L2
-//   slices   as grid, but split along K too: each SM of a cluster has one slice of K, and they add
-//            up their partial sums through shared memory; groups of rows take turns, so that the
-//            multiplication of one hides the exchange of the others
-enum class Regime { step, block, cluster, grid, slices };
-constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid", "slices"};
+enum class Regime { step, block, cluster, grid };
+constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid"};
 
 struct Device {
   std::string name;
@@ -41,10 +38,6 @@ struct PlanInput {
   bool tf32;           // torch's settings allow TF32 in f32 products
   int64_t T, B, I, H;  // I = 0: no input product
   bool leaky = false;
-  bool packed = false;
-  // Adjoint: multiplications per row and unit in the GEMMs on the results of the recurrence: I, I
-  // and H for the gradients of x, W_ih and W_hh. They can start before all steps are done.
-  int64_t products = 0;
 };
 
 // The arithmetic of a product, and how it is divided among a block's 256 threads (products.cuh).
@@ -54,10 +47,6 @@ struct Tile {
   int units;  // fma: per thread, and 32 times as many per block; mma: per warp, times 16
   int rows;   // batch rows at once
 
-  // The tiles of slices.cuh: one for float32 that is used only there, and the larger ones of the
-  // tensor cores.
-  constexpr bool only_slices() const { return rows == 32; }
-  constexpr bool slices() const { return only_slices() || (mma() && units == 2); }
   constexpr bool mma() const { return arithmetic >= Arithmetic::mma_bf16; }
   constexpr int number_size() const {
     return arithmetic == Arithmetic::fma_f64                                         ? 8
@@ -71,9 +60,8 @@ struct Tile {
   // As many as fill 128 registers; fewer if the sums of many rows, or float64, need more than the
   // other 127.
   constexpr int held() const {
-    if (only_slices()) return 0;
     if (mma()) return 16 / units;
-    return units == 1 ? 28 : number_size() == 8 ? 14 : 32 / units;
+    return units == 1 ? 27 : number_size() == 8 ? 14 : 32 / units;
   }
   // Numbers behind the rows of a buffer that a product loads but ignores: two chunks for each warp
   // that shares K.
@@ -87,7 +75,6 @@ constexpr Tile kTiles[] = {
     {Arithmetic::fma_f32, 1, 8},  {Arithmetic::fma_f64, 2, 1},  {Arithmetic::fma_f64, 2, 4},
     {Arithmetic::mma_bf16, 1, 8}, {Arithmetic::mma_bf16, 2, 8}, {Arithmetic::mma_f16, 1, 8},
     {Arithmetic::mma_f16, 2, 8},  {Arithmetic::mma_tf32, 1, 8}, {Arithmetic::mma_tf32, 2, 8},
-    {Arithmetic::fma_f32, 4, 32},
 };
 constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -95,22 +82,11 @@ constexpr int kThreads = 256;   // per block, that multiply
 constexpr int kStepUnits = 64;  // step regime: hidden units per block,
 constexpr int kStepRows = 32;   // and batch rows
 
-// Slices regime. kSliceThreads: threads per block, including four warps that fetch states and
-// signal new ones (four, because registers can only be reassigned in groups of four warps).
-// own_units: the units whose sums a block adds up over all slices and finishes; of a group of rows,
-// each thread that multiplies, or each of one half of them, then has two.
-constexpr int kSliceThreads = kThreads + 128;
-constexpr int own_units(const Tile& tile) { return tile.mma() ? 32 : 16; }
-constexpr int kMostGroups = 32;  // groups of rows per team
-constexpr int kMostSlots = 4;    // buffers for states that are being fetched
-constexpr int kSliceSlab = 2;    // chunks per buffer, except with tensor cores, which take all
-
 // The layout of a block's shared memory: byte offsets, after the weights that do not fit into
 // registers.
 struct Shared {
   int64_t e, carry, vectors, partial, arrivals, end;
-  int64_t e_row,
-      e_size;  // numbers per row and per buffer of e, which is 2 buffers (slices: `slots` buffers)
+  int64_t e_row, e_size;  // numbers per row and per buffer of e, which is 2 buffers
 };
 
 struct Plan {
@@ -123,22 +99,12 @@ struct Plan {
   int64_t blocks = 0;      // blocks of a team
   int64_t teams = 0;
   int64_t waves = 1;         // teams run in so many waves, all teams of a wave at once
-  int slices = 1;            // of K, one for each block of a cluster
-  int slots = 0;             // slices: buffers for states,
-  int64_t slab = 0;          // and chunks per buffer
-  int64_t chunks = 0;        // of K; slices: of a slice
+  int64_t chunks = 0;        // of K
   int64_t state_chunks = 0;  // those of `chunks` that belong to states
   Shared shared{};           // memory of a block
   int64_t counters = 0;      // workspace: words that must be zero,
   int64_t carry_bytes = 0;   // and bytes for the carries of rows between launches
-  // If it pays, GEMMs overlap the recurrence: they run on SMs that it leaves idle. For that the
-  // sequence is split in two after `cut` steps of the time loop; 0: it is not split. Activation:
-  // the inputs of the steps before the split are multiplied before the recurrence starts, those of
-  // the other steps while its first part runs. Adjoint: the GEMMs on the results of the steps
-  // before the split run during the steps after it.
-  int64_t cut = 0;
-  // Predicted times per step: of the recurrence, and of the GEMM for its inputs, part of which a
-  // split hides.
+  // Predicted times per step: of the recurrence, and of the GEMM for its inputs.
   double microseconds = 0;
   double input_microseconds = 0;
 };
@@ -149,7 +115,6 @@ struct Wish {
   std::optional<Regime> regime;
   std::optional<int> tile, split;
   std::optional<bool> fuse_input;
-  std::optional<int64_t> cut;
 };
 
 // Returns the plan predicted to be fastest, of those that satisfy the overrides if there are any.
