@@ -311,6 +311,8 @@ def measured() -> Iterator[tuple[str, dict[str, Any], float]]:
                 us = statistics.median(seconds) * 1e6
                 if ran["regime"] == "slices" or (adjoint and not with_input and us < SHORT):
                     continue  # that regime was deleted
+                if with_input and not adjoint and ran["fuse_input"] and ran["regime"] != "step":
+                    continue  # by plain kernels that multiplied inputs, which were deleted
                 problem = {
                     **shape, "dtype": {"bf16": BF16, "f32": F32}[precision], "adjoint": adjoint,
                     "I": shape["I"] if with_input and not adjoint else 0, "regime": ran["regime"],
@@ -326,7 +328,7 @@ def measured() -> Iterator[tuple[str, dict[str, Any], float]]:
 
 def test_the_model_agrees_with_an_h200():
     runs = list(measured())
-    assert len(runs) > 90
+    assert len(runs) > 80
     ratios = {name: total(plan(H200, **problem)) / us for name, problem, us in runs}
     assert {name: ratio for name, ratio in ratios.items() if not 0.65 < ratio < 1.5} == {}
     assert statistics.geometric_mean(ratios.values()) == pytest.approx(1, abs=0.05)

@@ -147,7 +147,7 @@ EVERY_SHAPE = [
     "T=2 B=10 I=16 h0 bias unfused",
     "T=11 B=2 I=3 h0",  # inputs are prefetched some steps ahead
     "T=11 B=2 I=16 descending",
-    "T=11 B=1 I=16 H=16 h0 bias plain",
+    "T=11 B=1 I=16 H=16 h0 bias unfused plain",
     "T=11 B=1 I=5 H=16 descending unfused plain",
     "sizes=4,3,3,1 I=3 h0 bias reset alpha apart",
     "sizes=5,5,2,1 I=16 h0 reset descending",
@@ -198,7 +198,7 @@ WAITING_WAYS = [
     (tile_of("mma_tf32"), 4),
 ]
 WAITING_SHAPES = [
-    "T=5 B=1 I=5 H=16 h0 bias plain",
+    "T=5 B=1 I=5 H=16 h0 bias unfused plain",
     "T=4 B=9 I=5 h0 bias reset alpha",
     "sizes=11,9,3,1 I=3 h0 bias reset alpha apart",
     "sizes=11,9,3,1 I=16 h0 reset descending",
@@ -227,8 +227,8 @@ TENSOR, SPLIT = (
     f"block tile={tile_of('mma_bf16')} split={split} T=3 B=2 I=3 H=33 h0" for split in (1, 2)
 )
 CLUSTER = "cluster tile=0 split=1 T=3 B=2 I=3 H=67 h0"
-PLAIN = "block tile=0 split=1 T=3 B=1 I=3 H=36 h0 plain"
-PLAIN_CLUSTER = "cluster tile=0 split=1 T=3 B=1 I=3 H=72 h0 plain"
+PLAIN = "block tile=0 split=1 T=3 B=1 I=3 H=36 h0 unfused plain"
+PLAIN_CLUSTER = "cluster tile=0 split=1 T=3 B=1 I=3 H=72 h0 unfused plain"
 GRID = "grid tile=0 split=1 T=3 B=2 I=3 H=67 h0"
 STEP = "step tile=0 split=1 T=3 B=2 I=3 H=67 h0"
 FORGOTTEN = {

@@ -118,7 +118,7 @@ struct Chosen {
 // Calls `use` with the nonlinearity, so that there is one branch around the whole computation.
 template <class S, class Use>
 __device__ __forceinline__ void with_nonlinearity(Nonlinearity which, const Use& use) {
-  if (which == Nonlinearity::tanh)
+  if (__builtin_expect(which == Nonlinearity::tanh, true))
     use(TanhFor<S>{});
   else if (which == Nonlinearity::relu)
     use(Relu{});

@@ -26,7 +26,7 @@ struct Params {
   bool state_copies;  // rows of out[0] can be copied 16 bytes at a time
   bool packs;         // all series can be loaded and stored two numbers at a time
   bool plain;         // plain.cuh can run the problem;
-  int64_t x_step, in_step, gate_step, out_step;  // for it: bytes from one step to the next
+  int64_t in_step, gate_step, out_step;  // for it: bytes from one step to the next
 };
 
 // The kernels of a tile (plan.h) and those of the step regime, one per pass.

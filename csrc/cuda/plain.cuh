@@ -1,8 +1,8 @@
 // A specialisation of the time loop in persistent.cuh for the most common problem: a dense sequence
-// without resets and without a leak, one output, and no more batch rows than one product takes; in
-// the block and cluster regimes. Everything that is constant in time is computed before the loop,
-// pointers advance by a constant stride, and no step is special: the states of the last step are
-// sent, too, although nothing reads them.
+// without resets and without a leak, whose input product a GEMM has computed, one output, and no
+// more batch rows than one product takes; in the block and cluster regimes. Everything that is
+// constant in time is computed before the loop, pointers advance by a constant stride, and no step
+// is special: the states of the last step are sent, too, although nothing reads them.
 #pragma once
 
 #include "persistent.cuh"
@@ -31,14 +31,25 @@ class PlainWalk : Walk<Product, pass> {
   __device__ void run() {
     Base::hold_weights();
     Base::begin(p, b0, j0, shared_);
-    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    product_.settle(rows, units);
+    // A loop of their own for warps without units: the others need no branch around the step.
+    if (product_.busy(units))
+      walk<true>();
+    else
+      walk<false>();
+    if (kCluster) cluster_barrier();
+  }
+
+ private:
+  template <bool kBusy>
+  __device__ __forceinline__ void walk() {
+    const int lane = threadIdx.x % 32;
     // This is 0 (it is the alpha of a unit), but the compiler cannot know that. A parameter to
     // which it is added stays in a register; otherwise the compiler loads it from constant memory
     // in each step, at 30 cycles. Tiles of 4 items have no registers left for that.
     const int zero = kItems < 4 ? *reinterpret_cast<volatile int*>(vectors_ + p.units) : 0;
     const int e_row = p.e_row + zero, chunks = p.chunks + zero;
-    product_.settle(rows, units);
-    const int busy = pinned(product_.busy(units)), nonlinearity = int(q.nonlinearity) + zero;
+    const int nonlinearity = int(q.nonlinearity) + zero;
     // The place of an item's state in e, and of the 16 bytes that this lane sends; -1 if there is
     // no such item.
     const int sender = sender_of(lane);
@@ -48,7 +59,7 @@ class PlainWalk : Walk<Product, pass> {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int row = product_.row(i), unit = product_.unit(i);
-      const bool exists = busy && computes(i) && row < rows && unit < units;
+      const bool exists = kBusy && computes(i) && row < rows && unit < units;
       const int at = row * e_row + int(j0) + unit;
       place[i] = pinned(exists && product_.owns(i) ? at : -1);
       sent[i] = pinned(exists && sender < p.blocks ? at / kSent * kSent : -1);
@@ -57,31 +68,22 @@ class PlainWalk : Walk<Product, pass> {
     }
     // Pointers to the current step of this thread's first item; the other items lie at fixed
     // distances. A thread without an item points to the first item of the block, so that loads need
-    // no branch.
+    // no branch. For the same reason the pointers stay where they are after the last step.
     const char *in = track(q.in[0]), *gate = track(q.gate);
     char* out = track(q.out[0]);
-    const bool has_in = q.in[0].data, loads = busy && (!kForward || has_in);
+    const int64_t in_step = p.in_step + zero, gate_step = p.gate_step + zero;
+    const int64_t out_step = p.out_step + zero;
     Raw next_in[kItems] = {}, next_gate[kItems] = {};
     const auto load = [&](bool far) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const bool exists = kCluster && Product::kCopies > 1 ? row_exists(i) : place[i] >= 0;
-        if (kForward || has_in)
-          next_in[i] = fetched(in + (exists ? distance(q.in[0], i) : 0), far, p.in_step);
+        next_in[i] = fetched(in + (exists ? distance(q.in[0], i) : 0), far, in_step);
         if (!kForward)
-          next_gate[i] = fetched(gate + (exists ? distance(q.gate, i) : 0), far, p.gate_step);
+          next_gate[i] = fetched(gate + (exists ? distance(q.gate, i) : 0), far, gate_step);
       }
     };
-    if (loads) load(false);
-    // Each warp copies the inputs of one row. `begin` has copied those of the first step.
-    const int x_copy = p.x_copy + zero, first_x = lane * (x_copy ? x_copy / int(sizeof(S)) : 1);
-    const char* x = track(q.x, warp, first_x);
-    const int copied = pinned(warp < rows ? int(q.I) - first_x : 0);
-    const int x_place = pinned(warp * e_row + p.state_k + first_x);
-    // The next step's inputs are loaded while at least this many steps are left, including this
-    // one.
-    const int with_next_x = pinned(copied > 0 ? 2 : INT32_MAX);
-    const int with_next = pinned(loads ? 2 : INT32_MAX);
+    if (kBusy) load(false);
 
     // Bytes that arrive in a step.
     const int bytes = rows * int(q.H) * int(sizeof(S)) + zero;
@@ -96,28 +98,19 @@ class PlainWalk : Walk<Product, pass> {
       S* const to = e_ + (from ^ half);
       uint64_t* const arrived = reinterpret_cast<uint64_t*>(arrivals) + (~s & 1);
       if (kCluster && threadIdx.x == 0 && !finishing) expect_bytes(arrived, bytes);
-      if (left >= with_next_x) {
-        x += p.x_step;
-        S* const to_x = to + x_place;
-        const bool far = kFar && left > kFar + 1;
-        if (x_copy == 16)
-          copy_x<16>(to_x, x, copied, far);
-        else if (x_copy == 8)
-          copy_x<8>(to_x, x, copied, far);
-        else if (x_copy == 4)
-          copy_x<4>(to_x, x, copied, far);
-        else
-          copy_x<0>(to_x, x, copied, far);
-      }
-      if (busy) {
+      if (kBusy) {
+        // The inputs leave the registers into which those of the next step are loaded. Otherwise
+        // the compiler moves the loaded values at the end of the step, and waits for them there.
         Raw now_in[kItems], now_gate[kItems];
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) now_in[i] = next_in[i], now_gate[i] = next_gate[i];
-        if (left >= with_next) {
-          in += p.in_step;
-          if (!kForward) gate += p.gate_step;
-          load(kFar && left > kFar + 1);
+        for (int i = 0; i < kItems; ++i) {
+          now_in[i] = copied(next_in[i]);
+          if (!kForward) now_gate[i] = copied(next_gate[i]);
         }
+        const bool more = left >= 2;
+        in += more ? in_step : 0;
+        if (!kForward) gate += more ? gate_step : 0;
+        load(kFar && left > kFar + 1);
         C sum[kItems][N];
         product_.multiply(e_ + from, e_row, chunks, partial_, sum);
 #pragma unroll
@@ -128,7 +121,6 @@ class PlainWalk : Walk<Product, pass> {
             if (stores) store_last(i, sum[i]);
             continue;
           }
-          const Numbers ins = Base::unpack(now_in[i]), gates = Base::unpack(now_gate[i]);
           // The first step has no product, even if W_hh is NaN; it starts from ∂L/∂h_n if given.
           if (!kForward && s == 0)
 #pragma unroll
@@ -136,6 +128,8 @@ class PlainWalk : Walk<Product, pass> {
               sum[i][n] = carry_ && row_exists(i)
                               ? carry_[product_.row(i) * p.units + product_.unit(i) + n]
                               : C(0);
+          const Numbers ins = Base::unpack(now_in[i]);
+          const Numbers gates = kForward ? Numbers{} : Base::unpack(now_gate[i]);
           with_nonlinearity<S>(Nonlinearity(nonlinearity), [&](auto phi) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
@@ -156,23 +150,20 @@ class PlainWalk : Walk<Product, pass> {
             *reinterpret_cast<Numbers*>(to + place[i]) = results[i];
           if (stores) *reinterpret_cast<Numbers*>(out + distance(q.out[0], i)) = results[i];
         }
-        out += p.out_step;
+        out += out_step;
       }
       if (finishing) break;
       from ^= half;
-      copies_done();
       __syncthreads();
       if (kCluster)
         wait_for_arrivals(arrived, s >> 1 & 1, {p, int64_t(s), "states of all peers (plain)"});
     }
-    if (kForward && q.last.data)
+    if (kBusy && kForward && q.last.data)
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
         if (place[i] >= 0) store_last(i, results[i].v);
-    if (kCluster) cluster_barrier();
   }
 
- private:
   // Stores item i of the state after the last step, or of ∂L/∂h0.
   template <class T>
   __device__ __forceinline__ void store_last(int i, const T (&values)[N]) const {
@@ -213,28 +204,18 @@ class PlainWalk : Walk<Product, pass> {
   __device__ static int64_t distance(const Series& series, int i) {
     return (i % 2 * series.row + i / 2 * 16) * int64_t(sizeof(S));
   }
-  __device__ static Raw fetched(const char* from, bool far, int64_t step) {
-    if (far) prefetch_into_l2(from + kFar * step);
-    return *reinterpret_cast<const Raw*>(from);
+  // Returns a copy that the compiler keeps apart.
+  template <class T>
+  __device__ static T copied(T v) {
+    if constexpr (sizeof(T) == 8)
+      asm volatile("" : "+l"(v));
+    else
+      asm volatile("" : "+r"(v));
+    return v;
   }
-
-  // Copies this lane's share of a row's inputs, `bytes` at a time; 0: one number at a time.
-  template <int bytes>
-  __device__ __forceinline__ void copy_x(S* to, const char* x, int count, bool far) const {
-    constexpr int kPer = bytes ? bytes / int(sizeof(S)) : 1;
-    if constexpr (bytes % sizeof(S) == 0) {
-      const auto copy = [&](int j) {
-        const S* const from = reinterpret_cast<const S*>(x) + j;
-        if (far) prefetch_into_l2(reinterpret_cast<const char*>(from) + kFar * p.x_step);
-        if (bytes)
-          copy_async(to + j, from, bytes);
-        else
-          to[j] = *from;
-      };
-      copy(0);
-#pragma unroll 1
-      for (int j = 32 * kPer; j < count; j += 32 * kPer) copy(j);
-    }
+  __device__ static Raw fetched(const char* from, bool far, int64_t step) {
+    if (kFar) prefetch_into_l2(from + (far ? kFar * step : 0));
+    return *reinterpret_cast<const Raw*>(from);
   }
 
   // Sends to all blocks of the team. All lanes of the warp must call it.

@@ -36,7 +36,7 @@ Speeds speeds(int architecture) {
 // plans.
 constexpr double kFmaStep = 640;      // a step without the product and the exchange, for a group of
 constexpr double kMmaStep = 440;      // rows,
-constexpr double kGroupStep = 300;    // and more for each of several groups (persistent.cuh),
+constexpr double kGeneral = 300;      // and more in the general kernel: with inputs or more groups,
 constexpr double kWarpStep = 50;      // and more for each further warp of a scheduler,
 constexpr double kSplitStep = 400;    // if warps add up their partial sums,
 constexpr double kSplitWarp = 20;     // for each warp that does so,
@@ -48,7 +48,7 @@ constexpr double kMmaChunk[] = {90, 240};  // a chunk, by units per warp
 constexpr double kSpill = 8;  // for each warp and 16 bytes of a thread's weights in shared memory
 constexpr double kPacket = 2.4;      // for each 16 bytes that a block sends to a peer
 constexpr double kClusterHop = 100;  // more than a barrier of the block
-constexpr double kGridHop = 3800;    // from stores, through a barrier in L2, to all blocks
+constexpr double kGridHop = 3500;    // from stores, through a barrier in L2, to all blocks
 constexpr double kL2Bytes = 8;       // bytes per cycle and SM
 constexpr double kSetUp = 1200;      // loading a chunk of weights, once per launch
 constexpr double kLaunch = 4.5;      // µs, from one kernel of a stream to the next
@@ -71,7 +71,7 @@ bool suits(const Tile& tile, const PlanInput& in, const Device& device) {
 }
 
 Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
-  const int64_t padded_k = plan.chunks * tile.chunk();
+  const int64_t padded_k = tile.padded_chunks(plan.chunks) * tile.chunk();
   const int64_t size = tile.number_size(), wide = tile.computed_size();
   Shared shared;
   // Padding makes rows begin in different banks: 16 bytes apart for ldmatrix, 32 for loads of two
@@ -119,17 +119,20 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
   }
   const double product =
       chunks * std::max(chunk, per_scheduler * issue) + spilled * busy * vectors * kSpill;
-  double cycles = groups * (step + product + (groups > 1 ? kGroupStep : 0));
-  if (plan.regime == Regime::cluster) {
-    const double packets = std::ceil(double(plan.units) * tile.number_size() / 16) *
-                           double(plan.rows) * double(plan.blocks);
-    cycles += kClusterHop + kPacket * packets;
-  } else if (plan.regime == Regime::grid) {
-    // The states of a group are loaded while the previous group is multiplied.
+  const bool grid = plan.regime == Regime::grid;
+  const bool general = grid || groups > 1 || (in.I > 0 && plan.fuse_input);
+  double group = step + product + (general ? kGeneral : 0), cycles = 0;
+  if (grid) {  // the states of a group are loaded while the previous group is multiplied
     const double gather =
         double(tile.rows * (in.H + (plan.fuse_input ? in.I : 0)) * tile.number_size()) / kL2Bytes;
-    cycles = kGridHop + gather + groups * std::max(step + product, gather);
+    group = std::max(group, gather);
+    cycles = kGridHop + gather;
+  } else if (plan.regime == Regime::cluster) {
+    const double packets = std::ceil(double(plan.units) * tile.number_size() / 16) *
+                           double(plan.rows) * double(plan.blocks);
+    cycles = kClusterHop + kPacket * packets;
   }
+  cycles += groups * group;
   const double once = kLaunch + chunks * kSetUp / device.clock / 1000;
   return cycles / device.clock / 1000 + once / double(in.T);
 }

@@ -63,6 +63,12 @@ struct Tile {
     if (mma()) return 16 / units;
     return units == 1 ? 27 : number_size() == 8 ? 14 : 32 / units;
   }
+  // How many chunks that registers hold are multiplied without a branch between them, so that their
+  // loads are in flight together. A row of states is padded with zeros to such a group.
+  constexpr int group() const { return !mma() && rows <= 2 && held() % 4 == 0 ? 4 / rows : 1; }
+  constexpr int64_t padded_chunks(int64_t chunks) const {
+    return chunks < held() ? (chunks + group() - 1) / group() * group() : chunks;
+  }
   // Numbers behind the rows of a buffer that a product loads but ignores: two chunks for each warp
   // that shares K.
   constexpr int overrun(int split) const { return mma() ? 2 * split * chunk() : 0; }

@@ -77,7 +77,7 @@ struct Fma {
                               UnitsPerThread, Rows};
   static constexpr int kVector = 16 / sizeof(C);
   static constexpr int kChunk = kTile.chunk();
-  static constexpr int kHeld = kTile.held();
+  static constexpr int kHeld = kTile.held(), kGroup = kTile.group();
   static constexpr int kRows = Rows;  // batch rows at once
   static constexpr int kSums = UnitsPerThread * Rows;
   static_assert(kSums <= 8);  // so that 8 lanes can own one each
@@ -126,7 +126,7 @@ struct Fma {
     const int64_t k = lane / 4 * kVector;
 #pragma unroll
     for (int c = 0; c < kHeld; ++c)
-      if (c < chunks) {
+      if (c / kGroup * kGroup < chunks) {  // a whole group: beyond K, weights are 0
         const Part part = load(weights, first_unit(), k + c * kChunk);
 #pragma unroll
         for (int u = 0; u < UnitsPerThread; ++u) held[c][u] = part.of[u];
@@ -168,31 +168,33 @@ struct Fma {
   // Computes the sums of the rows at e, e + e_row, ...
   __device__ __forceinline__ void multiply(const C* e, int e_row, int chunks, float* /*partial*/,
                                            C (&item)[kItems][kPack]) {
-    C sum[UnitsPerThread][Rows] = {};
+    // With few sums, chunks alternate between two sets, so that FMAs wait less for each other.
+    constexpr int kSets = kSums <= 2 ? 2 : 1;
+    C sums[kSets][UnitsPerThread][Rows] = {};
     e += lane / 4 * kVector;
-    // Chunks are multiplied in groups so that the loads of a group are in flight together: the
-    // compiler moves no loads across branches.
-    constexpr int kGroup = kHeld % 4 == 0 && Rows <= 2 ? 4 / Rows : 1;
+    const auto products = [&] {
 #pragma unroll
-    for (int c = 0; c < kHeld; c += kGroup) {
-      if (c >= chunks) break;
-      if (c + kGroup <= chunks) {
+      for (int c = 0; c < kHeld; c += kGroup) {
+        if (c > 0 && c >= chunks) return;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i)
-          add(sum, held[c + i], load_states(e + (c + i) * kChunk, e_row));
-      } else {
-#pragma unroll
-        for (int i = 0; i < kGroup - 1; ++i)
-          if (c + i < chunks) add(sum, held[c + i], load_states(e + (c + i) * kChunk, e_row));
+          add(sums[(c + i) % kSets], held[c + i], load_states(e + (c + i) * kChunk, e_row));
       }
-    }
-    for (int c = kHeld; c < chunks; ++c) {
-      Vector w[UnitsPerThread];
+      for (int c = kHeld; c < chunks; ++c) {
+        Vector w[UnitsPerThread];
+#pragma unroll
+        for (int u = 0; u < UnitsPerThread; ++u)
+          w[u] = spilled[((c - kHeld) * UnitsPerThread + u) * kThreads + threadIdx.x];
+        add(sums[0], w, load_states(e + c * kChunk, e_row));
+      }
+    };
+    products();
+    C(&sum)[UnitsPerThread][Rows] = sums[0];
+    if constexpr (kSets == 2)
 #pragma unroll
       for (int u = 0; u < UnitsPerThread; ++u)
-        w[u] = spilled[((c - kHeld) * UnitsPerThread + u) * kThreads + threadIdx.x];
-      add(sum, w, load_states(e + c * kChunk, e_row));
-    }
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) sum[u][r] += sums[1][u][r];
     // Sums over the 8 lanes. As long as a lane has two or more sums it gives half of them away.
     C value[kSums];
 #pragma unroll
