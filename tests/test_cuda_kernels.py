@@ -306,8 +306,8 @@ def test_small_on_an_old_device(trial):
     trial.check_way()
 
 
-# plain.cuh handles problems without resets or leak, whose inputs a GEMM has multiplied, with at most
-# the rows of a tile; in a cluster, units in multiples of 16 bytes, and no block without units.
+# plain.cuh handles problems without resets or leak, whose inputs a GEMM has multiplied, with at
+# most the rows of a tile; in a cluster, units in multiples of 16 bytes, and no block without units.
 
 
 def plain_cases(way: Way) -> Iterator[Trial]:
