@@ -12,8 +12,6 @@ const TileKernels kFmaF64[2] = {};
 const TileKernels kMmaBf16[2] = {tile_kernels<Mma<__nv_bfloat16, 1>>()};
 const TileKernels kMmaF16[2] = {};
 const TileKernels kMmaTf32[2] = {};
-const TileKernels kSlicesF32 = slices_kernels<SliceFma>();
-const TileKernels kSlicesBf16 = {}, kSlicesF16 = {}, kSlicesTf32 = {};
 const StepKernels kStepF32 = step_kernels<float>();
 const StepKernels kStepF64 = {};
 const StepKernels kStepBf16 = {};

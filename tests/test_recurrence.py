@@ -91,7 +91,11 @@ def test_an_empty_batch_has_no_rows():
     assert h_n.shape == (0, case.H)
 
 
-def test_any_strides():
+def test_any_strides(engine):
+    """With the same bits on the CPU engine. Elsewhere torch may multiply the inputs, and its GEMM
+    may add in another order for other strides.
+    """
+    same = 0 if engine.kind == "cpu" else 1e-13
     case = Case(T=6, B=5, I=8, H=20)
     dense = case.arguments()
     expected = fusedrnn.rnn(**dense)
@@ -100,7 +104,7 @@ def test_any_strides():
     transposed = {k: v.mT.contiguous().mT if v.dim() > 1 else v for k, v in dense.items()}
     for arguments in (batch_first, features_apart, transposed):
         assert not all(v.is_contiguous() for v in arguments.values())
-        torch.testing.assert_close(fusedrnn.rnn(**arguments), expected, rtol=0, atol=0)
+        torch.testing.assert_close(fusedrnn.rnn(**arguments), expected, rtol=same, atol=same)
 
 
 def test_the_last_state_is_memory_of_its_own():
