@@ -325,7 +325,6 @@ void run_and_compare(const Case& c) {
   in.I = c.pass == Pass::activation ? c.I : 0;
   in.H = c.H;
   in.leaky = c.has("alpha");
-  in.packed = c.has("sizes");
   const Device& device = device_properties(0);
   Plan plan = make_plan(in, device, c.wish);
   const bool step = plan.regime == Regime::step;
@@ -341,7 +340,7 @@ void run_and_compare(const Case& c) {
   if (c.has("stuck")) plan.units = 1;
   std::vector<char> carry = buffer(c, "carry", plan.carry_bytes, 1);
   Workspace workspace;
-  if (in.packed) workspace.offsets = reinterpret_cast<const int64_t*>(t.offsets.data());
+  if (c.has("sizes")) workspace.offsets = reinterpret_cast<const int64_t*>(t.offsets.data());
   workspace.counters = reinterpret_cast<unsigned*>(counters.data());
   workspace.carry = carry.data();
   // In the cluster regime, a peer overwrites a buffer once all warps of this block have sent it the
