@@ -34,15 +34,15 @@ class PlainWalk : Walk<Product, pass> {
     product_.settle(rows, units);
     // A loop of their own for warps without units: the others need no branch around the step.
     if (product_.busy(units))
-      walk<true>();
+      time_loop<true>();
     else
-      walk<false>();
+      time_loop<false>();
     if (kCluster) cluster_barrier();
   }
 
  private:
   template <bool kBusy>
-  __device__ __forceinline__ void walk() {
+  __device__ __forceinline__ void time_loop() {
     const int lane = threadIdx.x % 32;
     // This is 0 (it is the alpha of a unit), but the compiler cannot know that. A parameter to
     // which it is added stays in a register; otherwise the compiler loads it from constant memory
