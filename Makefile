@@ -4,6 +4,7 @@
 #   make mutants  change 200 lines, one at a time, and run the relevant tests for each; takes half an
 #                 hour or more (ARGS="--count 20 --files csrc/checks.h")
 #   make lint     check formatting, lint and types; `make format` fixes them where it can
+#   make docs     build the documentation in build/docs/index.html
 #   make bench    time fusedrnn against its peers (ARGS="--set wide")
 #   make cuda-build      build and link the CUDA engine without a GPU (downloads torch with CUDA,
 #                        the latest or TORCH=2.11.0)
@@ -30,7 +31,7 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
   bench/probes.cu 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test mutants bench lint format build clean distclean check-tools
+.PHONY: demo test mutants bench lint format docs build clean distclean check-tools
 .PHONY: cuda-build cuda-resources cuda-step-cost gpu-check gpu-speed gpu-tune gpu-truth
 
 demo: build
@@ -82,6 +83,11 @@ format: $(VENV)/pins
 	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Warnings are errors, and so are links that lead nowhere. README.md is the front page.
+docs: build
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/docs
+	@cp build/docs/README.html build/docs/index.html
 
 # Always runs, because ninja decides what has changed; takes two seconds if nothing has.
 # Objects stay in build/; `pip install -e .` would recompile everything each time.

@@ -305,17 +305,17 @@ class LeakyRNN(_Leaky, Layers):
     ``alpha`` is a buffer, or None. With ``learn_alpha`` it is None, and each layer k has a
     parameter ``alpha_logit_l{k}`` ``[H]``, also with the suffix ``_reverse``; alpha is its sigmoid.
 
-    Raises, from the constructor:
+    Raises in the constructor:
         ValueError: As in :class:`fusedrnn.RNN`, or ``form`` is unknown, ``alpha`` or dt / tau is
             outside its range or has a wrong shape, one of ``tau`` and ``dt`` is given without the
             other or together with ``alpha``, or a standard deviation is negative.
         TypeError: An argument has the wrong type.
 
-    Raises, from a call:
-        As in :class:`fusedrnn.RNN`, and
-        ValueError: ``return_potential`` is given for another form than ``"potential"``, or a value
-            of ``alpha`` is outside [0, 1] (not checked on a GPU).
-        RuntimeError: ``alpha`` does not match ``input``.
+    Raises in a call:
+        ValueError: As in :class:`fusedrnn.RNN`, or ``return_potential`` is given for another form
+            than ``"potential"``, or a value of ``alpha`` is outside [0, 1] (not checked on a GPU).
+        RuntimeError: As in :class:`fusedrnn.RNN`, or ``alpha`` does not match ``input``.
+        TypeError: As in :class:`fusedrnn.RNN`, or ``alpha`` is not a tensor.
 
     Example::
 
@@ -481,11 +481,11 @@ class LeakyRNNCell(_Leaky, nn.RNNCellBase):
         state: h', in the form ``"potential"`` v', whose output is phi(v'); ``[B, H]``, or unbatched
         ``[H]``.
 
-    Raises, from the constructor:
+    Raises in the constructor:
         ValueError: As in :class:`LeakyRNN`.
         TypeError: As in :class:`LeakyRNN`.
 
-    Raises, from a call:
+    Raises in a call:
         ValueError: ``input`` or ``hx`` has a wrong number of dimensions.
         RuntimeError: Sizes, dtypes or devices do not match.
 

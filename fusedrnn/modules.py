@@ -379,13 +379,13 @@ class RNN(Layers):
     ``[H, H]``, ``bias_ih_l{k}`` and ``bias_hh_l{k}`` ``[H]``. All are initialised from
     :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, with the same values as in ``nn.RNN`` for the same seed.
 
-    Raises, from the constructor:
+    Raises in the constructor:
         ValueError: A size is not positive, the nonlinearity is unknown, ``dropout`` is outside
             [0, 1], or ``proj_size`` is given.
         TypeError: A size is not an int, ``bias`` or ``batch_first`` is not a bool, or an argument
             is unknown or missing.
 
-    Raises, from a call:
+    Raises in a call:
         ValueError: ``input`` is neither 2-D nor 3-D, its dtype is not that of the weights, or
             ``reset_to`` is given without ``reset``.
         RuntimeError: ``hx``, ``reset`` or ``reset_to`` does not match ``input``, ``reset`` is not
@@ -524,7 +524,7 @@ class RNNCell(nn.RNNCell):
     Outputs:
         h': ``[B, H]``, or unbatched ``[H]``.
 
-    Raises, from a call:
+    Raises in a call:
         ValueError: ``input`` or ``hx`` is neither 1-D nor 2-D.
         RuntimeError: Sizes do not match, or the nonlinearity is unknown.
 
