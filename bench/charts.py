@@ -153,15 +153,11 @@ def table(cpu: dict[str, Any], mode: str) -> str:
     for result in cpu["results"]:
         if result["mode"] == mode:
             rows.setdefault(shape_of(result), {})[result["peer"]] = result
-    return layout(
-        ["T, B, I, H", *peers, "×"],
-        [
-            [shape, *(number(row[peer]["us_per_step"]) for peer in peers)]
-            + [f"**{row[OURS]['ratio']['median']:.1f}**"]
-            for shape, row in rows.items()
-        ],
-        markdown=True,
-    )
+    cells = []
+    for shape, row in rows.items():
+        times = [number(row[peer]["us_per_step"]) for peer in peers]
+        cells.append([shape, *times, f"**{row[OURS]['ratio']['median']:.1f}**"])
+    return layout(["T, B, I, H", *peers, "×"], cells, markdown=True)
 
 
 def main() -> None:

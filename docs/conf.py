@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import fusedrnn  # noqa: E402
+import fusedrnn
 
 project = "fusedrnn"
 author = copyright = "fusedrnn contributors"
@@ -75,8 +75,12 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def visit_math(translator: Any, node: nodes.Element) -> None:
-    block = isinstance(node, nodes.math_block)
-    translator.body.append(latex2mathml.tex2mathml(node.astext(), as_block=block))
+    if isinstance(node, nodes.math_block):
+        equation = latex2mathml.tex2mathml(node.astext(), as_block=True)
+        equation = f'<div style="overflow-x: auto; margin: 1em 0">{equation}</div>'
+    else:
+        equation = latex2mathml.tex2mathml(node.astext())
+    translator.body.append(equation)
     raise nodes.SkipNode
 
 

@@ -186,6 +186,9 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
     Example::
 
         >>> print(fusedrnn.explain(fusedrnn.RNN(10, 20), torch.randn(100, 3, 10)))
+        RNN(10, 20), torch.float32 on cpu
+        layer 0: T 100, B 3, I 10, H 20
+          forward: ...
     """
     calls = _calls(module, x)
     data = x.data if isinstance(x, PackedSequence) else x

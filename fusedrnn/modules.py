@@ -409,11 +409,10 @@ class RNN(Layers):
         - ``torch.fx.symbolic_trace`` cannot trace it, because only classes of ``torch.nn`` are
           leaves by default. A tracer can declare it a leaf::
 
-              class Tracer(torch.fx.Tracer):
-                  def is_leaf_module(self, m, name):
-                      return isinstance(m, fusedrnn.RNN) or super().is_leaf_module(m, name)
-
-              traced = torch.fx.GraphModule(model, Tracer().trace(model))
+              >>> class Tracer(torch.fx.Tracer):
+              ...     def is_leaf_module(self, m, name):
+              ...         return isinstance(m, fusedrnn.RNN) or super().is_leaf_module(m, name)
+              >>> traced = torch.fx.GraphModule(model, Tracer().trace(model))
 
     Example::
 
@@ -599,7 +598,7 @@ def replace(model: _Module) -> _Module:
 
     Example::
 
-        >>> model = fusedrnn.replace(model)
+        >>> model = fusedrnn.replace(torch.nn.Sequential(torch.nn.RNN(10, 20)))
     """
     return _change_classes(model, _OURS)
 

@@ -42,6 +42,7 @@ class Dale(nn.Module):
 
     Example::
 
+        >>> rnn = fusedrnn.RNN(10, 20)
         >>> signs = torch.cat([torch.ones(16), -torch.ones(4)])
         >>> parametrize.register_parametrization(rnn, "weight_hh_l0", Dale(signs))
     """
@@ -97,6 +98,7 @@ class Masked(nn.Module):
 
     Example::
 
+        >>> rnn = fusedrnn.RNN(10, 20)
         >>> mask = torch.rand(20, 20) < 0.1
         >>> parametrize.register_parametrization(rnn, "weight_hh_l0", Masked(mask))
     """
@@ -149,6 +151,7 @@ class LowRank(nn.Module):
 
     Example::
 
+        >>> rnn = fusedrnn.RNN(10, 20)
         >>> parametrize.register_parametrization(rnn, "weight_hh_l0", LowRank(2))
         >>> with torch.no_grad():  # Gaussian vectors m and n
         ...     rnn.parametrizations.weight_hh_l0.original0.normal_()
@@ -216,6 +219,7 @@ def spectral_radius_(
 
     Example::
 
+        >>> rnn = fusedrnn.RNN(10, 20)
         >>> spectral_radius_(rnn.weight_hh_l0, 0.9)
     """
     _check_tensor("weight", weight)

@@ -1,18 +1,27 @@
-"""Documents name files, tests and make targets that exist, and their examples run."""
+"""Documents name files, tests, make targets and numbers that exist, and their examples run."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import pkgutil
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fusedrnn
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import charts  # noqa: E402
+
 PATTERNS = ("*.md", "bench/README.md", "docs/*.md", "tests/**/*.md")
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 each_document = pytest.mark.parametrize(
@@ -62,13 +71,53 @@ def given() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
-def test_examples_of_a_document_run_in_order(name: str) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
-    assert blocks
-    names = given() if name == "README.md" else {}
-    for block in blocks:
-        exec(compile(block, name, "exec"), names)
+def blocks(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [ROOT / "README.md", *filter(blocks, sorted(ROOT.glob("docs/*.md")))],
+    ids=lambda path: path.name,
+)
+def test_examples_of_a_document_run_in_order(document: Path) -> None:
+    names = given() if document.name == "README.md" else {}
+    for block in blocks(document):
+        exec(compile(block, document.name, "exec"), names)
+
+
+class AnyOutputUnlessShown(doctest.OutputChecker):
+    """Accept the output of an example that does not show any."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+@pytest.mark.parametrize(
+    "module", [name for _, name, _ in pkgutil.walk_packages(fusedrnn.__path__, "fusedrnn.")]
+)
+def test_examples_of_docstrings_run(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # one example writes a file
+    names = {
+        "torch": torch,
+        "fusedrnn": fusedrnn,
+        "parametrize": parametrize,
+        "model": nn.Sequential(fusedrnn.RNN(10, 20)),
+        "x": torch.randn(5, 3, 10),
+    }
+    runner = doctest.DocTestRunner(AnyOutputUnlessShown(), optionflags=doctest.ELLIPSIS)
+    for example in doctest.DocTestFinder().find(importlib.import_module(module), extraglobs=names):
+        runner.run(example)
+    assert runner.failures == 0  # what failed is in the captured output
+
+
+def test_chart_and_tables_have_the_numbers_of_the_results() -> None:
+    cpu, gpu = charts.load("main.json"), charts.load("gpu-h200/speed-bench.json")
+    assert charts.CHART.read_text() == charts.draw(cpu, gpu)
+    for mode in charts.MODES:
+        assert charts.table(cpu, mode) in (ROOT / "README.md").read_text()
 
 
 def test_the_citation_has_the_version_of_the_package() -> None:
