@@ -95,22 +95,24 @@ def child(options: argparse.Namespace) -> int:
     for place, task in enumerate(work["tasks"]):
         without = work["without"].get(task, {})
 
-        def tell(name: str, phase: str = "", limit: float | None = None, task: str = task) -> None:
+        def announce(
+            name: str, phase: str = "", limit: float | None = None, task: str = task
+        ) -> None:
             say("at", task=task, name=name, phase=phase, limit=limit)
 
-        tell("begin")
+        announce("begin")
         left = work["deadline"] - time.time()
         if left < needed(task, cases):
             say("no time", task=task)
         elif task == "probes":
-            probe(options, without, tell)
+            probe(options, without, announce)
         else:
             case = cases[int(task)]
             # Checks, captures and warm-up take half of the time.
             share = left / (len(work["tasks"]) - place) / 2
             seconds = min(3.0, max(0.2, 2 * share if case.group == "shapes" else share))
             start = time.perf_counter()
-            run = Run(case, device, seconds, tell, without)
+            run = Run(case, device, seconds, announce, without)
             if options.tiny:
                 run.seconds, run.check_steps = 0.05, TINY_CHECK_STEPS
             result = run()
@@ -136,13 +138,13 @@ def needed(task: str, cases: list[Case]) -> float:
     return 60 if task != "probes" and cases[int(task)].group == "compile" else 0
 
 
-def probe(options: argparse.Namespace, without: dict[str, str], tell: Any) -> None:
+def probe(options: argparse.Namespace, without: dict[str, str], announce: Any) -> None:
     from probes import Probes, Setting, build, build_emulated
 
     if options.device != "cuda" and not options.emulated:
         say("probe", row={"probe": "all", "error": "no GPU here, and --emulated was not asked for"})
         return
-    tell("nvcc", limit=180.0)
+    announce("nvcc", limit=180.0)
     with tempfile.TemporaryDirectory() as folder:
         try:
             library = build_emulated() if options.emulated else build(Path(folder))
@@ -150,7 +152,7 @@ def probe(options: argparse.Namespace, without: dict[str, str], tell: Any) -> No
             say("probe", row={"probe": "all", "error": f"not built: {error}"})
             return
         setting = Setting.on_emulator() if options.emulated else Setting.on_gpu()
-        for row in Probes(library, setting, without, tell).run():
+        for row in Probes(library, setting, without, announce).run():
             say("probe", row=row)
 
 

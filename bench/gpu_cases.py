@@ -120,7 +120,7 @@ class Found:
     compile_seconds: float | None = None
 
 
-Tell = Callable[..., None]  # reports the current peer and phase, and how long it may take
+Announce = Callable[..., None]  # reports the current peer and phase, and how long it may take
 
 
 class Run:
@@ -129,11 +129,11 @@ class Run:
         case: Case,
         device: torch.device,
         seconds: float,
-        tell: Tell = lambda *words, **more: None,
+        announce: Announce = lambda *words, **more: None,
         without: Mapping[str, str] = MappingProxyType({}),
         check_steps: int = CHECK_STEPS,
     ) -> None:
-        self.case, self.device, self.seconds, self.tell = case, device, seconds, tell
+        self.case, self.device, self.seconds, self.announce = case, device, seconds, announce
         self.check_steps = check_steps
         self.precision = PRECISIONS[case.precision]
         self.without = without
@@ -148,7 +148,7 @@ class Run:
                     self.precision.dtype,
                     self.device,
                     self.seconds,
-                    self.tell,
+                    self.announce,
                     self.without,
                 )
             )
@@ -184,7 +184,7 @@ class Run:
 
     def attempt(self, name: str, phase: str, action: Callable[[], Any], **more: Any) -> Any:
         """Return the action's result; if it fails, record the error and return None."""
-        self.tell(name, phase, **more)
+        self.announce(name, phase, **more)
         try:
             return action()
         except Exception as error:
@@ -288,16 +288,16 @@ class Run:
         w_ih, w_hh, b_ih, b_hh = problem.weights[:4]
         grad = problem.grad[..., : self.case.shape.H].contiguous()
         u = torch.nn.functional.linear(problem.x, w_ih, b_ih + b_hh)
-        walk = (None, None, "tanh", "rate", False)  # reset, batch_sizes
+        rest = (None, None, "tanh", "rate", False)  # reset, batch_sizes
 
         def forward() -> Any:
-            return _ops.activation(u, *[None] * 5, w_hh, None, None, *walk)
+            return _ops.activation(u, *[None] * 5, w_hh, None, None, *rest)
 
         def both() -> dict[str, list[float]]:
             h, *_ = forward()
 
             def backward() -> Any:
-                return _ops.adjoint(grad, None, None, None, h, w_hh, None, *walk, False, False)
+                return _ops.adjoint(grad, None, None, None, h, w_hh, None, *rest, False, False)
 
             return self.turns({FORWARD: forward, ALONE: backward})
 

@@ -35,7 +35,7 @@ def time_regimes(
     dtype: torch.dtype,
     device: torch.device,
     seconds: float,
-    tell: Callable[..., None],
+    announce: Callable[..., None],
     without: Mapping[str, str],
 ) -> dict[str, Any]:
     """Measure each regime, forward and backward.
@@ -51,17 +51,17 @@ def time_regimes(
     problem = Problem.random(
         shape, dtype, cell=False, grad_input=False, threads=1, device=device
     ).to(dtype)
-    walk = (None, None, "tanh", "rate", False)  # reset, batch_sizes
+    rest = (None, None, "tanh", "rate", False)  # reset, batch_sizes
 
     def forward() -> Any:
         w_ih, w_hh, b_ih, b_hh = problem.weights
         x = problem.x
-        return _ops.activation(x, w_ih, b_ih, b_hh, None, None, w_hh, None, None, *walk)[:1]
+        return _ops.activation(x, w_ih, b_ih, b_hh, None, None, w_hh, None, None, *rest)[:1]
 
     def backward(h: torch.Tensor) -> Any:
         w_hh = problem.weights[1]
         grad = problem.grad
-        return _ops.adjoint(grad, None, None, None, h, w_hh, None, *walk, False, False)[:1]
+        return _ops.adjoint(grad, None, None, None, h, w_hh, None, *rest, False, False)[:1]
 
     def measured(call: Callable[[], Any], truth: list[torch.Tensor]) -> dict[str, Any]:
         (error,) = distances(call(), truth)
@@ -78,7 +78,7 @@ def time_regimes(
         for regime in REGIMES:
             name = f"regime {regime}"
             for way, call in ways.items():
-                tell(name, way)
+                announce(name, way)
                 if name in without:
                     found[regime][way] = {"failed": without[name]}
                     continue

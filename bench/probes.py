@@ -93,7 +93,7 @@ class Probes:
     library: ctypes.CDLL
     setting: Setting
     without: Container[str] = ()  # names of probes to leave out
-    tell: Callable[[str], None] = lambda name: None  # gets the name of each probe that begins
+    announce: Callable[[str], None] = lambda name: None  # gets the name of each probe that begins
     out: Tensor = field(init=False)
     sink: Tensor = field(init=False)
 
@@ -148,7 +148,7 @@ class Probes:
     def row(self, name: str, measure: Callable[[], dict[str, Any]], more: dict[str, Any]) -> Row:
         if name in self.without:
             return None
-        self.tell(name)
+        self.announce(name)
         try:
             return {"probe": name, **more, **measure()}
         except (RuntimeError, AttributeError) as error:  # unsupported by the GPU or the emulator

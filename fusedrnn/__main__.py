@@ -73,14 +73,15 @@ def parser() -> Parser:
     machine = demo.add_argument_group("machine")
     # fmt: off
     text.add_argument("--text", metavar="FILE", default=argparse.SUPPRESS,
-        help="a UTF-8 text file (default: the Python language reference, which CPython carries)")
+        help="a UTF-8 text file (default: the Python language reference, which CPython includes)")
     text.add_argument("--chars", metavar="N", type=whole(1),
         help="use at most the first N characters")
     model.add_argument("--hidden", metavar="N", type=whole(1), help="hidden units")
-    model.add_argument("--embedding", metavar="N", type=whole(1), help="numbers per character")
+    model.add_argument("--embedding", metavar="N", type=whole(1),
+        help="size of a character's embedding")
     model.add_argument("--dtype", choices=["float32", "float64"],
-        help="float64 shows that the losses differ by rounding alone")
-    training.add_argument("--epochs", metavar="N", type=whole(1), help="times to read the text")
+        help="float64 shows that the losses differ only by rounding")
+    training.add_argument("--epochs", metavar="N", type=whole(1), help="passes over the text")
     training.add_argument("--lr", metavar="X", type=positive, help="Adam's learning rate")
     training.add_argument("--context", metavar="N", type=whole(1),
         help="part 1: characters that predict the next one")
@@ -88,13 +89,13 @@ def parser() -> Parser:
     training.add_argument("--chunk", metavar="N", type=whole(1),
         help="part 2: characters between two updates; gradients end there, the state does not")
     training.add_argument("--streams", metavar="N", type=whole(1),
-        help="part 2: places of the text that are read side by side")
+        help="part 2: parts of the text that are read in parallel")
     training.add_argument("--seed", metavar="N", type=whole(0),
-        help="of the weights, the order of the batches, and the samples")
+        help="seed of the weights, the order of the batches, and the samples")
     output.add_argument("--sample", metavar="N", type=whole(0),
-        help="characters to write after training")
+        help="characters to generate after training")
     output.add_argument("--temperature", metavar="X", type=positive,
-        help="of the samples: low is timid, 1 is what the model believes")
+        help="of the samples: 1 is the model's distribution, less favours likely characters")
     machine.add_argument("--threads", metavar="N", type=whole(1, 1024), default=argparse.SUPPRESS,
         help="threads to compute with (default: torch's)")
     # fmt: on

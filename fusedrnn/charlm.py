@@ -126,7 +126,7 @@ LossOf = Callable[[nn.Module, Batch, "Tensor | None"], "tuple[Tensor, Tensor | N
 def window_batches(text: Tensor, context: int, batch: int, seed: int) -> list[Batch]:
     """Return windows of ``context`` characters and the next one, in random order, for one epoch.
 
-    The windows lie end to end. ``seed`` shifts their starts, so that epochs differ.
+    The windows do not overlap. ``seed`` shifts their starts, so that epochs differ.
     """
     windows = text[seed % context :].unfold(0, context + 1, context)  # [windows, context + 1]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
@@ -221,7 +221,7 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         self.tty = self.stream.isatty()
         self.done = 0
-        self.start = self.spoken = time.monotonic()
+        self.start = self.reported = time.monotonic()
 
     def advance(self, steps: int) -> None:
         """Count ``steps`` more as done and show the progress."""
@@ -234,8 +234,8 @@ class Progress:
             room = max(shutil.get_terminal_size().columns - len(self.label) - len(tail) - 4, 5)
             bar = "#" * round(room * share)
             self.stream.write(f"\r{self.label} [{bar:.<{room}}]{tail}")
-        elif now - self.spoken >= 15:
-            self.spoken = now
+        elif now - self.reported >= 15:
+            self.reported = now
             self.stream.write(f"{self.label}: {share:.0%} done, {left:.0f} s left\n")
         self.stream.flush()
 
@@ -325,7 +325,7 @@ def write_windows(
 def write_sequence(
     model: nn.Module, prompt: Tensor, temperature: float, generator: torch.Generator
 ) -> Iterator[int]:
-    """Continue ``prompt`` [T] endlessly; the hidden state carries what was written."""
+    """Continue ``prompt`` [T] endlessly; the hidden state summarises what was written."""
     cs, hidden = prompt.unsqueeze(1), None
     while True:
         log_p, hidden = model(cs, hidden)
@@ -461,5 +461,5 @@ def say_sample(title: str, text: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print and flush, so that a pipe gets the line at once, too."""
+    """Print and flush, so that a pipe also receives the line immediately."""
     print(line, flush=True)

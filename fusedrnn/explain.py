@@ -26,7 +26,7 @@ _TILES = {"avx512": (64, 6, 4), "avx2": (32, 6, 2), "baseline": (16, 4, 2)}
 
 @dataclass
 class _Call:
-    """The call for one layer and direction: of the engine, or of what `instead` describes."""
+    """The call for one layer and direction, of the engine or of what `instead` describes."""
 
     x: Tensor
     T: int = 1
@@ -53,7 +53,9 @@ class _Catcher(TorchFunctionMode):
             return self.activation(*args)
         if func in _CELLS:
             x, h = args[:2]
-            self.calls.append(_Call(x, instead="torch's own cell: a step this small is overhead"))
+            self.calls.append(
+                _Call(x, instead="torch's own cell: overhead dominates a step this small")
+            )
             return torch.empty_like(h)
         return func(*args, **(kwargs or {}))
 
@@ -103,7 +105,7 @@ def _plan(call: _Call, adjoint: bool) -> dict[str, Any]:
         return _plan_cuda(call, adjoint, call.x.device.index)
     if call.x.device.type == "cpu":
         return _plan_cpu(call, adjoint)
-    return {"words": f"nothing: on {call.x.device} there are only sizes"}
+    return {"words": f"nothing: tensors on {call.x.device} have no values"}
 
 
 def _plan_cuda(call: _Call, adjoint: bool, device: int | dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +146,10 @@ def _plan_cpu(call: _Call, adjoint: bool) -> dict[str, Any]:
     threads = batch_groups * hidden_groups
     words = [f"{isa} kernel, {threads} thread{'s' * (threads > 1)}"]
     if batch_groups > 1:
-        words.append(f"the batch split among {batch_groups} groups, which never meet")
+        words.append(f"the batch split among {batch_groups} groups, which need no synchronisation")
     if hidden_groups > 1:
-        words.append(f"the units split among {hidden_groups} threads, which meet each step")
-    words.append("weights packed first" if plan["pack"] else "weights read as they lie: few rows")
+        words.append(f"the units split among {hidden_groups} threads, which synchronise every step")
+    words.append("weights packed first" if plan["pack"] else "weights read in place: few rows")
     if I:
         ahead = f"for {plan['chunk']} steps ahead" if plan["project_ahead"] else "in each step"
         words.append(f"the input multiplied {ahead}")
@@ -181,7 +183,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
             the context: autocast, ``no_grad``, the number of threads.
 
     Returns:
-        A few human-readable lines, whose format may change.
+        A few lines of text, whose format may change.
 
     Example::
 
@@ -198,7 +200,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
     directions = 2 if getattr(module, "bidirectional", False) else 1
     lines = [f"{module}, {data.dtype} on {data.device}"]
     for number, call in enumerate(calls):
-        where = f"layer {number // directions}" + (", from the last step" if call.reverse else "")
+        where = f"layer {number // directions}" + (", reverse" if call.reverse else "")
         if call.instead:
             lines.append(f"{where}: {call.instead}")
             continue
@@ -207,5 +209,5 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
         lines.append(f"  forward:  {_plan(call, False)['words']}")
         if training:
             lines.append(f"  backward: {_plan(call, True)['words']}")
-            lines.append("            then a product over all steps for each gradient")
+            lines.append("            then a GEMM over all steps for each gradient")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Translation of what users write about the state into what the engine computes.
+"""Translation of the options for the state into inputs of the engine.
 
 The engine resets to 0 and, with the form "potential", takes both the state before the first step
-and what that sends to other units. Everything here is differentiable torch code.
+and what that state sends to other units. Everything here is differentiable torch code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def checked_alpha(
     if not isinstance(alpha, Tensor):
         try:
             inside, number = 0 < alpha <= 1, float(alpha)
-        except (TypeError, ValueError):  # a string, a complex number, an array of more than one
+        except (TypeError, ValueError):  # a string, a complex number, a longer array
             raise TypeError(
                 f"fusedrnn: alpha must be a number or a tensor, got {type(alpha).__name__}"
             ) from None
@@ -75,7 +75,7 @@ def check_reset_to(
     h0: Tensor | None,
     batch_sizes: Tensor | None,
 ) -> Tensor:
-    """Check ``reset`` and ``reset_to``, which the op does not get. Return ``reset``."""
+    """Check ``reset_to``, which the op does not receive, and ``reset``. Return ``reset``."""
     if reset is None:
         raise ValueError("fusedrnn: reset_to must come with reset, got reset=None")
     rows, size = x.shape[:-1], w_hh.size(0)
@@ -105,7 +105,7 @@ def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
 
 
 def _for_every_row(states: Tensor, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
-    """Repeat ``states``, ``[B, H]``, at every step, unless they broadcast or are there already."""
+    """Expand ``states``, ``[B, H]``, to the rows of x, unless it broadcasts or has them already."""
     rows = x.size(0)
     if batch_sizes is None or states.dim() == 1 or states.size(0) == rows:
         return states
@@ -148,7 +148,7 @@ def translate(
     if reset_to is not None:
         here = check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes).unsqueeze(-1)
         if reset_to.dim() == x.dim() and reset_to.shape[:-1] == x.shape[:-1]:
-            reset_to = torch.where(here, reset_to, 0)  # the product would spread a NaN
+            reset_to = torch.where(here, reset_to, 0)  # otherwise the product would spread a NaN
         product = _for_every_row(sent(reset_to) @ w_hh.mT, x, batch_sizes)
         x = drive(x, w_ih, b_ih, b_hh) + torch.where(here, product, 0)
         w_ih = b_ih = b_hh = None

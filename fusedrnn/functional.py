@@ -34,7 +34,7 @@ def _warn_slow(reason: str) -> None:
 
 
 def _autocast(device_type: str, *tensors: Tensor | None) -> Any:
-    """Cast to the autocast dtype, as torch does for its own RNNs: all runs in low precision."""
+    """Cast to the autocast dtype, so that everything runs in it, as in torch's own RNNs."""
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
@@ -47,7 +47,7 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> Any:
 
 
 def _register_autocast(device_type: str, key: str) -> None:
-    """Register the same rule for direct calls of the op, as an exported program makes them."""
+    """Register the same rule for direct calls of the op, which exported programs make."""
     off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def rule(*args: Any) -> Any:
@@ -136,7 +136,7 @@ def rnn(
     r"""Run one layer of an RNN in one direction, with one call of the engine.
 
     With the input product :math:`u_t = x_t W_{ih}^T + b_{ih} + b_{hh}`, the state :math:`k_t` from
-    which step t starts, and what is added to the state, :math:`q_t` (``state_input``):
+    which step t starts, and an input of the state, :math:`q_t` (``state_input``):
 
     .. math::
         \text{rate} \quad & h_t = (1 - \alpha) k_t + \alpha \, \phi(u_t + k_t W_{hh}^T) + q_t \\
@@ -144,7 +144,7 @@ def rnn(
             \quad h_t = \phi(v_t) \\
         \text{inside} \quad & h_t = \phi((1 - \alpha) k_t + \alpha (u_t + k_t W_{hh}^T) + q_t)
 
-    The state is :math:`h`, with the form "potential" :math:`v` (a current or voltage; :math:`h` is
+    The state is :math:`h`, or :math:`v` in the form "potential" (a current or voltage; :math:`h` is
     then the firing rate). Without ``alpha``, "rate" and "inside" are the plain RNN
     :math:`h_t = \phi(u_t + h_{t-1} W_{hh}^T)`.
 
@@ -177,7 +177,7 @@ def rnn(
             not checked, since that would wait for the device.
         state_input: Added to the state of each step, in the shape of the output: noise, for
             example.
-        return_potential: With the form "potential", return v of every step as a third result.
+        return_potential: In the form "potential", return v of every step as a third result.
 
     Returns:
         ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``; the last state of each row,
@@ -339,9 +339,9 @@ def rnn_cell(
     """Compute the state after one step from ``h [B, H]`` with input ``x [B, I]``.
 
     On a CPU, a small step is dominated by overhead, and torch's own op, differentiated in C++, has
-    the least. On a GPU that op is a handful of launches, and the engine needs one.
+    the least. On a GPU, that op launches several kernels, and the engine launches one.
     """
-    # Not when compiling, which would specialise on the sizes it saw; not under a transform, because
+    # Skipped when compiling, which would specialise on these sizes, and under a transform, because
     # vmap has no rule for torch's op.
     if x.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
         small = _SMALL_STEP_WITH_GRAD if torch.is_grad_enabled() else _SMALL_STEP

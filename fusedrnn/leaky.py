@@ -96,7 +96,7 @@ def _not_positive(name: str, value: float) -> float:
 
 
 class _Leaky(nn.Module):
-    """The leak, the noise and the form: what :class:`LeakyRNN` and :class:`LeakyRNNCell` share."""
+    """Leak, noise and form: the common base of :class:`LeakyRNN` and :class:`LeakyRNNCell`."""
 
     hidden_size: int
     nonlinearity: str
@@ -201,7 +201,7 @@ class _Leaky(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # A state_dict of nn.RNN has no alpha, and leaves ours as it is.
+        # A state_dict of nn.RNN has no alpha: keep the module's.
         own = {prefix + name for name in ("alpha", *self._logit_names)}
         if own.isdisjoint(state_dict):
             missing_keys[:] = [key for key in missing_keys if key not in own]
@@ -292,8 +292,8 @@ class LeakyRNN(_Leaky, Layers):
         potential: With ``return_potential``, :math:`v_t` of the last layer, in the shape of
             ``output``.
 
-    Noise is drawn in training only: ``eval()`` turns it off, and ``train()`` of this module alone
-    turns it on in a model that is evaluated. Two runs on one device from the same state of the
+    Noise is drawn in training only: ``eval()`` turns it off. To evaluate a model with noise, call
+    ``train()`` of this module alone. Two runs on one device from the same state of the
     generator give the same bits. Layers draw in order, forward before reverse, and drive noise
     before state noise. ``torch.utils.checkpoint`` repeats the draws only of torch's default
     generator, and ``torch.compile`` breaks the graph at any other one. For noise of the form

@@ -61,7 +61,7 @@ class Layers(nn.RNNBase):
         super(nn.RNNBase, self).__setattr__(name, value)  # nn.RNNBase's writes to its list as well
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels use the weights where they are in memory."""
+        """Do nothing: the kernels read the weights wherever they are in memory."""
 
     def _forward(
         self,
@@ -323,8 +323,8 @@ def _values(tensor: Tensor | None) -> Any:
 def _last_steps(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
     """Return whether each step is the last one of its episode, as the next step is a reset.
 
-    The reverse direction reaches step t - 1 from step t, so an episode that begins at t cuts the
-    state before its step t - 1.
+    The reverse direction reaches step t - 1 from step t, so an episode that begins at t resets
+    the state before step t - 1.
     """
     return _ops.following(reset.unsqueeze(-1), None, batch_sizes, False).squeeze(-1)
 
@@ -485,7 +485,7 @@ class RNN(Layers):
         reset_to: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run every layer over the sequence; see the class."""
-        # Not keyword-only: torch's exporter by TorchScript passes every argument by position.
+        # Not keyword-only: torch's TorchScript exporter passes every argument by position.
         options = None
         if reset is not None or reset_to is not None:
             options = self._reset_options(input, reset, reset_to)
@@ -635,7 +635,7 @@ def _change_classes(model: _Module, classes: dict[type[nn.Module], type[nn.Modul
         module.__class__ = cls
         module.__dict__.pop("_flat_weights", None)  # a list in nn.RNN, a property in RNN
         if isinstance(module, nn.RNNBase) and not isinstance(module, RNN):
-            with torch.no_grad():  # else a parametrized weight in the list keeps its graph
+            with torch.no_grad():  # otherwise a parametrized weight in the list keeps its graph
                 module._init_flat_weights()
     return model
 

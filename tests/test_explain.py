@@ -34,9 +34,9 @@ def test_a_line_for_each_layer_and_direction(module: type[nn.RNNBase]) -> None:
     assert "torch.float32 on cpu" in lines[0]
     assert [line for line in lines if line.startswith("layer")] == [
         "layer 0: T 7, B 3, I 10, H 20",
-        "layer 0, from the last step: T 7, B 3, I 10, H 20",
+        "layer 0, reverse: T 7, B 3, I 10, H 20",
         "layer 1: T 7, B 3, I 40, H 20",
-        "layer 1, from the last step: T 7, B 3, I 40, H 20",
+        "layer 1, reverse: T 7, B 3, I 40, H 20",
     ]
     assert sum("backward:" in line for line in lines) == 4
 
@@ -115,7 +115,7 @@ def test_why_a_loop_runs_instead() -> None:
     rnn = fusedrnn.RNN(3, 4, dtype=torch.complex64)
     text = fusedrnn.explain(rnn, torch.zeros(2, 1, 3, dtype=torch.complex64))
     assert text.endswith("a plain loop over time: no kernel for torch.complex64 tensors on cpu")
-    assert "on meta there are only sizes" in fusedrnn.explain(
+    assert "tensors on meta have no values" in fusedrnn.explain(
         fusedrnn.RNN(3, 4, device="meta"), torch.zeros(2, 1, 3, device="meta")
     )
 

@@ -814,7 +814,7 @@ def test_flat_weights_can_be_assigned_as_they_are() -> None:
 
 
 def test_weight_drop() -> None:
-    """AWD-LSTM: a weight is a plain tensor, recomputed for each call (pytorch #32346)."""
+    """AWD-LSTM: a weight is a plain tensor, recomputed for each call."""
     ours, theirs = pair(I, H, 2)
     x = sequence()
     results = []
