@@ -1,4 +1,4 @@
-"""Draw the chart of README.md from the results, and print its tables.
+"""Draw the chart of README.md from the results, and print its tables and those of docs/.
 
     python bench/charts.py
 
@@ -21,6 +21,12 @@ RESULTS = Path(__file__).parent / "results"
 CHART = RESULTS / "speed.svg"
 MODES = {FORWARD: "forward", BACKWARD: "forward + backward"}
 OURS, BASELINE, IN_A_GRAPH = "fusedrnn", "nn.RNN", "nn.RNN in a graph"
+
+# The columns of the tables on a CPU, where the peer has been timed.
+TABLES = {
+    "README.md": (BASELINE, "JAX scan", OURS),
+    "docs/performance.md": (BASELINE, "loop", "JAX scan", "ONNX Runtime", OURS),
+}
 
 # The text and the colours have a contrast of 3 to 1 or more on white and on GitHub's dark page.
 MARKERS = {
@@ -146,13 +152,13 @@ def text(
     )
 
 
-def table(cpu: dict[str, Any], mode: str) -> str:
-    """Return one table of README.md: microseconds per step, and the speed-up over nn.RNN."""
-    peers = (BASELINE, "JAX scan", OURS)
+def table(cpu: dict[str, Any], mode: str, document: str) -> str:
+    """Return a table of a document: microseconds per step, and the speed-up over nn.RNN."""
     rows: dict[str, dict[str, Any]] = {}
     for result in cpu["results"]:
         if result["mode"] == mode:
             rows.setdefault(shape_of(result), {})[result["peer"]] = result
+    peers = [peer for peer in TABLES[document] if all(peer in row for row in rows.values())]
     cells = []
     for shape, row in rows.items():
         times = [number(row[peer]["us_per_step"]) for peer in peers]
@@ -163,8 +169,9 @@ def table(cpu: dict[str, Any], mode: str) -> str:
 def main() -> None:
     cpu, gpu = load("main.json"), load("gpu-h200/speed-bench.json")
     CHART.write_text(draw(cpu, gpu))
-    for mode in MODES:
-        print(f"{mode}\n\n{table(cpu, mode)}\n")
+    for document in TABLES:
+        for mode in MODES:
+            print(f"{document}, {mode}:\n\n{table(cpu, mode, document)}\n")
 
 
 if __name__ == "__main__":

@@ -116,8 +116,9 @@ def test_examples_of_docstrings_run(
 def test_chart_and_tables_have_the_numbers_of_the_results() -> None:
     cpu, gpu = charts.load("main.json"), charts.load("gpu-h200/speed-bench.json")
     assert charts.CHART.read_text() == charts.draw(cpu, gpu)
-    for mode in charts.MODES:
-        assert charts.table(cpu, mode) in (ROOT / "README.md").read_text()
+    for document in charts.TABLES:
+        for mode in charts.MODES:
+            assert charts.table(cpu, mode, document) in (ROOT / document).read_text()
 
 
 def test_the_citation_has_the_version_of_the_package() -> None:
