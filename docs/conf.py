@@ -32,7 +32,6 @@ nitpicky = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings have the shapes, which types cannot express
 napoleon_custom_sections = [
     ("Inputs", "params_style"),
