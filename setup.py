@@ -148,7 +148,7 @@ if REASON is None:
 
 setup(
     license="BSD-3-Clause",
-    packages=["fusedrnn"],
+    packages=["fusedrnn", "fusedrnn.ops"],
     package_data={"fusedrnn": ["py.typed"]},
     ext_modules=[
         (CppExtension if REASON else CUDAExtension)(

@@ -283,7 +283,7 @@ class Run:
         """
         if self.found[FusedRNN.name].failed:
             return {}
-        from fusedrnn import _ops
+        from fusedrnn import ops
 
         w_ih, w_hh, b_ih, b_hh = problem.weights[:4]
         grad = problem.grad[..., : self.case.shape.H].contiguous()
@@ -291,13 +291,13 @@ class Run:
         rest = (None, None, "tanh", "rate", False)  # reset, batch_sizes
 
         def forward() -> Any:
-            return _ops.activation(u, *[None] * 5, w_hh, None, None, *rest)
+            return ops.activation(u, *[None] * 5, w_hh, None, None, *rest)
 
         def both() -> dict[str, list[float]]:
             h, *_ = forward()
 
             def backward() -> Any:
-                return _ops.adjoint(grad, None, None, None, h, w_hh, None, *rest, False, False)
+                return ops.adjoint(grad, None, None, None, h, w_hh, None, *rest, False, False)
 
             return self.turns({FORWARD: forward, ALONE: backward})
 

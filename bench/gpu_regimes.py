@@ -44,7 +44,8 @@ def time_regimes(
     results from those of the regime that the planner chooses. The forward includes the input GEMM;
     the backward is the recurrence alone.
     """
-    from fusedrnn import _C, _ops
+    from fusedrnn import ops
+    from fusedrnn.ops import _C
 
     if not _C.has_cuda:
         return {}
@@ -56,12 +57,12 @@ def time_regimes(
     def forward() -> Any:
         w_ih, w_hh, b_ih, b_hh = problem.weights
         x = problem.x
-        return _ops.activation(x, w_ih, b_ih, b_hh, None, None, w_hh, None, None, *rest)[:1]
+        return ops.activation(x, w_ih, b_ih, b_hh, None, None, w_hh, None, None, *rest)[:1]
 
     def backward(h: torch.Tensor) -> Any:
         w_hh = problem.weights[1]
         grad = problem.grad
-        return _ops.adjoint(grad, None, None, None, h, w_hh, None, *rest, False, False)[:1]
+        return ops.adjoint(grad, None, None, None, h, w_hh, None, *rest, False, False)[:1]
 
     def measured(call: Callable[[], Any], truth: list[torch.Tensor]) -> dict[str, Any]:
         (error,) = distances(call(), truth)
@@ -109,7 +110,8 @@ def time_regimes(
 
 def profiled(regime: str, emulated: bool) -> None:
     """Run the forward pass of a layer in bfloat16 twice; the first does all one-time setup."""
-    from fusedrnn import _C, _ops
+    from fusedrnn import ops
+    from fusedrnn.ops import _C
 
     shape = Shape(3, 2, 3, 8) if emulated else PROFILED[regime]
     problem = Problem.random(
@@ -121,7 +123,7 @@ def profiled(regime: str, emulated: bool) -> None:
         _C.use_regime(regime)
     with torch.no_grad():
         for _ in range(2):
-            h, *_ = _ops.activation(
+            h, *_ = ops.activation(
                 problem.x, w_ih, b_ih, b_hh, None, None, w_hh, *[None] * 4, "tanh", "rate", False
             )
     finite = bool(h.isfinite().all())

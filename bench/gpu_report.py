@@ -63,7 +63,7 @@ def nvidia_smi() -> str:
 
 def cuda_engine() -> str:
     try:
-        from fusedrnn._ops import build_info
+        from fusedrnn.ops import build_info
     except ImportError as error:
         return str(error)
     return str(build_info()["cuda"])

@@ -1,6 +1,6 @@
 // The exports of this library: all op schemas, and the module _C, which reports how the library was
 // built and what the planners decide. The kernels are registered next to their code (cpu/, cuda/);
-// fake kernels and derivatives are in fusedrnn/_ops.py and fusedrnn/autograd.py.
+// fake kernels and derivatives are in fusedrnn/ops.
 #include <ATen/Context.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .forms import FORMS, check_reset_to
 from .reference import NONLINEARITIES
-from .transforms import watched
+from .torch_state import eager, without_torch_function
 
 
 def check_types(
@@ -45,7 +45,7 @@ def check_types(
     }  # fmt: skip
     if isinstance(alpha, Tensor):
         tensors["alpha"] = alpha
-    with torch._C.DisableTorchFunctionSubclass():  # ExpandedWeight refuses attribute access
+    with without_torch_function():  # ExpandedWeight refuses attribute access
         for name, tensor in tensors.items():
             if tensor is None and name not in ("x", "w_hh"):
                 continue
@@ -138,7 +138,7 @@ def check_for_loop(
             )
     if reset_to is not None:
         check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes)
-    if alpha is not None and alpha.is_cpu and not watched(alpha):
+    if alpha is not None and alpha.is_cpu and eager(alpha):
         for value in alpha.real.flatten().tolist():
             if not 0 <= value <= 1:
                 raise ValueError(f"fusedrnn: alpha must be in [0, 1], got {value}")

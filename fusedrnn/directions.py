@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._ops import _C
 from .functional import rnn
-from .transforms import watched
+from .ops import _C
+from .torch_state import eager, saved_tensor_hooks
 
 # Two streams cost about 30 us of CPU time per layer, and as much again in backward (estimated, not
 # measured). A step takes 0.3 us or more on an H200.
@@ -68,10 +68,10 @@ def pays(
     needs one, and a node on the other stream would not wait for that.
     """
     return (
-        not watched(x, *h0s, *weights[0], *weights[1])
+        eager(x, *h0s, *weights[0], *weights[1])
         and _C.has_cuda
         and (x if batch_sizes is None else batch_sizes).size(0) >= _MIN_STEPS
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and not saved_tensor_hooks()
     )
 
 

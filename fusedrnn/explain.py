@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from . import _C, _ops, functional, modules
+from . import functional, modules, ops
 from .leaky import LeakyRNNCell
+from .ops import _C
 
 _CELLS = (torch.rnn_tanh_cell, torch.rnn_relu_cell)
 
@@ -49,7 +50,7 @@ class _Catcher(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _ops.activation:
+        if func is ops.activation:
             return self.activation(*args)
         if func in _CELLS:
             x, h = args[:2]

@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import _ops, checks, forms, onnx, reference
-from .autograd import FusedRNN
-from .expanded_weights import ExpandedWeight
-from .transforms import transformed
+from . import checks, forms, ops, reference
+from .ops import autocast, expanded_weights, fake, onnx, vmap  # noqa: F401  (each registers rules)
+from .ops.autograd import FusedRNN
+from .torch_state import (
+    any_autocast,
+    compiling,
+    exporting_onnx,
+    must_dispatch,
+    torch_check,
+    transformed,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Evaluated once, at import: Dynamo of torch 2.11 cannot trace is_autocast_available.
-_AUTOCAST = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
-_DEVICES = ("cpu", "meta", "cuda") if _ops._C.has_cuda else ("cpu", "meta")
+_DEVICES = ("cpu", "meta", "cuda") if ops._C.has_cuda else ("cpu", "meta")
 
 # Below this many multiplications per step, torch.rnn_tanh_cell is at least as fast as the engine:
 # forward alone, and with backward. Measured with `bench/bench_rnn.py --set cell` on AVX-512.
@@ -33,36 +38,6 @@ def _warn_slow(reason: str) -> None:
     warnings.warn(f"fusedrnn: {reason}; a plain loop over time runs instead", stacklevel=5)
 
 
-def _autocast(device_type: str, *tensors: Tensor | None) -> Any:
-    """Cast to the autocast dtype, so that everything runs in it, as in torch's own RNNs."""
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    )
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    """Register the same rule for direct calls of the op, which exported programs make."""
-    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def rule(*args: Any) -> Any:
-        cast = _autocast(device_type, *args)
-        with torch._C._ExcludeDispatchKeyGuard(off):
-            return _ops.activation(*cast)
-
-    _LIBRARY.impl("activation", rule, key)
-
-
-_LIBRARY = torch.library.Library("fusedrnn", "IMPL")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
-
-
 def rows_of(batch_sizes: Tensor) -> int | None:
     """Read B when compiling: a data-dependent output size would break the graph at every layer.
 
@@ -72,7 +47,7 @@ def rows_of(batch_sizes: Tensor) -> int | None:
     """
     if batch_sizes.dtype != torch.int64:
         return None
-    torch._check(batch_sizes.size(0) > 0, lambda: "Expected sequence length to be larger than 0")
+    torch_check(batch_sizes.size(0) > 0, lambda: "Expected sequence length to be larger than 0")
     return batch_sizes[0].item()  # type: ignore[return-value]  # int() would make it a constant
 
 
@@ -187,7 +162,7 @@ def rnn(
     All tensors but ``reset`` and ``batch_sizes`` must have the same dtype, to which ``alpha`` is
     converted: float32, float64, bfloat16 or float16. The last two are computed in float32. All but
     ``reset`` and ``batch_sizes`` have derivatives of every order, in reverse and forward mode
-    (``fusedrnn/autograd.py``). Other dtypes and devices run as a plain loop, with one warning.
+    (``fusedrnn/ops/autograd.py``). Other dtypes and devices run as a plain loop, with one warning.
 
     Raises:
         RuntimeError: Sizes, dtypes or devices do not match, or T is 0.
@@ -209,8 +184,8 @@ def rnn(
         raise ValueError(
             f"fusedrnn: return_potential needs the form 'potential', got form={form!r}"
         )
-    if torch._C._is_any_autocast_enabled() and device in _AUTOCAST:
-        x, w_ih, w_hh, b_ih, b_hh, h0, reset_to, state_input = _autocast(
+    if any_autocast() and device in autocast.DEVICES:
+        x, w_ih, w_hh, b_ih, b_hh, h0, reset_to, state_input = autocast.cast(
             device, x, w_ih, w_hh, b_ih, b_hh, h0, reset_to, state_input
         )
     if device not in _DEVICES or x.dtype not in _DTYPES:
@@ -220,17 +195,11 @@ def rnn(
         )  # fmt: skip
     # Call the op when tracing or a transform is active; otherwise call the kernel directly, which
     # saves one 4 us dispatch.
-    compiling = torch.compiler.is_compiling()
-    watched = (
-        compiling
-        or transformed()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or type(w_hh) is ExpandedWeight
-    )
-    activation = _ops.activation if watched else FusedRNN.differentiate
-    if watched and torch.onnx.is_in_onnx_export():
-        activation = onnx.activation if compiling else onnx.traced_activation
-    elif compiling and h0 is None and batch_sizes is not None:
+    dispatch = must_dispatch(w_hh)
+    activation = ops.activation if dispatch else FusedRNN.differentiate
+    if dispatch and exporting_onnx():
+        activation = onnx.activation if compiling() else onnx.traced_activation
+    elif dispatch and compiling() and h0 is None and batch_sizes is not None:
         rows = rows_of(batch_sizes)
         h0 = None if rows is None else x.new_zeros(rows, w_hh.size(0))
     v0 = None
@@ -318,7 +287,7 @@ def _loop(
         state_input,
     )  # fmt: skip
     device = x.device.type
-    why = f" ({_ops.build_info()['cuda']})" if device == "cuda" else ""
+    why = f" ({ops.build_info()['cuda']})" if device == "cuda" else ""
     _warn_slow(f"no kernel for {x.dtype} tensors on {device}{why}")
     return reference.rnn(
         x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, form=form, reverse=reverse,
@@ -343,7 +312,7 @@ def rnn_cell(
     """
     # Skipped when compiling, which would specialise on these sizes, and under a transform, because
     # vmap has no rule for torch's op.
-    if x.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
+    if x.device.type == "cpu" and not (compiling() or transformed()):
         small = _SMALL_STEP_WITH_GRAD if torch.is_grad_enabled() else _SMALL_STEP
         if x.size(0) * (w_ih.numel() + w_hh.numel()) < small:
             cell = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell

@@ -32,7 +32,7 @@ def report() -> tuple[list[tuple[str, str]], bool]:
         ("threads", threads),
     ]
     try:
-        from ._ops import build_info
+        from .ops import build_info
 
         built = build_info()
     except ImportError as error:

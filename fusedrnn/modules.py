@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _ops, directions
+from . import directions, ops
 from .functional import rnn, rnn_cell, rows_of
+from .torch_state import compiling
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
 
@@ -82,7 +83,7 @@ class Layers(nn.RNNBase):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
-            elif torch.compiler.is_compiling():
+            elif compiling():
                 target = options[0].get("reset_to") if options else None
                 if target is not None and target.dim() == 2:
                     rows = target.size(0)
@@ -207,7 +208,7 @@ class Layers(nn.RNNBase):
         if hx is not None:
             if batch_sizes is None:
                 batch = x.size(1)
-            elif torch.compiler.is_compiling():  # data-dependent: left to the op
+            elif compiling():  # data-dependent: left to the op
                 batch = hx.size(1)
             else:
                 batch = int(batch_sizes[0])
@@ -249,8 +250,8 @@ class Layers(nn.RNNBase):
         shapes: list[tuple[int, ...]] = [(size,), (states, size)]
         if isinstance(input, PackedSequence):
             # B depends on data when compiling, and is left to the op.
-            compiling = torch.compiler.is_compiling() and reset_to.dim() == 3
-            batch = reset_to.size(1) if compiling else int(input.batch_sizes[0])
+            given = compiling() and reset_to.dim() == 3
+            batch = reset_to.size(1) if given else int(input.batch_sizes[0])
             shapes.append((states, batch, size))
         elif input.dim() == 3:
             shapes.append((states, input.size(0 if self.batch_first else 1), size))
@@ -285,7 +286,7 @@ class Layers(nn.RNNBase):
         shapes = [rows, *((*rows, width) for width in widths)]
         packed = isinstance(input, PackedSequence)
         # N depends on data when compiling, and is left to the op.
-        if not (packed and torch.compiler.is_compiling()) and series.shape not in shapes:
+        if not (packed and compiling()) and series.shape not in shapes:
             raise RuntimeError(
                 f"fusedrnn: {name} must have sizes {_either(shapes)}, got {list(series.shape)}"
             )
@@ -303,7 +304,7 @@ def _either(shapes: Sequence[tuple[int, ...]]) -> str:
 
 
 def _check_same_packing(input: PackedSequence, series: PackedSequence, name: str) -> None:
-    if torch.compiler.is_compiling():
+    if compiling():
         return  # the values depend on data
     for field in ("batch_sizes", "sorted_indices"):
         wanted, got = getattr(input, field), getattr(series, field)
@@ -326,7 +327,7 @@ def _last_steps(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
     The reverse direction reaches step t - 1 from step t, so an episode that begins at t resets
     the state before step t - 1.
     """
-    return _ops.following(reset.unsqueeze(-1), None, batch_sizes, False).squeeze(-1)
+    return ops.following(reset.unsqueeze(-1), None, batch_sizes, False).squeeze(-1)
 
 
 class RNN(Layers):

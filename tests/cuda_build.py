@@ -26,12 +26,12 @@ BUILDS = ROOT / "build" / "cuda"
 
 LOAD = """
 import torch, fusedrnn
-from fusedrnn import _C, _ops
+from fusedrnn import _C, ops
 assert _C.has_cuda
 for op in ("activation", "tangent", "adjoint"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedrnn::{op}", "CUDA"), op
 fusedrnn.RNN(3, 4)(torch.zeros(2, 1, 3))
-print(f"{_C.__file__}: {_ops.build_info()['cuda']}; kernels of all ops are registered for CUDA")
+print(f"{_C.__file__}: {ops.build_info()['cuda']}; kernels of all ops are registered for CUDA")
 """
 CAPABILITY = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 

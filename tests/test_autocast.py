@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import functional, reference
+from fusedrnn import reference
+from fusedrnn.ops import autocast
 
 T, B, I, H = 12, 4, 6, 16
 LOW = [torch.bfloat16, torch.float16]
@@ -185,7 +186,7 @@ def test_the_rule_for_cuda_is_the_same():
             h, h_n, _ = torch.ops.fusedrnn.activation(x, *[None] * 5, w, *walk)
             assert (h.dtype, h_n.dtype, h.device.type) == (dtype, dtype, device)
     x, reset, wide = torch.randn(2), torch.ones(2).bool(), torch.randn(2).double()
-    cast = functional._autocast("cuda", x, None, reset, wide)
+    cast = autocast.cast("cuda", x, None, reset, wide)
     assert [c if c is None else c.dtype for c in cast] == [
         torch.float16, None, torch.bool, torch.float64,
     ]  # fmt: skip

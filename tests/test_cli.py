@@ -157,7 +157,7 @@ def test_reader_that_leaves_ends_it_quietly():
 
 
 def test_info_says_what_was_built(monkeypatch, capsys):
-    ops = ModuleType("fusedrnn._ops")
+    ops = ModuleType("fusedrnn.ops")
     ops.build_info = lambda: {
         "torch_built": "2.13.0",
         "compiler": "g++ 12.2.0",
@@ -165,7 +165,7 @@ def test_info_says_what_was_built(monkeypatch, capsys):
         "isa_chosen": "avx2",
         "cuda": "not built: no nvcc",
     }
-    monkeypatch.setitem(sys.modules, "fusedrnn._ops", ops)
+    monkeypatch.setitem(sys.modules, "fusedrnn.ops", ops)
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     for line in [
@@ -179,13 +179,13 @@ def test_info_says_what_was_built(monkeypatch, capsys):
 
 
 def test_info_of_this_build(capsys):
-    pytest.importorskip("fusedrnn._ops")
+    pytest.importorskip("fusedrnn.ops")
     assert main(["info"]) == 0
     assert "CPU engine    built: kernels for " in capsys.readouterr().out
 
 
 def test_info_without_the_extension_prints_what_it_can(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fusedrnn._ops", None)
+    monkeypatch.setitem(sys.modules, "fusedrnn.ops", None)
     assert main(["info"]) == 1
     out = capsys.readouterr().out
     assert f"torch         {torch.__version__}" in out

@@ -1,64 +1,16 @@
-"""Load the extension and register the fake kernels and FLOP formulas of its ops.
-
-The schemas are in ``csrc/bindings.cpp``, the kernels in ``csrc/cpu`` and ``csrc/cuda``, the
-derivatives in ``fusedrnn/autograd.py``.
-"""
+"""Fake kernels and FLOP formulas of the ops: sizes, computed without the data."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import onnx
-
-_BUILD = "pip install --no-build-isolation"
-
-
-def _not_built(reason: str) -> ImportError:
-    where = Path(__file__).parents[1]
-    return ImportError(f"fusedrnn is not built{reason}: run `{_BUILD} -e .` in {where}")
-
-
-try:
-    from . import _build_info
-except ImportError:
-    raise _not_built("") from None
-
-if torch.__version__ != _build_info.TORCH_VERSION:
-    raise ImportError(
-        f"fusedrnn was built with torch {_build_info.TORCH_VERSION}, but this is torch "
-        f"{torch.__version__}: "
-        f"build it again with `{_BUILD} --force-reinstall --no-deps .` in its checkout"
-    )
-
-try:
-    from . import _C  # type: ignore[attr-defined]  # loading it registers torch.ops.fusedrnn
-except ImportError as error:  # built for another Python, or the build did not finish
-    raise _not_built(f" for this Python ({error})") from error
-
-activation = torch.ops.fusedrnn.activation.default
-tangent = torch.ops.fusedrnn.tangent.default
-adjoint = torch.ops.fusedrnn.adjoint.default
-bptt = torch.ops.fusedrnn.bptt.default
-previous = torch.ops.fusedrnn.previous.default
-following = torch.ops.fusedrnn.following.default
-following_first = torch.ops.fusedrnn.following_first.default
-recurrent_product = torch.ops.fusedrnn.recurrent_product.default
-
-
-def build_info() -> dict[str, Any]:
-    """Return how the extension was built and which instruction set the CPU engine uses here."""
-    return {
-        "torch_built": _build_info.TORCH_VERSION,
-        "cuda": _build_info.CUDA,
-        **_C.build_info(),
-    }
+from ..torch_state import exporting_onnx, is_fake
+from . import onnx, saving_z
 
 
 def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) -> int | torch.SymInt:
@@ -67,7 +19,7 @@ def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) ->
         return states.size(0)
     if batch_sizes is None:
         return series.size(1)
-    if not isinstance(batch_sizes, FakeTensor) and batch_sizes.device.type == "cpu":
+    if not is_fake(batch_sizes) and batch_sizes.device.type == "cpu":
         return int(batch_sizes[0])  # a real tensor, although the others are on meta
     return torch.library.get_ctx().new_dynamic_size()
 
@@ -85,7 +37,7 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
     if batch_sizes is None:
         return
     if batch_sizes.dtype != torch.int64:
-        if not isinstance(batch_sizes, FakeTensor):  # float under torch.export: see `activation`
+        if not is_fake(batch_sizes):  # float under torch.export: see `activation`
             raise RuntimeError(f"fusedrnn: batch_sizes must be int64, got {batch_sizes.dtype}")
     elif batch_sizes.device.type not in ("cpu", "meta" if x.is_meta else "cpu"):
         raise RuntimeError(f"fusedrnn: batch_sizes must be on cpu, got {batch_sizes.device}")
@@ -95,7 +47,7 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
 def _(  # type: ignore[no-untyped-def]
     x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, q, reset, batch_sizes, nonlinearity, form, reverse
 ):
-    if torch.onnx.is_in_onnx_export():  # its own error only reports an unknown op
+    if exporting_onnx():  # its own error only reports an unknown op
         onnx.check(alpha, q, reset, batch_sizes, nonlinearity, form)
         raise NotImplementedError(
             "fusedrnn: torch.onnx.export cannot translate a program that torch.export made; "
@@ -111,7 +63,7 @@ def _(  # type: ignore[no-untyped-def]
     h = x.new_empty((*rows, size))
     last = x.new_empty((_batch(h0, x, batch_sizes), size))
     h_is_phi = form != "rate" or (alpha is None and q is None)
-    saves = nonlinearity in _C.saving_z or form == "potential" or not h_is_phi
+    saves = nonlinearity in saving_z or form == "potential" or not h_is_phi
     return h, last, torch.empty_like(h) if saves else x.new_empty(0)
 
 

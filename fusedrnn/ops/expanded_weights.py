@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils._expanded_weights import ExpandedWeight
-from torch.nn.utils._expanded_weights.expanded_weights_impl import implements_per_sample_grads
-from torch.nn.utils._expanded_weights.expanded_weights_utils import (
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from .. import ops
+from ..torch_state import (
+    ExpandedWeight,
+    implements_per_sample_grads,
     set_grad_sample_if_exists,
     unpack_expanded_weight_or_tensor,
 )
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-
-from . import _ops
 
 
 def _plain(argument: Any) -> Any:
@@ -27,7 +27,7 @@ def _plain(argument: Any) -> Any:
     return unpack_expanded_weight_or_tensor(argument) if is_expanded else argument
 
 
-@implements_per_sample_grads(torch.ops.fusedrnn.activation.default)
+@implements_per_sample_grads(ops.activation)
 class PerSampleActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Any, op: Any, *args: Any) -> Any:  # type: ignore[override]
@@ -54,7 +54,7 @@ class PerSampleActivation(torch.autograd.Function):
         x, w_ih, b_ih, b_hh, h0, _, w_hh, alpha, _, reset, batch_sizes, *options = ctx.args
         h, saved = ctx.saved_tensors
         to_h0 = ctx.needs_input_grad[6]
-        delta, dh0, *_ = _ops.adjoint(
+        delta, dh0, *_ = ops.adjoint(
             g, None, None, g_n, saved, _plain(w_hh), unpack_expanded_weight_or_tensor(alpha), reset,
             batch_sizes, *options, to_h0, False,
         )  # fmt: skip
@@ -67,7 +67,7 @@ class PerSampleActivation(torch.autograd.Function):
         def product(other: Tensor) -> Tensor:
             return torch.einsum("tbh,tbi->bhi", by_sample(delta), by_sample(other))
 
-        before = _ops.previous(h, h0, reset, batch_sizes, options[-1])
+        before = ops.previous(h, h0, reset, batch_sizes, options[-1])
         set_grad_sample_if_exists(w_ih, lambda _: product(x))
         set_grad_sample_if_exists(w_hh, lambda _: product(before))
         for bias in (b_ih, b_hh):

@@ -27,15 +27,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
-from . import _ops, vmap  # noqa: F401  (vmap registers the batching rules)
-from ._C import forward_mode, saving_z
-from .forms import drive
-from .transforms import transformed
+from .. import ops
+from ..forms import drive
+from ..torch_state import (
+    SingleLevelFunction,
+    any_requires_grad,
+    below_autograd,
+    forward_mode,
+    single_level_functions,
+    tangents_enabled,
+    transformed,
+    unpack_dual,
+    with_tangents,
+)
 
 Gradients = tuple[Tensor | None, ...]
 Walk = tuple[Tensor | None, Tensor | None, bool]  # reset, batch_sizes, reverse
@@ -78,7 +84,7 @@ def _value(saved: Tensor, nonlinearity: str) -> Tensor:
 
 def _slope_of_saved(saved: Tensor, nonlinearity: str) -> Tensor | float:
     """Return the derivative with respect to z of the tensor that the forward pass saved."""
-    return 1.0 if nonlinearity in saving_z else _SLOPES[nonlinearity][0](saved)
+    return 1.0 if nonlinearity in ops.saving_z else _SLOPES[nonlinearity][0](saved)
 
 
 def _sum_rows(series: Tensor) -> Tensor:
@@ -103,14 +109,14 @@ _modes = _Modes()
 
 def _run(op: Callable[..., Any], *args: Any) -> Any:
     """Call the op below the Autograd key: its kernel, or the next level of torch.func."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         if not transformed():
             return op(*args)
         # torch disables gradients in a Function's forward. That must affect its own level only, so
         # restore the caller's modes for the next level.
         with (
             torch.set_grad_enabled(_modes.gradients),
-            forward_ad._set_fwd_grad_enabled(_modes.tangents),
+            with_tangents(_modes.tangents),
         ):
             return op(*args)
 
@@ -127,16 +133,14 @@ def _jvp(function: Callable[..., Any]) -> Any:
         saved = ctx.saved_tensors
         if not transformed():
             return function(ctx, saved, *tangents)
-        with forward_ad._set_fwd_grad_enabled(True):
-            # The same as forward_ad.unpack_dual, which cannot be used because compiled code does
-            # not set its current level. The level is always 0.
-            primals = [t if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in saved]  # type: ignore[attr-defined]
+        with with_tangents(True):
+            primals = [t if t is None else unpack_dual(t, level=0)[0] for t in saved]
             return function(ctx, primals, *tangents)
 
     return staticmethod(jvp)
 
 
-class _Op(_SingleLevelFunction):
+class _Op(SingleLevelFunction):
     """An autograd.Function registered as the Autograd kernel of an op.
 
     Every call of the op therefore reaches the derivative: from eager code, a compiler or a
@@ -147,17 +151,14 @@ class _Op(_SingleLevelFunction):
 
     op: Callable[..., Any]
 
-    # Compiled autograd requires this of every Function, but only torch.autograd.Function has it.
-    _compiled_autograd_key = staticmethod(lambda ctx: (ctx._autograd_function_id,))
-
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
         if transformed():  # called from one of its levels: differentiate at that level
             _modes.gradients = torch.is_grad_enabled()
-            _modes.tangents = forward_ad._is_fwd_grad_enabled()
-            with enable_single_level_autograd_function():
+            _modes.tangents = tangents_enabled()
+            with single_level_functions():
                 return cls.apply(*args)  # type: ignore[attr-defined]
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        wanted = torch.is_grad_enabled() and any_requires_grad(*args)
         if wanted or forward_mode():  # no_grad does not disable forward mode
             return cls.apply(*args)  # type: ignore[attr-defined]
         return _run(cls.op, *args)
@@ -182,11 +183,11 @@ def _with_remedy(backward: Callable[..., Gradients]) -> Callable[..., Gradients]
 
 
 class FusedRNN(_Op):
-    op = torch.ops.fusedrnn.activation.default
+    op = ops.activation
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run(_ops.activation, *args)
+        return _run(ops.activation, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -216,7 +217,7 @@ class FusedRNN(_Op):
                 f = g_saved
         if g is None and g_n is None and d is None and f is None:
             return (None,) * 14
-        gradients = _ops.bptt(
+        gradients = ops.bptt(
             g, d, f, g_n, *inputs, reset, batch_sizes, h, saved, *ctx.options,
             ctx.needs_input_grad[:9],
         )  # type: ignore[call-arg]  # fmt: skip
@@ -237,19 +238,19 @@ class FusedRNN(_Op):
         for bias_t in (b_ih_t, b_hh_t):
             w = _add(w, None if bias_t is None else bias_t.expand_as(h))
         if w_hh_t is not None:
-            w = _add(w, _ops.previous(h, h0, *walk) @ w_hh_t.mT)
+            w = _add(w, ops.previous(h, h0, *walk) @ w_hh_t.mT)
         if alpha_t is not None:
-            before = _ops.previous(h, h0, *walk)
+            before = ops.previous(h, h0, *walk)
             if form == "rate":
                 leaked = _value(saved, nonlinearity)
             else:
                 leaked = drive(x, w_ih, b_ih, b_hh) + before @ w_hh.mT
                 if form == "potential":
-                    before = _ops.previous(saved, v0, *walk)
+                    before = ops.previous(saved, v0, *walk)
             q = _add(q, alpha_t * (leaked - before))
-        from_saved = saved is not None and (form == "rate" or nonlinearity in saving_z)
+        from_saved = saved is not None and (form == "rate" or nonlinearity in ops.saving_z)
         slope_of = saved if from_saved else h
-        e, last, m, s = _ops.tangent(
+        e, last, m, s = ops.tangent(
             w, q, None, h0_t, v0_t, slope_of, w_hh, alpha, reset, batch_sizes, *ctx.options,
             saved is not None,
         )  # fmt: skip
@@ -289,9 +290,9 @@ class _Linear(_Op):
             if form == "rate" and alpha is not None:
                 dsaved = alpha * dsaved
         if to_w_hh:
-            dw_hh = _ops.recurrent_product(delta, e, s0, *walk)
+            dw_hh = ops.recurrent_product(delta, e, s0, *walk)
         if to_alpha:
-            before = _ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
+            before = ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
             dalpha = a * ((m * slope(saved) if form == "rate" else m) - before)
             if alpha.dim() == 1:
                 dalpha = _sum_rows(dalpha)
@@ -313,11 +314,11 @@ def _gate_tangent(
 
 
 class FusedRNNTangent(_Linear):
-    op = torch.ops.fusedrnn.tangent.default
+    op = ops.tangent
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run(_ops.tangent, *args[:-1], True)  # its derivative needs m and s
+        return _run(ops.tangent, *args[:-1], True)  # its derivative needs m and s
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -338,7 +339,7 @@ class FusedRNNTangent(_Linear):
         if g is None and g_n is None and d is None and f is None:
             return (None,) * 14
         to_w, to_q, to_r, to_s0, to_v0, *to_coefficients = ctx.needs_input_grad[:8]
-        delta, ds0, dv0, a, y = _ops.adjoint(
+        delta, ds0, dv0, a, y = ops.adjoint(
             g, d, f, g_n, *coefficients, *ctx.options, to_s0 or to_v0, True
         )
         gradients = _Linear.coefficient_gradients(
@@ -357,24 +358,24 @@ class FusedRNNTangent(_Linear):
         _, form, reverse = ctx.options
         walk.append(reverse)
         if w_hh_t is not None:
-            w = _add(w, _ops.previous(e, s0, *walk) @ w_hh_t.mT)
+            w = _add(w, ops.previous(e, s0, *walk) @ w_hh_t.mT)
         p_t, r_t = _gate_tangent(ctx, saved, alpha, saved_t, alpha_t)
         if p_t is not None:
             q = _add(q, p_t * m)
         if r_t is not None:
             r = _add(r, r_t * s)
         if alpha_t is not None:
-            before = _ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
+            before = ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
             q = _add(q, -alpha_t * before)
-        return _ops.tangent(w, q, r, s0_t, v0_t, *coefficients, *ctx.options, True)
+        return ops.tangent(w, q, r, s0_t, v0_t, *coefficients, *ctx.options, True)
 
 
 class FusedRNNAdjoint(_Linear):
-    op = torch.ops.fusedrnn.adjoint.default
+    op = ops.adjoint
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run(_ops.adjoint, *args[:-1], True)  # its derivative needs a and y
+        return _run(ops.adjoint, *args[:-1], True)  # its derivative needs a and y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -405,7 +406,7 @@ class FusedRNNAdjoint(_Linear):
         if w is None and s0 is None and v0 is None and q is None and r is None:
             return (None,) * 14
         to_g, to_d, to_f, to_g_n, *to_coefficients = ctx.needs_input_grad[:7]
-        e, last, m, s = _ops.tangent(w, q, r, s0, v0, *coefficients, *ctx.options, True)
+        e, last, m, s = ops.tangent(w, q, r, s0, v0, *coefficients, *ctx.options, True)
         gradients = _Linear.coefficient_gradients(
             ctx, to_coefficients, (delta, a, y), (e, m, s), (s0, v0)
         )
@@ -427,29 +428,28 @@ class FusedRNNAdjoint(_Linear):
         if form != "potential":
             product, carry = _add(product, carry), None
         if product is not None:
-            g = _add(g, _ops.following(product, *walk))
+            g = _add(g, ops.following(product, *walk))
         if carry is not None:
-            f = _add(f, _ops.following(carry, *walk))
+            f = _add(f, ops.following(carry, *walk))
         p_t, r_t = _gate_tangent(ctx, saved, alpha, saved_t, alpha_t)
         if p_t is not None:
             d = _add(d, p_t * a)
         if r_t is not None:
             f = _add(f, r_t * y)
-        delta_t, dh0_t, dv0_t, a_t, y_t = _ops.adjoint(
+        delta_t, dh0_t, dv0_t, a_t, y_t = ops.adjoint(
             g, d, f, g_n, *coefficients, *ctx.options, ctx.to_h0, True
         )
         if ctx.to_h0:
             if product is not None:
-                dh0_t = dh0_t + _ops.following_first(product, *walk, ctx.batch)
+                dh0_t = dh0_t + ops.following_first(product, *walk, ctx.batch)
             if carry is not None:
-                dv0_t = dv0_t + _ops.following_first(carry, *walk, ctx.batch)
+                dv0_t = dv0_t + ops.following_first(carry, *walk, ctx.batch)
         return delta_t, dh0_t, dv0_t, a_t, y_t
 
 
-_LIBRARY = torch.library.Library("fusedrnn", "IMPL")
 for _name, _function in (
     ("activation", FusedRNN),
     ("tangent", FusedRNNTangent),
     ("adjoint", FusedRNNAdjoint),
 ):
-    _LIBRARY.impl(_name, _function.differentiate, "Autograd")
+    ops.LIBRARY.impl(_name, _function.differentiate, "Autograd")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops
+from .. import ops
 
 Results = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
@@ -115,7 +115,7 @@ def _register(name: str, before: int, flags: int, fold: Callable[..., Any]) -> N
     ``fold`` folds V into the arguments before ``W_hh``, of which there are ``before``; the last
     ``flags`` arguments are not tensors.
     """
-    op = getattr(_ops, name)
+    op = getattr(ops, name)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Results:
         size = info.batch_size
