@@ -8,8 +8,8 @@
 #   make bench    time fusedrnn against its peers (ARGS="--set wide")
 #   make cuda-build      build and link the CUDA engine without a GPU (downloads torch with CUDA,
 #                        the latest or TORCH=2.11.0)
-#   make cuda-resources  regenerate tests/cuda_resources.txt: registers of each CUDA kernel
-#   make cuda-step-cost  regenerate tests/cuda_step_cost.txt: instructions of a step, by part
+#   make cuda-resources  regenerate tests/cuda/resources.txt: registers of each CUDA kernel
+#   make cuda-step-cost  regenerate tests/cuda/step_cost.txt: instructions of a step, by part
 #   make gpu-speed       on a machine with a GPU, 200 s: build, smoke tests, benchmark against cuDNN
 #   make gpu-tune        200 s: latencies, every regime, a sweep of sizes, ncu profiles
 #   make gpu-truth       240 s: tests, compute-sanitizer, every kernel
@@ -43,7 +43,7 @@ test: build
 	  $(if $(SLOW),,-m "not slow") $(ARGS)
 
 mutants: build
-	$(BIN)/python tests/mutants.py $(ARGS)
+	$(BIN)/python tests/tooling/mutants.py $(ARGS)
 
 bench: build
 	$(BIN)/python bench/bench_rnn.py $(ARGS)
@@ -57,13 +57,13 @@ gpu-check:
 	@$(MAKE) --no-print-directory --keep-going gpu-speed gpu-tune gpu-truth
 
 cuda-resources: $(VENV)/pins
-	$(BIN)/python tests/cuda_resources.py
+	$(BIN)/python tests/cuda/resources.py
 
 cuda-step-cost: $(VENV)/pins
-	$(BIN)/python tests/cuda_step_cost.py
+	$(BIN)/python tests/cuda/step_cost.py
 
 cuda-build: $(CUDA_VENV)/torch
-	$(CUDA_VENV)/bin/python tests/cuda_build.py
+	$(CUDA_VENV)/bin/python tests/cuda/build_extension.py
 
 # An environment of its own for the CUDA build of torch, which has several GB.
 $(CUDA_VENV)/torch:

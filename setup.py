@@ -11,7 +11,7 @@ Environment variables:
     DEBUG=1               No optimisation, debug symbols.
     WERROR=1              Treat warnings as errors.
     SANITIZE              Passed to -fsanitize=, e.g. ``address,undefined``
-                          (tests/test_sanitizers.py). Leaves out the CUDA engine.
+                          (tests/cuda/test_sanitizers.py). Leaves out the CUDA engine.
     MAX_JOBS              Parallel compilers (read by torch; default: the number of cores).
 """
 

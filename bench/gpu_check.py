@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILDS = ROOT / "build" / "cuda"  # where tests/cuda_build.py builds
+TESTS = ROOT / "tests"
+BUILDS = ROOT / "build" / "cuda"  # where tests/cuda/build_extension.py builds
 SECONDS = {"speed": 200, "tune": 200, "truth": 240}
 EMULATED_FACTOR = 15  # an emulated part may take this many times as long
 PRINTED = 11_000  # characters of the summary, at most
@@ -261,18 +262,18 @@ class Jobs:
         self.at_once = 2 if emulated else 8
 
     def job(self, name: str, command: list[object], share: float, which: str = "gpu") -> Job:
-        """Make a job that uses cuda_build.py's fusedrnn, limited to a share of the part's time."""
+        """Make a job that uses a build of build_extension.py, limited to a share of the time."""
         package = ROOT if self.emulated else BUILDS / which
         return Job(name, [sys.executable, *command], share * self.seconds, package)
 
     def build(self, which: str) -> Job:
-        command: list[object] = [ROOT / "tests" / "cuda_build.py", which]
+        command: list[object] = [TESTS / "cuda" / "build_extension.py", which]
         if self.emulated:  # `make` built it; the first job builds the emulated engine
             command = ["-c", "import fusedrnn; print(fusedrnn.__file__)"]
         return self.job(f"build {which}", command, 0.7)
 
     def smokes(self, which: str) -> list[Job]:
-        script = ROOT / "tests" / "smoke.py"
+        script = TESTS / "cuda" / "smoke.py"
         return [
             self.job(f"{regime} {dtype}", [script, *self.word, regime, dtype], 0.1, which)
             for regime in REGIMES
@@ -285,7 +286,8 @@ class Jobs:
         command += ["--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-m", "not slow"]
         if wanted := emulated if self.emulated else wanted:
             command += ["-k", wanted]
-        return self.job(name, [*command, ROOT / "tests" / f"test_{file}.py"], 0.45)
+        (path,) = TESTS.glob(f"*/test_{file}.py")
+        return self.job(name, [*command, path], 0.45)
 
     def sanitizer(self, tool: str) -> Job:
         """Run all small problems under a tool of compute-sanitizer, limited to our kernels.
@@ -295,7 +297,7 @@ class Jobs:
         uninitialised.
         """
         wide = ["--wide"] if tool in ("racecheck", "initcheck") else []
-        job = self.job(tool, [ROOT / "tests" / "smoke.py", *self.word, *wide], 0.4)
+        job = self.job(tool, [TESTS / "cuda" / "smoke.py", *self.word, *wide], 0.4)
         # Give each tensor an allocation of its own, so that its bounds are known.
         job.environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         ours = () if tool == "initcheck" else ("--kernel-name", "kns=fusedrnn")

@@ -78,12 +78,12 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 def build_emulated() -> ctypes.CDLL:
-    """Build the same launchers with kernels that run on the CPU (tests/emulator)."""
-    sys.path.append(str(SOURCE.parents[1] / "tests"))
-    import cuda_resources  # type: ignore[import-not-found]
+    """Build the same launchers with kernels that run on the CPU (tests/support/emulator)."""
+    sys.path.append(str(SOURCE.parents[1] / "tests" / "support"))
     import emulator  # type: ignore[import-not-found]
+    import paths  # type: ignore[import-not-found]
 
-    cuda_resources.toolkit()  # sets CUDA_HOME for the emulator
+    paths.toolkit()  # sets CUDA_HOME for the emulator
     path = emulator.build_library([SOURCE], name="probes", arch=90)
     return emulator.Library(path).c
 

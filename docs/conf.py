@@ -25,7 +25,7 @@ version = release = fusedrnn.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/*", "bench/README.md", "tests/emulator/README.md"]
+include_patterns = ["*.md", "docs/*", "bench/README.md", "tests/support/emulator/README.md"]
 exclude_patterns = [".*", "build"]  # not searched
 nitpicky = True
 
@@ -60,7 +60,7 @@ docs/design
 docs/cuda
 docs/*
 bench/README
-tests/emulator/README
+tests/support/emulator/README
 CONTRIBUTING
 CHANGELOG
 SECURITY

@@ -32,7 +32,7 @@ Speeds speeds(int architecture) {
 }
 
 // In cycles, unless a comment gives another unit. Fitted to measurements of our kernels on an H200
-// (bench/results/gpu-h200; tests/test_plan_cuda.py compares). On other GPUs they serve to rank
+// (bench/results/gpu-h200; tests/cuda/test_plan_cuda.py compares). On other GPUs they serve to rank
 // plans.
 constexpr double kFmaStep = 640;      // a step without the product and the exchange, for a group of
 constexpr double kMmaStep = 440;      // rows,

@@ -1,6 +1,6 @@
 // Runs a Call on the CUDA engine: makes the plan, prepares what the recurrence needs, and launches
 // it. Shared by the ops on CUDA tensors (recurrence_cuda.cpp) and by the tests, which run them on
-// an emulator (tests/emulated_engine.cpp), so nothing here may call libtorch_cuda.
+// an emulator (tests/support/emulated_engine.cpp), so nothing here may call libtorch_cuda.
 #pragma once
 
 #include <ATen/Context.h>

@@ -1,0 +1,160 @@
+"""explain() reports what the planners decide for the problem that a call really runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gpus import H100
+from paths import ROOT
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fusedrnn
+from fusedrnn import _C
+from fusedrnn.explain import _TILES, _Call, _plan_cuda, plans
+
+
+@pytest.mark.parametrize("module", [fusedrnn.RNN, nn.RNN])
+def test_a_line_for_each_layer_and_direction(module: type[nn.RNNBase]) -> None:
+    rnn = module(10, 20, num_layers=2, bidirectional=True, dropout=0.5)
+    x = torch.randn(7, 3, 10)
+    text = fusedrnn.explain(rnn, x)
+    assert type(rnn) is module  # unchanged: only a copy was replaced
+    lines = text.split("\n")
+    assert lines[0].startswith("RNN(10, 20, num_layers=2, dropout=0.5, bidirectional=True)")
+    assert "torch.float32 on cpu" in lines[0]
+    assert [line for line in lines if line.startswith("layer")] == [
+        "layer 0: T 7, B 3, I 10, H 20",
+        "layer 0, reverse: T 7, B 3, I 10, H 20",
+        "layer 1: T 7, B 3, I 40, H 20",
+        "layer 1, reverse: T 7, B 3, I 40, H 20",
+    ]
+    assert sum("backward:" in line for line in lines) == 4
+
+
+def test_nothing_is_changed_by_asking() -> None:
+    rnn = fusedrnn.RNN(3, 4, num_layers=2, dropout=0.5)
+    before = torch.get_rng_state()
+    fusedrnn.explain(rnn, torch.zeros(2, 1, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in rnn.parameters())
+
+
+def test_no_backward_where_no_gradient_is_wanted() -> None:
+    rnn, x = fusedrnn.RNN(3, 4), torch.zeros(2, 1, 3)
+    with torch.no_grad():
+        assert "backward:" not in fusedrnn.explain(rnn, x)
+    assert "backward:" not in fusedrnn.explain(rnn.requires_grad_(False), x)
+    assert "backward:" in fusedrnn.explain(rnn, x.requires_grad_())
+
+
+@pytest.fixture(params=_C.build_info()["isa_compiled"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.build_info()["isa_chosen"]
+    if not _C.use_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    _C.use_isa(before)
+
+
+def test_threads_and_instruction_set(isa: str) -> None:
+    torch.set_num_threads(2)
+    text = fusedrnn.explain(fusedrnn.RNN(128, 1024), torch.zeros(100, 1, 128))
+    assert f"{isa} kernel, 2 threads; the units split among 2 threads" in text
+    text = fusedrnn.explain(fusedrnn.RNN(128, 256), torch.zeros(100, 16, 128))
+    assert f"{isa} kernel, 2 threads; the batch split among 2 groups" in text
+
+
+def test_kernels_are_as_the_engine_has_them() -> None:
+    """explain.py repeats these constants, because no planner provides them."""
+    for name, tile in _TILES.items():
+        source = (ROOT / f"csrc/cpu/kernels_{name}.cpp").read_text()
+        defined = dict(re.findall(r"#define FUSEDRNN_(\w+) (\w+)", source))
+        kinds = ("VECTOR_BYTES", "TILE_ROWS", "TILE_VECTORS")
+        assert tuple(int(defined[kind]) for kind in kinds) == tile
+    assert set(_C.build_info()["isa_compiled"]) <= set(_TILES)
+    engine = (ROOT / "csrc/cpu/engine.cpp").read_text()
+    assert "return widened_ ? 0 : 48;" in engine  # rows from which packing pays
+    assert "return p_.H * (p_.H + p_.I) * int64_t(sizeof(C)) > (1 << 20) ? 24 : 12;" in engine
+
+
+def test_packed_and_low_precision() -> None:
+    rnn = fusedrnn.RNN(8, 10).bfloat16()
+    x = pack_sequence([torch.zeros(5, 8).bfloat16(), torch.zeros(3, 8).bfloat16()])
+    text = fusedrnn.explain(rnn, x)
+    assert "T 5, B 2, packed, I 8, H 10" in text
+    assert "computed in float32" in text
+
+
+@pytest.mark.parametrize("module", [fusedrnn.RNNCell, nn.RNNCell])
+def test_cells(module: type[nn.RNNCell]) -> None:
+    small = module(8, 10)
+    assert "torch's own cell" in fusedrnn.explain(small, torch.zeros(1, 8))
+    assert type(small) is module
+    large = module(128, 1024)
+    assert "T 1, B 100, I 128, H 1024" in fusedrnn.explain(large, torch.zeros(100, 128))
+
+
+def test_larger_cells_are_torch_s_own_with_gradients_than_without() -> None:
+    cell, x = fusedrnn.RNNCell(256, 256), torch.zeros(4, 256)
+    assert "torch's own cell" in fusedrnn.explain(cell, x)
+    with torch.no_grad():
+        assert "torch's own cell" not in fusedrnn.explain(cell, x)
+
+
+def test_why_a_loop_runs_instead() -> None:
+    rnn = fusedrnn.RNN(3, 4, dtype=torch.complex64)
+    text = fusedrnn.explain(rnn, torch.zeros(2, 1, 3, dtype=torch.complex64))
+    assert text.endswith("a plain loop over time: no kernel for torch.complex64 tensors on cpu")
+    assert "tensors on meta have no values" in fusedrnn.explain(
+        fusedrnn.RNN(3, 4, device="meta"), torch.zeros(2, 1, 3, device="meta")
+    )
+
+
+def test_autocast_counts() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "computed in float32" in fusedrnn.explain(fusedrnn.RNN(3, 4), torch.zeros(2, 1, 3))
+
+
+def test_plans_are_the_planner_s() -> None:
+    (found,) = plans(fusedrnn.RNN(64, 64), torch.zeros(100, 1, 64))
+    truth = _C.plan_cpu(T=100, B=1, I=64, H=64, threads=1)  # for AVX-512, which is the default
+    if _C.build_info()["isa_chosen"] == "avx512":
+        assert found["forward"].items() >= truth.items()
+
+
+def test_cuda_in_words() -> None:
+    call = _Call(torch.zeros(100, 16, 128, dtype=torch.bfloat16), T=100, B=16, I=128, H=256)
+    for adjoint in (False, True):
+        plan = _plan_cuda(call, adjoint, H100)
+        assert plan["regime"] in ("step", "block", "cluster", "grid")
+        assert plan["microseconds"] > 0
+        assert "H100" in plan["words"]
+    call = _Call(torch.zeros(100, 1, 512), T=100, B=1, I=512, H=512)
+    words = _plan_cuda(call, False, H100)["words"]
+    assert "one GEMM multiplies the inputs of all steps before" in words
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda() -> None:
+    rnn = fusedrnn.RNN(8, 10, device="cuda")
+    text = fusedrnn.explain(rnn, torch.zeros(5, 2, 8, device="cuda"))
+    assert "regime" in text if _C.has_cuda else "a plain loop over time" in text
+
+
+def test_what_is_no_rnn() -> None:
+    with pytest.raises(TypeError, match="expected an RNN or an RNNCell, got LSTM"):
+        fusedrnn.explain(nn.LSTM(3, 4), torch.zeros(2, 1, 3))
+    model = nn.Sequential(nn.RNN(3, 4))
+    with pytest.raises(TypeError, match="got Sequential"):
+        fusedrnn.explain(model, torch.zeros(2, 1, 3))
+    assert type(model[0]) is nn.RNN
+
+
+def test_hooks_see_nothing_and_parametrizations_are_no_obstacle():
+    rnn = torch.nn.utils.parametrizations.weight_norm(torch.nn.RNN(3, 4), "weight_hh_l0")
+    rnn.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    assert "layer 0" in fusedrnn.explain(rnn, torch.randn(5, 2, 3))

@@ -1,0 +1,113 @@
+"""The CPU planner: its decisions for common shapes, as a table, and limits it must not exceed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedrnn import _C
+
+plan_cpu = _C.plan_cpu
+
+
+@pytest.mark.parametrize(
+    ("shape", "threads", "groups"),
+    [
+        # (T, B, I, H), threads -> groups that split the batch, groups that split the units
+        ((256, 1, 64, 64), 2, (1, 1)),  # a step is shorter than a barrier
+        ((256, 16, 128, 256), 2, (2, 1)),  # rows of the batch are independent
+        ((100, 32, 256, 512), 2, (2, 1)),
+        ((100, 32, 256, 512), 8, (8, 1)),
+        ((256, 1, 64, 1024), 2, (1, 2)),  # one row: only its units can be split
+        ((256, 1, 64, 1024), 8, (1, 8)),
+        ((1, 1, 10, 20), 8, (1, 1)),  # not worth waking another thread
+        ((8, 0, 10, 20), 8, (1, 1)),
+    ],
+)
+def test_how_work_is_divided(shape, threads, groups):
+    T, B, I, H = shape
+    plan = plan_cpu(T=T, B=B, I=I, H=H, threads=threads)
+    assert (plan["batch_groups"], plan["hidden_groups"]) == groups
+
+
+def test_few_rows_are_multiplied_with_the_weights_as_they_lie():
+    assert not plan_cpu(T=1, B=1, I=64, H=64, threads=1)["pack"]
+    assert plan_cpu(T=1, B=1, I=64, H=64, threads=1, rows_to_pack=0)["pack"]
+    assert plan_cpu(T=100, B=1, I=64, H=64, threads=1)["pack"]
+
+
+def test_the_input_of_small_batches_is_multiplied_ahead():
+    assert plan_cpu(T=100, B=1, I=64, H=64, threads=1)["project_ahead"]
+    assert not plan_cpu(T=100, B=16, I=64, H=64, threads=1)["project_ahead"]
+    assert plan_cpu(T=100, B=1, I=1, H=64, threads=1)["project_ahead"]
+    assert not plan_cpu(T=100, B=1, I=0, H=64, threads=1)["project_ahead"]
+
+
+def test_a_step_larger_than_a_chunk_is_multiplied_by_itself():
+    assert plan_cpu(T=100, B=16, I=1, H=2048, threads=2)["chunk"] == 1
+
+
+sizes = st.integers(1, 5000)
+
+
+@given(
+    T=sizes, B=st.integers(0, 5000), I=st.integers(0, 5000), H=sizes, threads=st.integers(1, 128)
+)
+def test_no_plan_exceeds_a_limit(T, B, I, H, threads):
+    plan = plan_cpu(T=T, B=B, I=I, H=H, threads=threads)
+    assert 1 <= plan["batch_groups"] * plan["hidden_groups"] <= threads
+    assert plan["batch_groups"] <= max(B, 1)
+    assert plan["hidden_groups"] <= -(-H // 16)
+    assert 1 <= plan["chunk"] <= T
+
+
+# ---- all details, which change whenever the model is tuned ----
+
+TABLE_FILE = Path(__file__).with_name("plan_cpu.txt")
+HEAD = """\
+The CPU planner's decisions for B = 1 to 256 (rows) and H = 8 to 2048 (columns): groups of the batch
+x groups of the units; "-": the weights are not packed; "+n": the inputs of n steps are multiplied
+at once. A test compares this table, so that every change of the planner or of its cost model
+shows; `python tests/engine/test_plan.py` rewrites it.
+"""
+BATCHES = (1, 2, 4, 7, 16, 64, 256)
+UNITS = (8, 17, 64, 200, 449, 800, 2048)
+NUMBERS = {"float32": {"number_size": 4, "lanes": 16}, "float64": {"number_size": 8, "lanes": 4}}
+
+
+def decision(**problem: int) -> str:
+    plan = plan_cpu(**problem)
+    groups = f"{plan['batch_groups']}x{plan['hidden_groups']}"
+    ahead = f"+{plan['chunk']}" if plan["project_ahead"] else ""
+    return groups + ("" if plan["pack"] else "-") + ahead
+
+
+def details(dtype: str, inputs: int, T: int, threads: int) -> str:
+    lines = [f"{dtype}, {threads} threads, T={T}, I={'H' if inputs else 0}"]
+    for B in BATCHES:
+        cells = [
+            decision(T=T, B=B, I=inputs * H, H=H, threads=threads, **NUMBERS[dtype]) for H in UNITS
+        ]
+        lines.append(f"{B:4}: " + " ".join(cell.ljust(7) for cell in cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+EVERY = list(itertools.product(NUMBERS, (0, 1), (1, 2, 100), (2, 6, 32)))
+
+
+def table() -> str:
+    return "\n".join([HEAD, *(details(*each) for each in EVERY)])
+
+
+def test_details_are_those_of_the_table():
+    assert table() == TABLE_FILE.read_text(), (
+        "`python tests/engine/test_plan.py` writes the table anew"
+    )
+
+
+if __name__ == "__main__":
+    TABLE_FILE.write_text(table())

@@ -1,0 +1,169 @@
+"""The benchmark runs, prints what it should, and does not time wrong results.
+
+The times themselves are not tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench_loops
+import bench_rnn
+import measure
+import peers
+import pytest
+import torch
+from paths import BENCH
+
+TINY = ["--seconds", "0.01", "--threads", "1", "--peers", "fusedrnn,loop,RNNCell loop"]
+
+
+def run(*arguments: str, program: str = "bench_rnn.py") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH / program), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """Output and JSON of a run over two shapes."""
+    path = tmp_path_factory.mktemp("bench") / "out.json"
+    ran = run("--shapes", "3,2,5,7", "2,1,1,1", "--grad-input", "--json", str(path), *TINY)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout, json.loads(path.read_text())
+
+
+def test_table_has_each_shape_and_peer(tiny: tuple[str, dict[str, Any]]) -> None:
+    text, _ = tiny
+    assert "== forward\n" in text
+    assert "== forward+backward\n" in text
+    assert text.count("\n  3,2,5,7") + text.count("\n3,2,5,7") == 2
+    for word in ("nn.RNN µs/step", "fusedrnn µs/step", "GFLOP/s", "loop (×)", "kept MiB fusedrnn"):
+        assert word in text
+    assert "geometric mean over 2 shapes" in text
+    assert torch.__version__ in text
+
+
+def test_json_has_everything(tiny: tuple[str, dict[str, Any]]) -> None:
+    _, data = tiny
+    environment = data["environment"]
+    for key in ("cpu", "cores", "os", "threads", "dtype", "date", "commit", "command"):
+        assert environment[key]
+    assert environment["versions"]["torch"] == torch.__version__
+    assert len(data["results"]) == 2 * 2 * 4  # shapes, modes, peers
+    for result in data["results"]:
+        assert result["check"]["passed"]
+        assert result["check"]["error"] <= result["check"]["bound"]
+        assert len(result["seconds_per_call"]) >= measure.MIN_ROUNDS
+        assert result["us_per_step"] > 0
+        assert result["gflops"] > 0
+        ratio = result["ratio"]
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+        if result["mode"] == "forward+backward":
+            assert result["kept_bytes"] > 0
+    assert data["summary"]["forward"]["geometric_mean_ratio"]["nn.RNN"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_types(dtype: str) -> None:
+    ran = run("--shapes", "2,2,3,4", "--dtype", dtype, "--markdown", *TINY)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "| 2,2,3,4 |" in ran.stdout
+
+
+def test_cells() -> None:
+    ran = run("--set", "cell", "--shapes", "1,2,3,4", "--seconds", "0.01", "--threads", "1")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "fusedrnn.RNNCell µs/step" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--shapes", "1,2,3"], ["--shapes", "0,1,1,1"], ["--peers", "cuDNN"], ["--threads", "0"]],
+)
+def test_bad_arguments_are_named(arguments: list[str]) -> None:
+    ran = run(*arguments)
+    assert ran.returncode == 2
+    assert "error: " in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+class Wrong(peers.UnbindLoop):
+    """Correct except for the gradient of one weight."""
+
+    name = "fusedrnn"
+
+    def forward_backward(self) -> tuple[torch.Tensor, Any]:
+        output, (w_ih, w_hh, *others) = super().forward_backward()
+        return output, (w_ih, w_hh * 1.001, *others)
+
+
+def test_what_is_wrong_is_not_timed() -> None:
+    options = bench_rnn.parse_arguments(["--shapes", "5,2,3,4", *TINY])
+    options.kinds = [peers.TorchRNN, Wrong]
+    report = bench_rnn.run(options)
+    (wrong,) = report.wrong
+    assert (wrong.peer, wrong.mode) == ("fusedrnn", "forward+backward")
+    assert wrong.times == []
+    assert "WRONG, not timed: fusedrnn at (5,2,3,4)" in bench_rnn.render(report, markdown=False)
+
+
+def test_nan_is_wrong() -> None:
+    assert not measure.Check(math.nan, 1.0).passed
+
+
+def test_sets_span_what_they_promise() -> None:
+    wide = bench_rnn.SETS["wide"]
+    assert len(set(wide)) == len(wide) >= 24
+    spans = {"T": (8, 1000), "B": (1, 1024), "I": (1, 2048), "H": (16, 1024)}
+    for size, span in spans.items():
+        values = [getattr(shape, size) for shape in wide]
+        assert (min(values), max(values)) == span
+
+
+# ---- bench_loops.py
+
+
+def test_loops_are_timed_against_their_calls(tmp_path: Path) -> None:
+    path = tmp_path / "loops.json"
+    ran = run("--tiny", "--threads", "1", "--json", str(path), program="bench_loops.py")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    data = json.loads(path.read_text())
+    assert data["environment"]["threads"] == 1
+    assert len(data["results"]) == len(bench_loops.RECIPES) * 2 * 2  # sizes, modes
+    for result in data["results"]:
+        assert result["check"]["error"] <= result["check"]["bound"]
+        assert len(result["loop"]) == len(result["call"]) >= measure.MIN_ROUNDS
+        assert 0 < result["speed_up"]["low"] <= result["speed_up"]["high"]
+        assert result["us_per_step"] > 0
+    for recipe in bench_loops.RECIPES:
+        assert ran.stdout.count(recipe.name + " ") >= 2  # a row for each size
+    assert "forward+backward: geometric mean" in ran.stdout
+
+
+def test_a_call_that_differs_from_its_loop_is_not_timed() -> None:
+    recipe = bench_loops.RECIPES[0]
+    wrong = dataclasses.replace(recipe, call=lambda **a: [1.001 * r for r in recipe.loop(**a)])
+    results = [
+        bench_loops.measure(wrong, bench_loops.TINY[0], mode, 0.01) for mode in bench_loops.MODES
+    ]
+    for result in results:
+        assert not result.check.passed
+        assert result.loop == result.call == []
+    assert bench_loops.table(results, markdown=False).count("WRONG") == 2
+    assert bench_loops.means(results) == []
+
+
+def test_unknown_recipes_are_named() -> None:
+    ran = run("--recipes", "nn4n", "GRU", program="bench_loops.py")
+    assert ran.returncode == 2
+    assert "error: unknown recipes ['GRU']" in ran.stderr
