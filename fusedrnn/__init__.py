@@ -5,13 +5,16 @@ from .explain import explain
 from .functional import recurrence, rnn
 from .leaky import LeakyRNN, LeakyRNNCell
 from .modules import RNN, RNNCell, replace, restore
+from .trace import LayerTrace, Trace, trace
 
 __version__ = "0.1.0"
 __all__ = [
     "RNN",
+    "LayerTrace",
     "LeakyRNN",
     "LeakyRNNCell",
     "RNNCell",
+    "Trace",
     "explain",
     "onnx",
     "parametrizations",
@@ -20,4 +23,5 @@ __all__ = [
     "replace",
     "restore",
     "rnn",
+    "trace",
 ]

@@ -193,8 +193,8 @@ def rnn(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, reverse, batch_sizes, reset,
             reset_to, alpha, state_input, return_potential,
         )  # fmt: skip
-    # Call the op when tracing or a transform is active; otherwise call the kernel directly, which
-    # saves one 4 us dispatch.
+    # Call the op when tracing, a transform or a function mode is active; otherwise call the kernel
+    # directly, which saves one 4 us dispatch.
     dispatch = must_dispatch(w_hh)
     activation = ops.activation if dispatch else FusedRNN.differentiate
     if dispatch and exporting_onnx():

@@ -67,6 +67,9 @@ _innermost_transform = _private("_C._functorch.peek_interpreter_stack", lambda: 
 # The number of active dispatch modes: fake tensors, make_fx. If gone: as if there were one.
 _dispatch_modes = _private("_C._len_torch_dispatch_stack", lambda: 1)
 
+# The number of active function modes, which override calls of torch. If gone: as if there were one.
+_function_modes = _private("_C._len_torch_function_stack", lambda: 1)
+
 # Whether autocast is on for any device. If gone: the caller checks its own device each time.
 any_autocast: Callable[[], bool] = _private("_C._is_any_autocast_enabled", lambda: True)
 
@@ -91,13 +94,15 @@ def transformed() -> bool:
 def must_dispatch(weight: Tensor) -> bool:
     """Return whether an op must be called through torch's dispatcher, above its Autograd key.
 
-    A compiler, a tracer or a transform must see the op itself. Forward mode and dispatch modes need
-    not: they are handled below, by the op's Autograd kernel and by the kernels that it calls.
+    A compiler, a tracer, a transform or a TorchFunctionMode (such as that of ``trace.py``) must see
+    the op itself. Forward mode and dispatch modes need not: they are handled below, by the op's
+    Autograd kernel and by the kernels that it calls.
     """
     return (
         compiling()
         or transformed()
         or _tracing_state() is not None
+        or _function_modes() > 0
         or type(weight) is ExpandedWeight
     )
 

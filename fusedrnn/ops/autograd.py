@@ -52,7 +52,7 @@ def _where_positive(h: Tensor, yes: Tensor, no: float) -> Tensor:
 
 
 # phi'(z) as a function of the tensor that the forward pass saved, as in csrc/epilogues.h, and the
-# derivative of that function. Used only for derivatives of second and higher order.
+# derivative of that function. Used for derivatives of second and higher order, and by trace.py.
 _SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "tanh": (lambda h: 1 - h * h, lambda h: -2 * h),
     "relu": (lambda h: _where_positive(h, torch.ones_like(h), 0), torch.zeros_like),
@@ -85,6 +85,11 @@ def _value(saved: Tensor, nonlinearity: str) -> Tensor:
 def _slope_of_saved(saved: Tensor, nonlinearity: str) -> Tensor | float:
     """Return the derivative with respect to z of the tensor that the forward pass saved."""
     return 1.0 if nonlinearity in ops.saving_z else _SLOPES[nonlinearity][0](saved)
+
+
+def slope_source(h: Tensor, saved: Tensor | None, nonlinearity: str, form: str) -> Tensor:
+    """Return the tensor from which phi' is computed: ``h``, or what the forward pass saved."""
+    return saved if saved is not None and (form == "rate" or nonlinearity in ops.saving_z) else h
 
 
 def _sum_rows(series: Tensor) -> Tensor:
@@ -248,8 +253,7 @@ class FusedRNN(_Op):
                 if form == "potential":
                     before = ops.previous(saved, v0, *walk)
             q = _add(q, alpha_t * (leaked - before))
-        from_saved = saved is not None and (form == "rate" or nonlinearity in ops.saving_z)
-        slope_of = saved if from_saved else h
+        slope_of = slope_source(h, saved, nonlinearity, form)
         e, last, m, s = ops.tangent(
             w, q, None, h0_t, v0_t, slope_of, w_hh, alpha, reset, batch_sizes, *ctx.options,
             saved is not None,
