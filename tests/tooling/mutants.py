@@ -66,7 +66,9 @@ TESTS = {
     "fusedrnn/parametrizations.py": "parametrizations",
     "fusedrnn/modules.py": "modules reset replace autocast export compile",
     "fusedrnn/reference.py": "recurrence gradients",
+    "fusedrnn/plots.py": "plots",
     "fusedrnn/torch_state.py": "torch_state directions func",
+    "fusedrnn/trace.py": "trace plots",
     "fusedrnn/*": "cli modules",
 }
 # The sources to recompile after a header is mutated. The others that include it take long to

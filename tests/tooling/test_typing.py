@@ -35,6 +35,7 @@ assert_type(fusedrnn.rnn(x, None, x, alpha=0.5), Tuple[Tensor, Tensor])
 assert_type(fusedrnn.recurrence(x, None, x, reset=x), Tuple[Tensor, Tensor])
 potential = fusedrnn.rnn(x, None, x, form="potential", return_potential=True)
 assert_type(potential, Tuple[Tensor, ...])
+assert_type(fusedrnn.trace(rnn, packed, loss=lambda y: y.data.sum())[0], fusedrnn.LayerTrace)
 assert_type(fusedrnn.replace(nn.Sequential(nn.RNN(3, 4))), nn.Sequential)
 assert_type(fusedrnn.restore(nn.Sequential(nn.RNN(3, 4))), nn.Sequential)
 reveal_type(fusedrnn.RNN.__init__)
@@ -105,7 +106,9 @@ def test_pyright_sees_constructor_and_overloads(files):
 def test_pyright_knows_every_type_of_the_public_modules(tmp_path):
     """The commands, a demonstration and the classes of the derivatives are not public."""
     report = pyright("--verifytypes", "fusedrnn", "--ignoreexternal", cwd=tmp_path)
-    public = re.compile(r"fusedrnn\.(modules|functional|onnx|explain|reference|[a-zA-Z]+$)")
+    public = re.compile(
+        r"fusedrnn\.(modules|functional|onnx|explain|plots|reference|trace|[a-zA-Z]+$)"
+    )
     symbols = [
         s
         for s in report["typeCompleteness"]["symbols"]
