@@ -33,6 +33,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "none"  # the docstrings have the shapes, which types cannot express
+napoleon_attr_annotations = False
 napoleon_custom_sections = [
     ("Inputs", "params_style"),
     ("Outputs", "params_style"),
