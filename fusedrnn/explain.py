@@ -1,12 +1,18 @@
-"""Report which kernel will run, and why.
+"""Report which kernel will run, why, and what a step costs.
 
 No decision is reimplemented here: the module runs once, the calls of the engine's ops are
-intercepted before they start, and the planner is called with the arguments of each.
+intercepted before they start, and the planner is called with the arguments of each. On a CPU, the
+cost is measured; on a GPU, it is the planner's prediction.
 """
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,6 +44,12 @@ class _Call:
     packed: bool = False
     leaky: bool = False
     instead: str | None = None
+    args: tuple[Any, ...] = ()  # of the op
+
+    @property
+    def problem(self) -> tuple[Any, ...]:
+        """What the planner is asked; calls with the same problem are described once."""
+        return self.T, self.B, self.I, self.H, self.packed, self.leaky, self.instead
 
 
 class _Catcher(TorchFunctionMode):
@@ -62,7 +74,7 @@ class _Catcher(TorchFunctionMode):
 
     def activation(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, w_ih, _, _, _, _, w_hh, alpha, _, _, batch_sizes, _, form, reverse = args
-        call = _Call(x, H=w_hh.size(0), reverse=reverse, leaky=alpha is not None)
+        call = _Call(x, H=w_hh.size(0), reverse=reverse, leaky=alpha is not None, args=args)
         if batch_sizes is None:
             call.T, call.B = x.shape[:2]
         else:
@@ -175,7 +187,11 @@ def plans(module: nn.Module, x: Tensor | PackedSequence) -> list[dict[str, Any]]
 
 
 def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
-    """Describe which kernel ``module(x)`` will run, and why.
+    """Describe which kernel ``module(x)`` will run, why, and what a step costs.
+
+    Equal layers are described once. On a CPU, the forward pass of each different layer is run
+    several times to measure a step, which takes at least 0.1 s each. On a GPU, the cost is the
+    planner's prediction.
 
     Args:
         module: An RNN or a cell of this package. A ``torch.nn.RNN`` or ``torch.nn.RNNCell`` is
@@ -198,17 +214,110 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
     training = torch.is_grad_enabled() and (
         data.requires_grad or any(p.requires_grad for p in module.parameters())
     )
-    directions = 2 if getattr(module, "bidirectional", False) else 1
     lines = [f"{module}, {data.dtype} on {data.device}"]
-    for number, call in enumerate(calls):
-        where = f"layer {number // directions}" + (", reverse" if call.reverse else "")
+    for where, call in _different(calls, 2 if getattr(module, "bidirectional", False) else 1):
         if call.instead:
             lines.append(f"{where}: {call.instead}")
             continue
         packed = ", packed" if call.packed else ""
         lines.append(f"{where}: T {call.T}, B {call.B}{packed}, I {call.I}, H {call.H}")
-        lines.append(f"  forward:  {_plan(call, False)['words']}")
+        plan = _plan(call, False)
+        lines.append(f"  forward:  {plan['words']}")
         if training:
             lines.append(f"  backward: {_plan(call, True)['words']}")
-            lines.append("            then a GEMM over all steps for each gradient")
+            lines.append("            then one GEMM over all steps for each gradient of a weight")
+        lines += [f"  {line}" for line in _cost(call, plan)]
     return "\n".join(lines)
+
+
+def _different(calls: Sequence[_Call], directions: int) -> Iterator[tuple[str, _Call]]:
+    """Yield neighbouring calls with the same problem once, with the names of their layers."""
+    for _, group in groupby(enumerate(calls), lambda pair: pair[1].problem):
+        numbers, equal = zip(*group)
+        first, last = numbers[0] // directions, numbers[-1] // directions
+        name = f"layer {first}" if first == last else f"each of layers {first} to {last}"
+        yield name + ", in each direction" * (directions == 2), equal[0]
+
+
+# What a step waits for in each regime of the CUDA engine.
+_WAITS = {
+    "block": "the chain of product, sum and nonlinearity within one SM",
+    "cluster": "that chain and the exchange of the states between the blocks of a cluster",
+    "grid": "that chain and a barrier of all blocks after every step",
+    "step": "one launch and the weights, read from L2 or memory in every step",
+}
+
+
+def _cost(call: _Call, plan: dict[str, Any]) -> list[str]:
+    """Return what a step of the forward pass costs, and what bounds it."""
+    multiplications = call.B * call.H * (call.I + call.H)
+    step = f"a step:   {multiplications:,} multiplications"
+    if "regime" in plan:
+        microseconds = plan["microseconds"] + plan["input_microseconds"]
+        waits = _WAITS[plan["regime"]]
+        return [f"{step}; predicted, not measured: {_short(microseconds)} µs, mostly for {waits}"]
+    if "hidden_groups" not in plan:  # no kernel: there are only sizes
+        return []
+    size = 8 if call.x.dtype == torch.float64 else 4
+    weights = size * call.H * (call.I + call.H)
+    part = weights // plan["hidden_groups"]
+    share = "of each thread " * (plan["hidden_groups"] > 1)
+    cache = next((name for name, holds in _caches() if part <= holds), None)
+    place = f"fit in {cache}" if cache else "fit in no cache, and are read from memory"
+    microseconds = _measured(call)
+    rate = multiplications / microseconds / _gemm_rate(call.x.dtype, torch.get_num_threads())
+    if rate >= 0.5:
+        bound = "arithmetic"
+    elif cache and not cache.startswith("L3"):
+        bound = "latency: each step waits for the one before"
+    else:
+        bound = "reading the weights in every step"
+    return [
+        f"weights:  {_short(part / 1024)} KB {share}{place}",
+        f"{step}; measured now: {_short(microseconds)} µs, {rate:.0%} of the rate of a large GEMM; "
+        f"likely bound by {bound}",
+    ]
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _caches() -> list[tuple[str, int]]:
+    """Return the data caches of the first core, by size, as Linux describes them."""
+    found = []
+    for path in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind, level, size = (
+            (path / name).read_text().strip() for name in ("type", "level", "size")
+        )
+        if kind != "Instruction":
+            found.append((f"L{level} ({size}B)", int(size.rstrip("K")) * 1024))
+    return found
+
+
+def _best(run: Callable[[], Any]) -> float:
+    """Return the shortest of several times of a call, in microseconds; it takes 0.1 s or more."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < 0.1:
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e6)
+    return min(times)
+
+
+@torch.no_grad()
+def _measured(call: _Call) -> float:
+    """Return the time of a step, in microseconds."""
+    x, *others = call.args
+    zeros = torch.zeros_like(x)  # above the first layer, x was never computed
+    return _best(lambda: ops.activation(zeros, *others)) / call.T
+
+
+@functools.cache
+def _gemm_rate(dtype: torch.dtype, threads: int) -> float:
+    """Return the multiplications per microsecond of a large GEMM with ``threads`` threads."""
+    n = 512
+    wide = dtype if dtype == torch.float64 else torch.float32  # low precision is widened
+    a = torch.ones(n, n, dtype=wide)
+    return n**3 / _best(lambda: a @ a)

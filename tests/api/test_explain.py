@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,25 +15,80 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
 from fusedrnn import _C
-from fusedrnn.explain import _TILES, _Call, _plan_cuda, plans
+from fusedrnn.explain import _TILES, _Call, _cost, _plan_cuda, plans
 
 
 @pytest.mark.parametrize("module", [fusedrnn.RNN, nn.RNN])
-def test_a_line_for_each_layer_and_direction(module: type[nn.RNNBase]) -> None:
-    rnn = module(10, 20, num_layers=2, bidirectional=True, dropout=0.5)
+def test_different_layers_are_described_and_equal_ones_only_once(
+    module: type[nn.RNNBase],
+) -> None:
+    rnn = module(10, 20, num_layers=3, bidirectional=True, dropout=0.5)
     x = torch.randn(7, 3, 10)
     text = fusedrnn.explain(rnn, x)
     assert type(rnn) is module  # unchanged: only a copy was replaced
     lines = text.split("\n")
-    assert lines[0].startswith("RNN(10, 20, num_layers=2, dropout=0.5, bidirectional=True)")
+    assert lines[0].startswith("RNN(10, 20, num_layers=3, dropout=0.5, bidirectional=True)")
     assert "torch.float32 on cpu" in lines[0]
-    assert [line for line in lines if line.startswith("layer")] == [
-        "layer 0: T 7, B 3, I 10, H 20",
-        "layer 0, reverse: T 7, B 3, I 10, H 20",
-        "layer 1: T 7, B 3, I 40, H 20",
-        "layer 1, reverse: T 7, B 3, I 40, H 20",
+    assert [line for line in lines[1:] if not line.startswith(" ")] == [
+        "layer 0, in each direction: T 7, B 3, I 10, H 20",
+        "each of layers 1 to 2, in each direction: T 7, B 3, I 40, H 20",
     ]
-    assert sum("backward:" in line for line in lines) == 4
+    assert sum("backward:" in line for line in lines) == 2
+    assert "layer 0: T 7, B 3, I 10, H 20" in fusedrnn.explain(module(10, 20), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_a_step_costs_on_a_cpu_is_measured(dtype: torch.dtype) -> None:
+    rnn = fusedrnn.LeakyRNN(10, 20, 2, alpha=0.5, form="potential", dtype=dtype)
+    text = fusedrnn.explain(rnn, torch.randn(7, 3, 10, dtype=dtype))
+    size = 8 if dtype == torch.float64 else 4
+    pattern = (
+        r"  weights:  (\S+) KB fit in L1 \(\d+KB\)\n"
+        r"  a step:   (\S+) multiplications; measured now: (\S+) µs, (\d+)% of the rate of a large "
+        r"GEMM; likely bound by "
+    )
+    found = re.findall(pattern, text)
+    assert [(float(kb), int(count.replace(",", ""))) for kb, count, *_ in found] == [
+        (pytest.approx(size * 20 * inputs / 1024, rel=5e-3), 3 * 20 * inputs)
+        for inputs in (10 + 20, 20 + 20)
+    ]
+    assert all(float(time) > 0 for _, _, time, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("caches", "rate", "place", "bound"),
+    [
+        ([("L1 (1KB)", 1024), ("L2 (9KB)", 9216)], 1e9, "fit in L2 (9KB)", "latency: each step"),
+        ([("L1 (1KB)", 1024), ("L3 (9KB)", 9216)], 1e9, "fit in L3 (9KB)", "reading the weights"),
+        ([("L1 (1KB)", 1024)], 1e9, "fit in no cache, and are read", "reading the weights"),
+        ([("L1 (9KB)", 9216)], 1e-9, "fit in L1 (9KB)", "arithmetic"),
+    ],
+    ids=["L2", "L3", "memory", "L1"],
+)
+def test_where_the_weights_live_and_what_bounds_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+    caches: list[tuple[str, int]],
+    rate: float,
+    place: str,
+    bound: str,
+) -> None:
+    """``rate`` is that of a large GEMM, in multiplications per microsecond."""
+    module = sys.modules["fusedrnn.explain"]
+    monkeypatch.setattr(module, "_caches", lambda: caches)
+    monkeypatch.setattr(module, "_gemm_rate", lambda *_: rate)
+    text = fusedrnn.explain(fusedrnn.RNN(32, 32), torch.zeros(5, 1, 32))
+    assert f"weights:  8 KB {place}" in text
+    assert f"likely bound by {bound}" in text
+
+
+def test_the_gemm_of_comparison_has_the_dtype_in_which_the_engine_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["fusedrnn.explain"]
+    monkeypatch.setattr(module, "_best", lambda run: run().element_size())
+    rate = module._gemm_rate.__wrapped__  # without the cache
+    sizes = [512**3 / rate(dtype, 1) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    assert sizes == [8, 4, 4]
 
 
 def test_nothing_is_changed_by_asking() -> None:
@@ -134,7 +190,13 @@ def test_cuda_in_words() -> None:
         assert plan["microseconds"] > 0
         assert "H100" in plan["words"]
     call = _Call(torch.zeros(100, 1, 512), T=100, B=1, I=512, H=512)
-    words = _plan_cuda(call, False, H100)["words"]
+    plan = _plan_cuda(call, False, H100)
+    (cost,) = _cost(call, plan)
+    microseconds = plan["microseconds"] + plan["input_microseconds"]
+    assert (
+        f"a step:   524,288 multiplications; predicted, not measured: {microseconds:.3g} µs" in cost
+    )
+    words = plan["words"]
     assert "one GEMM multiplies the inputs of all steps before" in words
 
 
