@@ -148,8 +148,8 @@ if REASON is None:
 
 setup(
     license="BSD-3-Clause",
-    packages=["fusedrnn", "fusedrnn.ops"],
-    package_data={"fusedrnn": ["py.typed"]},
+    packages=["fusedrnn", "fusedrnn.ops", "fusedrnn.unmask"],
+    package_data={"fusedrnn": ["py.typed"], "fusedrnn.unmask": ["page.*"]},
     ext_modules=[
         (CppExtension if REASON else CUDAExtension)(
             "fusedrnn._C",

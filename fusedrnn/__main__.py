@@ -1,4 +1,4 @@
-"""Command line: ``python -m fusedrnn charlm`` and ``python -m fusedrnn info``."""
+"""Command line: ``python -m fusedrnn`` with ``charlm``, ``unmask`` or ``info``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import charlm, info
+from . import charlm, info, unmask
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,6 +101,26 @@ def parser() -> Parser:
     # fmt: on
     demo.set_defaults(**{k: v for k, v in vars(charlm.Settings()).items() if v is not None})
 
+    show = commands.add_parser(
+        "unmask",
+        help="write an HTML page that shows an RNN at work, step by step",
+        description="Train a small character model, the one of the blog post that this project "
+        "began with, and write an HTML page that runs it in the browser: every value of the "
+        "forward pass, and the gradient of a prediction through time. The page needs no other "
+        "file. Training takes about a quarter of a minute.",
+    )
+    # fmt: off
+    show.add_argument("--text", metavar="FILE", default=argparse.SUPPRESS,
+        help="a UTF-8 text file (default: the Python language reference, which CPython carries); "
+        f"the first {unmask.CHARS:,} characters are used")
+    show.add_argument("--checkpoint", metavar="FILE", default=argparse.SUPPRESS,
+        help="a model to load instead of training one; the page's examples are from --text")
+    show.add_argument("--save", metavar="FILE", default=argparse.SUPPRESS,
+        help="write the model to this checkpoint, too")
+    show.add_argument("--out", metavar="FILE.html", default=unmask.Settings.out,
+        help="the page (default: %(default)s)")
+    # fmt: on
+
     commands.add_parser("info", help="print versions, instruction sets, and what was built")
     return top
 
@@ -113,12 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "charlm":
             charlm.demonstrate(charlm.Settings(**options))
+        elif command == "unmask":
+            unmask.write_page(unmask.Settings(**options))
         elif command == "info":
             return info.main()
         else:
             cli.print_help()
     except charlm.CharlmError as error:
-        print(f"python -m fusedrnn charlm: {error}", file=sys.stderr)
+        print(f"python -m fusedrnn {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

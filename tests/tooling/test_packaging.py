@@ -135,8 +135,8 @@ def test_build_gives_a_wheel_that_runs_elsewhere(checkout: Path, tmp_path: Path)
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fusedrnn", f"fusedrnn-{fusedrnn.__version__}.dist-info"}  # no tests, no bench
-    python_files = {str(path.relative_to(ROOT)) for path in (ROOT / "fusedrnn").rglob("*.py")}
-    assert python_files | {"fusedrnn/py.typed"} <= set(names)
+    sources = [p for p in (ROOT / "fusedrnn").rglob("*.*") if p.suffix not in (".so", ".pyc")]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= set(names)
     assert any(re.fullmatch(r"fusedrnn/_C\..*\.so", name) for name in names)
 
     venv = tmp_path / "venv"
