@@ -63,20 +63,6 @@ namespace {
 
 namespace py = pybind11;
 
-// The CPU planner's decision, for tests and for inspection.
-py::dict plan_cpu(int64_t T, int64_t B, int64_t I, int64_t H, int64_t number_size, int lanes,
-                  int tile_rows, int tile_vectors, int threads, int64_t rows_to_pack) {
-  const auto plan = fusedrnn::cpu::make_plan(
-      {T, B, I, H, number_size, lanes, tile_rows, tile_vectors, threads, rows_to_pack});
-  py::dict result;
-  result["batch_groups"] = plan.batch_groups;
-  result["hidden_groups"] = plan.hidden_groups;
-  result["pack"] = plan.pack;
-  result["project_ahead"] = plan.project_ahead;
-  result["chunk"] = plan.chunk;
-  return result;
-}
-
 template <class Names>
 int place_of(const std::string& name, const Names& names, const char* what) {
   std::string all;
@@ -85,6 +71,39 @@ int place_of(const std::string& name, const Names& names, const char* what) {
     all += std::string(i ? ", " : "") + names[i];
   }
   throw py::value_error(std::string(what) + " must be one of " + all + ", got " + name);
+}
+
+fusedrnn::Storage storage_named(const std::string& dtype) {
+  constexpr const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+  return fusedrnn::Storage(place_of(dtype, dtypes, "dtype"));
+}
+
+// The CPU planner's decision, for the forward pass or (adjoint) for the backward pass with all
+// gradients: for the instruction set in use, or for another one that was compiled.
+py::dict plan_cpu(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
+                  int64_t H, int threads, const std::optional<std::string>& isa) {
+  namespace cpu = fusedrnn::cpu;
+  const cpu::InstructionSet* set = isa ? cpu::find_instruction_set(*isa) : &cpu::instruction_set();
+  if (!set) throw py::value_error("isa must be in build_info()['isa_compiled'], got " + *isa);
+  const fusedrnn::Pass pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
+  const fusedrnn::Storage storage = storage_named(dtype);
+  const bool multiplies = adjoint && cpu::multiplies_as_fast(*set, storage, H * (H + I));
+  const int64_t gemms = multiplies ? H * (2 * I + H) : 0;
+  const auto planned = [&](const auto& kernels) {
+    return cpu::make_plan({kernels, pass, storage, T, B, adjoint ? 0 : I, H, threads, gemms});
+  };
+  const cpu::Plan plan =
+      storage == fusedrnn::Storage::f64 ? planned(*set->f64) : planned(*set->f32);
+  py::dict result;
+  result["isa"] = set->name;
+  result["threads"] = plan.threads();
+  result["gemms"] = multiplies;
+  result["batch_groups"] = plan.batch_groups;
+  result["hidden_groups"] = plan.hidden_groups;
+  result["pack"] = plan.pack;
+  result["project_ahead"] = plan.project_ahead;
+  result["chunk"] = plan.chunk;
+  return result;
 }
 
 using Regime = fusedrnn::cuda::Regime;
@@ -119,10 +138,9 @@ fusedrnn::cuda::Device cuda_device(const py::object& device) {
 fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjoint,
                                      const std::string& dtype, int64_t T, int64_t B, int64_t I,
                                      int64_t H, bool leaky, std::optional<bool> tf32) {
-  constexpr const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   fusedrnn::cuda::PlanInput in;
   in.pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
-  in.storage = fusedrnn::Storage(place_of(dtype, dtypes, "dtype"));
+  in.storage = storage_named(dtype);
   // as dtype_on in cuda/recurrence_cuda.h does
   if (in.storage == fusedrnn::Storage::bf16 && on.architecture < 80)
     in.storage = fusedrnn::Storage::f32;
@@ -233,10 +251,11 @@ PYBIND11_MODULE(_C, m) {
   for (int i = 0; i < fusedrnn::kNonlinearities; ++i)
     if (fusedrnn::saves_z(fusedrnn::Nonlinearity(i))) saving_z.add(fusedrnn::kNonlinearityNames[i]);
   m.attr("saving_z") = py::frozenset(saving_z);
+  m.def("allow_gemms", &fusedrnn::cpu::allow_gemms, py::arg("allowed"));
   m.def("use_isa", &fusedrnn::cpu::use_instruction_set, py::arg("name"));
-  m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("T"), py::arg("B"), py::arg("I"),
-        py::arg("H"), py::arg("number_size") = 4, py::arg("lanes") = 16, py::arg("tile_rows") = 6,
-        py::arg("tile_vectors") = 4, py::arg("threads"), py::arg("rows_to_pack") = 16);
+  m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("adjoint") = false,
+        py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("threads"), py::arg("isa") = py::none());
   m.def("cuda_tiles", &cuda_tiles);
   m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("adjoint") = false,
         py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),

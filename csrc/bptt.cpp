@@ -1,6 +1,7 @@
-// Backpropagation through time, except for the adjoint recurrence: GEMMs over all rows, built from
-// torch ops. The ops here are composite: autograd, vmap and tracing work through the ops that they
-// consist of.
+// Backpropagation through time. On CPU tensors it is one call of the engine, if no derivative of
+// the result can be requested. Otherwise it is the adjoint recurrence and GEMMs over all rows,
+// built from torch ops: these ops are composite, so autograd, vmap and tracing work through the ops
+// that they consist of.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
@@ -10,6 +11,8 @@
 #include <array>
 
 #include "checks.h"
+#include "cpu/engine.h"
+#include "cpu/recurrence_cpu.h"
 #include "epilogues.h"
 #ifdef FUSEDRNN_CUDA
 #include "cuda/to_device.h"
@@ -17,9 +20,6 @@
 
 namespace fusedrnn {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 Tensor rows(const Tensor& series) { return series.flatten(0, -2); }
 
@@ -179,6 +179,26 @@ bool is_final(const Tensor& saved, const Tensor& w_hh,
   return true;
 }
 
+// Whether the engine may read the memory of the tensors: none is fake, wrapped, batched or on
+// another device, and nothing records the ops.
+bool is_plain(std::initializer_list<const Tensor*> tensors,
+              std::initializer_list<const OptionalTensor*> others) {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  for (const Tensor* tensor : tensors)
+    if (!is_readable(*tensor)) return false;
+  for (const OptionalTensor* other : others)
+    if (*other && !is_readable(**other)) return false;
+  return true;
+}
+
+// Whether the engine computes the GEMMs, too.
+bool multiplies(const Tensor& h, const OptionalTensor& w_ih) {
+  const std::optional<Storage> storage = storage_of(h.scalar_type());
+  const int64_t H = h.size(-1);
+  return storage && cpu::multiplies_as_fast(cpu::instruction_set(), *storage,
+                                            H * H + (w_ih ? w_ih->numel() : 0));
+}
+
 // φ(z) from the `saved` of activation. The threshold of 40, above which softplus is z, makes it as
 // accurate as in epilogues.h.
 Tensor value_of(const Tensor& saved, Nonlinearity nonlinearity) {
@@ -220,18 +240,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   TORCH_CHECK(w_ih || !to_w_ih, "fusedrnn: w_ih must be given for its gradient, got None");
   TORCH_CHECK(alpha || !to_alpha, "fusedrnn: alpha must be given for its gradient, got None");
   const Tensor slope_of = from_saved ? *saved : h;
-  const auto [delta, dh0, dv0, a, y] = [&] {
-    // The Autograd kernel is in Python and costs 5 us, so it is skipped when it would do nothing.
-    std::optional<at::AutoDispatchBelowAutograd> below;
-    if (is_final(slope_of, w_hh, {&g, &d, &f, &g_n})) below.emplace();
-    return adjoint.call(g, d, f, g_n, slope_of, w_hh, alpha, reset, batch_sizes, nonlinearity_name,
-                        form_name, reverse, to_h0 || to_v0, to_alpha || to_q);
-  }();
-  Tensor dx, dw_ih, db, dw_hh, dalpha;
-  if (to_x) dx = w_ih ? at::matmul(delta, *w_ih) : delta;
-  if (to_w_ih) dw_ih = product_of_rows(delta, x);
-  if (to_b_ih || to_b_hh) db = rows(delta).sum(0);
-  if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, reset, batch_sizes, reverse);
+  const bool final = is_final(slope_of, w_hh, {&g, &d, &f, &g_n});
+  Tensor dx, dw_ih, db, dw_hh, dh0, dv0, dalpha, a;
+  if (final &&
+      is_plain({&x, &w_hh, &h, &slope_of},
+               {&g, &d, &f, &g_n, &w_ih, &h0, &alpha, &reset, &batch_sizes}) &&
+      multiplies(h, w_ih)) {
+    cpu::BackwardResults all =
+        cpu::backward(g, d, f, g_n, slope_of, x, w_ih, h, h0, w_hh, alpha, reset, batch_sizes,
+                      nonlinearity_name, form_name, reverse,
+                      {to_x, to_w_ih, to_b_ih || to_b_hh, to_h0, to_v0, to_w_hh, to_alpha || to_q});
+    dx = all.x, dw_ih = all.w_ih, db = all.b, dw_hh = all.w_hh;
+    dh0 = all.h0, dv0 = all.v0, a = all.a;
+  } else {
+    Tensor delta, y;
+    std::tie(delta, dh0, dv0, a, y) =
+        adjoint.call(g, d, f, g_n, slope_of, w_hh, alpha, reset, batch_sizes, nonlinearity_name,
+                     form_name, reverse, to_h0 || to_v0, to_alpha || to_q);
+    if (to_x) dx = w_ih ? at::matmul(delta, *w_ih) : delta;
+    if (to_w_ih) dw_ih = product_of_rows(delta, x);
+    if (to_b_ih || to_b_hh) db = rows(delta).sum(0);
+    if (to_w_hh) dw_hh = recurrent_product(delta, h, h0, reset, batch_sizes, reverse);
+  }
   if (to_alpha) {
     const Tensor before = previous(h, h0, reset, batch_sizes, reverse);
     Tensor k = before, leaked;  // the state is (1 - α) k + α leaked

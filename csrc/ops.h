@@ -227,12 +227,9 @@ struct Ops {
       const OptionalTensor& g_n, const Tensor& saved, const Tensor& w_hh,
       const OptionalTensor& alpha, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
       c10::string_view nonlinearity, c10::string_view form, bool reverse, bool to_h0, bool full) {
-    const Sizes sizes = check_sequence("saved", saved, batch_sizes);
-    Call call(Pass::adjoint, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, reset,
-              batch_sizes, nonlinearity, form, !reverse);
-    take(call, {"g", "d", "f"}, {g, d, f}, saved);
+    Call call = adjoint_call(g, d, f, g_n, saved, w_hh, alpha, reset, batch_sizes, nonlinearity,
+                             form, reverse);
     Problem& p = call.problem;
-    p.first = call.states("g_n", g_n);
     const Tensor delta = call.to(p.out[0]), dh0 = call.to(p.last, to_h0);
     const Tensor dv0 = call.to(p.last_carry, to_h0 && p.form == Form::potential);
     const Tensor a = call.to(p.out[1], full);
@@ -240,6 +237,20 @@ struct Ops {
     run(call);
     return {call.returned(delta), call.returned(dh0), call.returned(dv0), call.returned(a),
             call.returned(y)};
+  }
+
+  // The call of an adjoint, without its results.
+  static Call adjoint_call(const OptionalTensor& g, const OptionalTensor& d,
+                           const OptionalTensor& f, const OptionalTensor& g_n, const Tensor& saved,
+                           const Tensor& w_hh, const OptionalTensor& alpha,
+                           const OptionalTensor& reset, const OptionalTensor& batch_sizes,
+                           c10::string_view nonlinearity, c10::string_view form, bool reverse) {
+    const Sizes sizes = check_sequence("saved", saved, batch_sizes);
+    Call call(Pass::adjoint, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, reset,
+              batch_sizes, nonlinearity, form, !reverse);
+    take(call, {"g", "d", "f"}, {g, d, f}, saved);
+    call.problem.first = call.states("g_n", g_n);
+    return call;
   }
 
   static void add_to(torch::Library& library) {

@@ -27,9 +27,6 @@ from .ops import _C
 
 _CELLS = (torch.rnn_tanh_cell, torch.rnn_relu_cell)
 
-# For each csrc/cpu/kernels_*.cpp: bytes of a vector, rows and vectors of a register tile.
-_TILES = {"avx512": (64, 6, 4), "avx2": (32, 6, 2), "baseline": (16, 4, 2)}
-
 
 @dataclass
 class _Call:
@@ -135,35 +132,26 @@ def _plan_cuda(call: _Call, adjoint: bool, device: int | dict[str, Any]) -> dict
 
 
 def _plan_cpu(call: _Call, adjoint: bool) -> dict[str, Any]:
-    isa = _C.build_info()["isa_chosen"]
-    vector_bytes, tile_rows, tile_vectors = _TILES[isa]
-    size = 8 if call.x.dtype == torch.float64 else 4  # bfloat16 and float16 are widened
-    I = 0 if adjoint else call.I
-    if adjoint:  # as in csrc/cpu/engine.cpp
-        rows_to_pack = 0 if call.x.element_size() != size else 48
-    else:
-        rows_to_pack = 24 if call.H * (call.H + I) * size > 1 << 20 else 12
     plan = _C.plan_cpu(
+        adjoint=adjoint,
+        dtype=str(call.x.dtype).removeprefix("torch."),
         T=call.T,
         B=call.B,
-        I=I,
+        I=call.I,
         H=call.H,
-        number_size=size,
-        lanes=vector_bytes // size,
-        tile_rows=tile_rows,
-        tile_vectors=tile_vectors,
         threads=torch.get_num_threads(),
-        rows_to_pack=rows_to_pack,
     )
     batch_groups, hidden_groups = plan["batch_groups"], plan["hidden_groups"]
-    threads = batch_groups * hidden_groups
-    words = [f"{isa} kernel, {threads} thread{'s' * (threads > 1)}"]
+    threads = plan["threads"]
+    words = [f"{plan['isa']} kernel, {threads} thread{'s' * (threads > 1)}"]
     if batch_groups > 1:
         words.append(f"the batch split among {batch_groups} groups, which need no synchronisation")
     if hidden_groups > 1:
         words.append(f"the units split among {hidden_groups} threads, which synchronise every step")
+    if plan["gemms"]:
+        words.append("with the GEMMs of the gradients, a chunk of steps at a time")
     words.append("weights packed first" if plan["pack"] else "weights read in place: few rows")
-    if I:
+    if call.I and not adjoint:
         ahead = f"for {plan['chunk']} steps ahead" if plan["project_ahead"] else "in each step"
         words.append(f"the input multiplied {ahead}")
     if call.x.element_size() < 4:
@@ -224,8 +212,10 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
         plan = _plan(call, False)
         lines.append(f"  forward:  {plan['words']}")
         if training:
-            lines.append(f"  backward: {_plan(call, True)['words']}")
-            lines.append("            then one GEMM over all steps for each gradient of a weight")
+            backward = _plan(call, True)
+            lines.append(f"  backward: {backward['words']}")
+            if not backward.get("gemms"):
+                lines.append("            then one GEMM of torch's for each gradient of a weight")
         lines += [f"  {line}" for line in _cost(call, plan)]
     return "\n".join(lines)
 

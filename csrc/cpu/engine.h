@@ -11,11 +11,46 @@ namespace fusedrnn::cpu {
 // The instruction set in use; by default the best that this machine supports.
 const InstructionSet& instruction_set();
 
+// The one of this name, or null if it was not compiled.
+const InstructionSet* find_instruction_set(const std::string& name);
+
 // Selects another instruction set. Returns false if this machine does not support it.
 bool use_instruction_set(const std::string& name);
+
+// What BPTT computes from δ (gradients.h), besides the adjoint recurrence. Results are dense; those
+// that are null are not computed. If the recurrence has no `out[0]`, δ is not kept.
+struct Gradients {
+  int64_t I = 0;  // of x
+  Series x;
+  const void* w_ih = nullptr;
+  int64_t w_ih_row = 0;
+  Series h;               // the states after each step
+  States h0;              // and before the first one; optional (0)
+  void* dx = nullptr;     // [T, B, I] or packed
+  void* dw_ih = nullptr;  // [H, I]
+  void* dw_hh = nullptr;  // [H, H]
+  void* db = nullptr;     // [H]
+
+  // Multiplications for each row of δ.
+  int64_t products(int64_t H) const {
+    return H * (I * ((dx != nullptr) + (dw_ih != nullptr)) + H * (dw_hh != nullptr));
+  }
+};
+
+// Whether the GEMMs of BPTT are at least as fast in the engine as in torch, for weights of
+// `weights` numbers. torch widens bf16 and f16 slowly. For the others its BLAS is MKL on x86, which
+// reaches the full rate of AVX2, but half the rate of AVX-512 on AMD.
+bool multiplies_as_fast(const InstructionSet& set, Storage storage, int64_t weights);
+
+// Allows or forbids that BPTT is one call of this engine. Tests forbid it where another engine
+// takes the place of the adjoint op.
+void allow_gemms(bool allowed);
 
 // Runs a problem on at most `threads` threads and returns when it is done. B, T and H must be at
 // least 1.
 void run(const Problem& problem, int threads);
+
+// The same for an adjoint, with the gradients that follow from it.
+void run(const Problem& problem, const Gradients& gradients, int threads);
 
 }  // namespace fusedrnn::cpu

@@ -90,6 +90,7 @@ struct Kernels {
   int rows;                                                   // rows of the register tile
   int vectors;                                                // vectors across it
   void (*product[kMaxRows][kMaxVectors])(const Product<C>&);  // by rows - 1, vectors - 1
+  C (*sum)(const C* from, int64_t n);                         // n is a multiple of the lanes
 };
 
 struct InstructionSet {

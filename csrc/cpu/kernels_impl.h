@@ -256,6 +256,13 @@ void pack(const void* w, int64_t k_stride, int64_t j_stride, int64_t size, int64
     }
 }
 
+template <class C>
+C sum(const C* from, int64_t n) {
+  Vec<C> total = Vec<C>(C(0));
+  for (int64_t i = 0; i < n; i += Vec<C>::lanes) total = total + load<C>(from + i);
+  return total.sum();
+}
+
 template <class S, class C>
 void load_numbers(const void* from, int64_t n, C* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(static_cast<const S*>(from)[i]);
@@ -297,7 +304,7 @@ constexpr void add_products(Kernels<C>& kernels) {
 
 template <class C>
 constexpr Kernels<C> kernels() {
-  Kernels<C> all{Vec<C>::lanes, FUSEDRNN_TILE_ROWS, FUSEDRNN_TILE_VECTORS, {}};
+  Kernels<C> all{Vec<C>::lanes, FUSEDRNN_TILE_ROWS, FUSEDRNN_TILE_VECTORS, {}, sum<C>};
   add_products<C, FUSEDRNN_TILE_ROWS, FUSEDRNN_TILE_VECTORS>(all);
   return all;
 }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace fusedrnn::cpu {
 
 struct PlanInput {
@@ -11,7 +13,33 @@ struct PlanInput {
   int64_t number_size;  // bytes of the compute type
   int lanes, tile_rows, tile_vectors;
   int threads;
-  int64_t rows_to_pack;  // packing the weights pays off above this total number of rows
+  bool adjoint = false;
+  bool widened = false;  // the compute type is wider than the storage type
+  int64_t gemms = 0;     // multiplications for each row outside the recurrence (gradients.h)
+
+  template <class C>
+  PlanInput(const Kernels<C>& kernels, Pass pass, Storage storage, int64_t T, int64_t B, int64_t I,
+            int64_t H, int threads, int64_t gemms)
+      : T(T),
+        B(B),
+        I(I),
+        H(H),
+        number_size(sizeof(C)),
+        lanes(kernels.lanes),
+        tile_rows(kernels.rows),
+        tile_vectors(kernels.vectors),
+        threads(threads),
+        adjoint(pass == Pass::adjoint),
+        widened(size_of(storage) != number_size),
+        gemms(gemms) {}
+
+  // The number of rows above which packing pays off, as measured. Without packing, the adjoint uses
+  // the rows of W_hh itself as panels, which requires that no number is widened. The other passes
+  // use dot products with the unpacked weights.
+  int64_t rows_to_pack() const {
+    if (adjoint) return widened ? 0 : 48;
+    return H * (H + I) * number_size > (1 << 20) ? 24 : 12;
+  }
 };
 
 struct Plan {
@@ -19,11 +47,12 @@ struct Plan {
   // group the hidden units are split, and its threads wait at a barrier after each step.
   int batch_groups = 1;
   int hidden_groups = 1;
+  int idle = 0;                // threads that only do the GEMMs outside the recurrence
   bool pack = true;            // copy the weights into panels first
   bool project_ahead = false;  // compute the input product of several steps at once, before them
   int64_t chunk = 1;           // project_ahead: the number of steps
 
-  int threads() const { return batch_groups * hidden_groups; }
+  int threads() const { return batch_groups * hidden_groups + idle; }
 };
 
 // Costs in cycles, for a core that does two vector FMAs and two vector loads per cycle. The figures
@@ -56,22 +85,27 @@ struct CostModel {
     return hidden_groups > 1 ? alone * kMeeting + kBarrier : alone;
   }
 
-  static double total(const PlanInput& in, int batch_groups, int hidden_groups) {
-    return (batch_groups * hidden_groups > 1 ? kRegion : 0) +
-           double(in.T) * step(in, batch_groups, hidden_groups);
+  static double total(const PlanInput& in, int batch_groups, int hidden_groups, int idle) {
+    const int threads = batch_groups * hidden_groups + idle;
+    const double rows = double(in.T) * double(in.B);
+    return (threads > 1 ? kRegion : 0) + double(in.T) * step(in, batch_groups, hidden_groups) +
+           rows * double(in.gemms) / (2 * in.lanes * threads);
   }
 };
 
 inline Plan make_plan(const PlanInput& in) {
   Plan plan;
-  double best = CostModel::total(in, 1, 1);
+  double best = CostModel::total(in, 1, 1, 0);
   const auto consider = [&](int64_t batch_groups, int64_t hidden_groups) {
-    if (batch_groups * hidden_groups <= 1) return;
-    const double cost = CostModel::total(in, int(batch_groups), int(hidden_groups));
-    if (cost < best) {
-      best = cost;
-      plan.batch_groups = int(batch_groups);
-      plan.hidden_groups = int(hidden_groups);
+    const int64_t busy = batch_groups * hidden_groups;
+    for (const int64_t idle : {int64_t(0), in.gemms ? in.threads - busy : 0}) {
+      const double cost = CostModel::total(in, int(batch_groups), int(hidden_groups), int(idle));
+      if (cost < best) {
+        best = cost;
+        plan.batch_groups = int(batch_groups);
+        plan.hidden_groups = int(hidden_groups);
+        plan.idle = int(idle);
+      }
     }
   };
   const int64_t vectors = (in.H + in.lanes - 1) / in.lanes;
@@ -81,7 +115,7 @@ inline Plan make_plan(const PlanInput& in) {
     consider(batch_groups, std::min(in.threads / batch_groups, vectors));
   }
 
-  plan.pack = in.T * in.B > in.rows_to_pack;
+  plan.pack = in.T * in.B > in.rows_to_pack();
 
   // One product over several steps fills the register tile if a step has too few rows. And a group
   // that waits at barriers should not compute input products between them.

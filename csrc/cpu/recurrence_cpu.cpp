@@ -1,7 +1,9 @@
 // The ops on CPU tensors.
-#include <ATen/Parallel.h>
+#include "recurrence_cpu.h"
 
-#include "../ops.h"
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+
 #include "engine.h"
 
 namespace fusedrnn::cpu {
@@ -13,6 +15,52 @@ struct Engine {
 };
 
 }  // namespace
+
+BackwardResults backward(const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& f,
+                         const OptionalTensor& g_n, const Tensor& slope_of, const Tensor& x,
+                         const OptionalTensor& w_ih, const Tensor& h, const OptionalTensor& h0,
+                         const Tensor& w_hh, const OptionalTensor& alpha,
+                         const OptionalTensor& reset, const OptionalTensor& batch_sizes,
+                         c10::string_view nonlinearity, c10::string_view form, bool reverse,
+                         const WantedGradients& wanted) {
+  Call call = Ops<Engine>::adjoint_call(g, d, f, g_n, slope_of, w_hh, alpha, reset, batch_sizes,
+                                        nonlinearity, form, reverse);
+  Problem& p = call.problem;
+  Gradients gradients;
+  if (w_ih) {
+    call.input(x, *w_ih);
+    gradients.I = std::exchange(p.I, 0);
+    gradients.x = std::exchange(p.x, {});
+    gradients.w_ih = std::exchange(p.w_ih, nullptr);
+    gradients.w_ih_row = p.w_ih_row;
+  }
+  gradients.h = call.series("h", h);
+  gradients.h0 = call.states("h0", h0);
+
+  const int64_t I = x.size(-1);
+  const auto empty = [&](void*& where, bool is_wanted, at::IntArrayRef sizes) {
+    if (!is_wanted) return Tensor();
+    // The engine adds up nothing for a batch of zero rows.
+    const Tensor result =
+        call.is_empty() ? at::zeros(sizes, x.options()) : at::empty(sizes, x.options());
+    if (result.numel() > 0) where = result.data_ptr();
+    return result;
+  };
+  BackwardResults results;
+  if (w_ih) {
+    results.x = empty(gradients.dx, wanted.x, x.sizes());
+    results.w_ih = empty(gradients.dw_ih, wanted.w_ih, {p.H, I});
+  } else if (wanted.x) {
+    results.x = call.to(p.out[0]);
+  }
+  results.w_hh = empty(gradients.dw_hh, wanted.w_hh, {p.H, p.H});
+  results.b = empty(gradients.db, wanted.b, {p.H});
+  results.h0 = call.to(p.last, wanted.h0 || wanted.v0);
+  results.v0 = call.to(p.last_carry, wanted.v0 && p.form == Form::potential);
+  results.a = call.to(p.out[1], wanted.a);
+  if (!call.is_empty()) cpu::run(p, gradients, at::get_num_threads());
+  return results;
+}
 
 TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) { Ops<Engine>::add_to(m); }
 

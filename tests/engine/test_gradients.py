@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from cases import Calls, Case
-from engines import DIFFERENTIATED, ENGINES
+from engines import CPU, DIFFERENTIATED, ENGINES
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,6 +68,33 @@ def test_second_derivatives(engine, case):
     tensors = tuple(case.arguments(requires_grad=True).values())
     assert gradgradcheck(
         function_of(case), tensors, check_fwd_over_rev=True, check_batched_grad=True
+    )
+
+
+# More rows than the CPU engine keeps of delta at a time, so that sums continue in the next chunk.
+LONG = [
+    Case(T=300, B=3, I=5, H=33),
+    Case(T=300, B=3, I=5, H=33, reverse=True, reset=True, h0=False),
+    Case(T=3, B=300, I=33, H=17, reset=True),
+    Case(T=600, B=1, I=1, H=65, bias=False),
+    Case(lengths=(300,) * 3 + (200, 17, 1), I=3, H=31, reset=True),
+    Case(lengths=(270, 269, 30), I=40, H=8, reverse=True, alpha=True, form="potential"),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("engine", CPU, ids=str, indirect=True)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_gradients_of_many_rows_match_the_reference(engine, case, threads):
+    torch.set_num_threads(threads)
+    tensors = list(case.arguments(requires_grad=True).values())
+
+    def gradients(rnn) -> list[torch.Tensor]:
+        value = sum(y.sin().sum() for y in function_of(case, rnn)(*tensors))
+        return list(torch.autograd.grad(value, tensors))
+
+    torch.testing.assert_close(
+        gradients(fusedrnn.rnn), gradients(reference.rnn), rtol=1e-10, atol=1e-10
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from fusedrnn import _C
 
-plan_cpu = _C.plan_cpu
+plan_cpu = functools.partial(_C.plan_cpu, isa="avx512")
 
 
 @pytest.mark.parametrize(
@@ -36,8 +38,25 @@ def test_how_work_is_divided(shape, threads, groups):
 
 def test_few_rows_are_multiplied_with_the_weights_as_they_lie():
     assert not plan_cpu(T=1, B=1, I=64, H=64, threads=1)["pack"]
-    assert plan_cpu(T=1, B=1, I=64, H=64, threads=1, rows_to_pack=0)["pack"]
+    assert _C.plan_cpu(adjoint=True, dtype="bfloat16", T=1, B=1, I=64, H=64, threads=1)["pack"]
     assert plan_cpu(T=100, B=1, I=64, H=64, threads=1)["pack"]
+
+
+def test_threads_that_idle_in_the_recurrence_join_for_the_gemms():
+    shape = {"T": 100, "B": 1, "I": 64, "H": 64, "threads": 2}
+    assert plan_cpu(**shape)["threads"] == 1
+    plan = plan_cpu(adjoint=True, **shape)
+    assert plan["gemms"]
+    assert plan["threads"] == 2
+    assert plan["batch_groups"] * plan["hidden_groups"] == 1
+
+
+def test_large_gemms_are_those_of_torch_with_avx2():
+    large = {"adjoint": True, "T": 9, "B": 9, "I": 256, "H": 512, "threads": 2}
+    assert plan_cpu(**large)["gemms"]
+    assert not _C.plan_cpu(isa="avx2", **large)["gemms"]
+    assert _C.plan_cpu(isa="avx2", dtype="bfloat16", **large)["gemms"]
+    assert _C.plan_cpu(isa="avx2", **{**large, "H": 64})["gemms"]
 
 
 def test_the_input_of_small_batches_is_multiplied_ahead():
@@ -76,11 +95,11 @@ shows; `python tests/engine/test_plan.py` rewrites it.
 """
 BATCHES = (1, 2, 4, 7, 16, 64, 256)
 UNITS = (8, 17, 64, 200, 449, 800, 2048)
-NUMBERS = {"float32": {"number_size": 4, "lanes": 16}, "float64": {"number_size": 8, "lanes": 4}}
+INSTRUCTIONS = {"float32": "avx512", "float64": "avx2"}
 
 
-def decision(**problem: int) -> str:
-    plan = plan_cpu(**problem)
+def decision(**problem: Any) -> str:
+    plan = _C.plan_cpu(**problem)
     groups = f"{plan['batch_groups']}x{plan['hidden_groups']}"
     ahead = f"+{plan['chunk']}" if plan["project_ahead"] else ""
     return groups + ("" if plan["pack"] else "-") + ahead
@@ -88,15 +107,17 @@ def decision(**problem: int) -> str:
 
 def details(dtype: str, inputs: int, T: int, threads: int) -> str:
     lines = [f"{dtype}, {threads} threads, T={T}, I={'H' if inputs else 0}"]
+    isa = INSTRUCTIONS[dtype]
     for B in BATCHES:
         cells = [
-            decision(T=T, B=B, I=inputs * H, H=H, threads=threads, **NUMBERS[dtype]) for H in UNITS
+            decision(dtype=dtype, isa=isa, T=T, B=B, I=inputs * H, H=H, threads=threads)
+            for H in UNITS
         ]
         lines.append(f"{B:4}: " + " ".join(cell.ljust(7) for cell in cells).rstrip())
     return "\n".join(lines) + "\n"
 
 
-EVERY = list(itertools.product(NUMBERS, (0, 1), (1, 2, 100), (2, 6, 32)))
+EVERY = list(itertools.product(INSTRUCTIONS, (0, 1), (1, 2, 100), (2, 6, 32)))
 
 
 def table() -> str:

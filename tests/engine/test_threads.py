@@ -35,7 +35,7 @@ PROBLEMS = [
 
 def plan(case: Case, threads: int) -> dict:
     return _C.plan_cpu(
-        T=case.T, B=case.B, I=case.I, H=case.H, threads=threads, lanes=8, number_size=8
+        dtype="float64", T=case.T, B=case.B, I=case.I, H=case.H, threads=threads, isa="avx512"
     )
 
 

@@ -133,6 +133,7 @@ ENGINES = [
     OLD,
     *(ON_GPU if torch.cuda.is_available() and _C.has_cuda else []),
 ]
+CPU = [engine for engine in ENGINES if engine.kind == "cpu"]
 # For tests with finite differences, which call an engine hundreds of times.
 DIFFERENTIATED = [
     Engine("cpu", _C.build_info()["isa_chosen"]),
@@ -164,9 +165,11 @@ class Emulated(emulator.Library):
         wishes = (place, tile, split, fuse_input)
         self.c.fusedrnn_use_regime(*(-1 if wish is None else int(wish) for wish in wishes))
         self.c.fusedrnn_install()
+        _C.allow_gemms(False)  # backward must call the adjoint op
 
     def uninstall(self) -> None:
         self.c.fusedrnn_uninstall()
+        _C.allow_gemms(True)
 
     def runs(self) -> dict[str, int]:
         """Return how often each regime has run so far."""

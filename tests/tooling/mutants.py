@@ -42,7 +42,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 # The tests for a file, the most likely to fail first. The first pattern that matches applies.
 TESTS = {
     "csrc/cpu/plan.h": "plan recurrence threads gradients",
-    "csrc/cpu/engine.cpp": "recurrence gradients threads explain numerics",
+    "csrc/cpu/run.h": "recurrence gradients threads explain numerics",
     "csrc/cpu/*": "recurrence numerics gradients threads",
     "csrc/epilogues.h": "recurrence gradients numerics derivatives",
     "csrc/cuda/plan.*": "plan_cuda explain",

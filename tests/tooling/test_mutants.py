@@ -79,10 +79,9 @@ def of_alpha(new: str, test: str) -> tuple[Mutant, list[str]]:
     return planted("fusedrnn/forms.py", "0 < alpha <= 1", new, f"tests/api/test_ops.py::{test}")
 
 
-def of_engine(old: str, new: str) -> tuple[Mutant, list[str]]:
-    return planted(
-        "csrc/cpu/engine.cpp", old, new, "tests/engine/test_recurrence.py::test_any_strides"
-    )
+def of_engine(old: str, new: str, file: str = "run") -> tuple[Mutant, list[str]]:
+    test = "tests/engine/test_recurrence.py::test_any_strides"
+    return planted(f"csrc/cpu/{file}.h", old, new, test)
 
 
 @pytest.mark.slow
@@ -95,7 +94,7 @@ def test_planted_mutants():
         (of_alpha("0 <= alpha <= 1", "test_an_unknown_nonlinearity_is_named"), None),
         (of_alpha("0 < alpha <", fits), ""),
         (of_engine("[s & 1]", "[1]"), "tests/engine/test_recurrence.py::test_any_strides"),
-        (of_engine("spins < 1000", "spins < 1001"), None),
+        (of_engine("spins < 1000", "spins < 1001", "barrier"), None),
         (of_engine("[s & 1]", "[s & one]"), ""),
         (of_engine("i < 3", "i <= 2"), ""),  # the same machine code
         (of_alpha("0 < alpha <= 1", fits), None),  # the earlier mutants leave no trace
