@@ -21,7 +21,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/engine.h"
+#include "../../csrc/cuda/engine.h"
 
 extern "C" {
 int cudaemu_use_device(const char* name);

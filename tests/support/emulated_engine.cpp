@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "../csrc/cuda/recurrence_cuda.h"
+#include "../../csrc/cuda/recurrence_cuda.h"
 
 namespace fusedrnn::cuda {
 namespace {
