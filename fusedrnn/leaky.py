@@ -274,7 +274,9 @@ class LeakyRNN(_Leaky, Layers):
     Inputs:
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
             ``PackedSequence``.
-        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; None means zeros.
+        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; the same for every
+            row if ``[L*D, 1, H]``, and for every layer and direction, too, if ``[H]``. None means
+            zeros.
         reset, reset_to: As in :class:`fusedrnn.RNN`; ``reset_to`` is a state.
         alpha: Leak of each step, in place of the module's, in every layer: ``[T, B]``,
             ``[T, B, 1]`` or ``[T, B, H]``, with ``batch_first`` ``[B, T, ...]``, unbatched ``[T]``,
@@ -283,6 +285,7 @@ class LeakyRNN(_Leaky, Layers):
         generator: Source of the noise, a ``torch.Generator`` on the device of the input; None means
             torch's default one.
         return_potential: Return v as well; only in the form ``"potential"``.
+        return_all_layers, last_only: As in :class:`fusedrnn.RNN`, for ``output`` and ``potential``.
 
     Outputs:
         output: :math:`h_t` of the last layer for every step, in the shape of the input but with D*H
@@ -415,6 +418,7 @@ class LeakyRNN(_Leaky, Layers):
         return_potential: Literal[True],
     ) -> tuple[PackedSequence, Tensor, PackedSequence]: ...
 
+    @overload
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -425,6 +429,22 @@ class LeakyRNN(_Leaky, Layers):
         alpha: Tensor | PackedSequence | None = None,
         generator: torch.Generator | None = None,
         return_potential: bool = False,
+        return_all_layers: bool = False,
+        last_only: bool = False,
+    ) -> tuple[Any, ...]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: Tensor | None = None,
+        alpha: Tensor | PackedSequence | None = None,
+        generator: torch.Generator | None = None,
+        return_potential: bool = False,
+        return_all_layers: bool = False,
+        last_only: bool = False,
     ) -> tuple[Any, ...]:
         """Run every layer over the sequence; see the class."""
         if return_potential and self.form != "potential":
@@ -438,9 +458,14 @@ class LeakyRNN(_Leaky, Layers):
             option["alpha"] = self._alpha_of(i) if series is None else series
             option["generator"] = generator
         if return_potential:
-            for option in options[-2 if self.bidirectional else -1 :]:
+            first = 0 if return_all_layers else -2 if self.bidirectional else -1
+            for option in options[first:]:
                 option["return_potential"] = True
-        return self._forward(input, hx, self.nonlinearity, options)
+        results = self._forward(input, hx, self.nonlinearity, options, return_all_layers)
+        return self._only_last(results) if last_only else results
+
+    def _sent(self, states: Tensor) -> Tensor:
+        return NONLINEARITIES[self.nonlinearity](states) if self.form == "potential" else states
 
     def _alpha_series(
         self, input: Tensor | PackedSequence, alpha: Tensor | PackedSequence

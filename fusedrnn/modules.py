@@ -8,7 +8,7 @@ and not from ``nn.RNN`` because ``torch.compile`` refuses every subclass of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,13 @@ class Layers(nn.RNNBase):
         hx: Tensor | None,
         nonlinearity: str,
         options: list[dict[str, Any]] | None = None,
+        all_layers: bool = False,
     ) -> tuple[Any, ...]:
         """Run every layer over an input of any layout.
 
         Args:
             options: More arguments of :func:`fusedrnn.rnn`, for each layer and direction.
+            all_layers: Return lists with a tensor for each layer, except for ``h_n``.
 
         Returns:
             ``output``, ``h_n``, and the potential if the last layer's options ask for it.
@@ -82,46 +84,82 @@ class Layers(nn.RNNBase):
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
+                sizes = hx.size()
+                if len(sizes) == 1 or sizes[1] == 1:
+                    hx = self._for_every_row(hx, _batch_of(input))
                 hx = self.permute_hidden(hx, sorted_indices)
             elif compiling():
                 target = options[0].get("reset_to") if options else None
                 if target is not None and target.dim() == 2:
                     rows = target.size(0)
-                elif sorted_indices is not None:
-                    rows = sorted_indices.size(0)
                 else:
-                    rows = rows_of(batch_sizes)
+                    rows = _batch_of(input)
                 if rows is not None:
                     hx = data.new_zeros(len(self._all_weights), rows, self.hidden_size)
-            results = self._run_layers(data, hx, batch_sizes, nonlinearity, options)
-            output = PackedSequence(results[0], batch_sizes, sorted_indices, unsorted_indices)
-            h_n = self.permute_hidden(results[1], unsorted_indices)
-            if len(results) == 2:
-                return output, h_n
-            potential = PackedSequence(results[2], batch_sizes, sorted_indices, unsorted_indices)
-            return output, h_n, potential
+            results = self._run_layers(data, hx, batch_sizes, nonlinearity, options, all_layers)
+            results = _map_series(
+                lambda series: PackedSequence(
+                    series, batch_sizes, sorted_indices, unsorted_indices
+                ),
+                results,
+            )
+            return results[0], self.permute_hidden(results[1], unsorted_indices), *results[2:]
 
         dim = input.dim()
         if dim not in (2, 3):
             raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dim}D tensor instead")
-        if hx is not None and hx.dim() != dim:
-            raise RuntimeError(
-                f"For {'batched' if dim == 3 else 'unbatched'} {dim}-D input, "
-                f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
-            )
-        if dim == 2:
+        batched = dim == 3
+        if hx is not None:
+            if hx.dim() == 1 or (batched and hx.dim() == 3 and hx.shape[1] == 1):
+                rows = input.shape[0 if self.batch_first else 1] if batched else None
+                hx = self._for_every_row(hx, rows)
+            if hx.dim() != dim:
+                raise RuntimeError(
+                    f"For {'batched' if batched else 'unbatched'} {dim}-D input, "
+                    f"hx should also be {dim}-D but got {hx.dim()}-D tensor"
+                )
+        if not batched:
             hx = None if hx is None else hx.unsqueeze(1)
-            results = self._run_layers(input.unsqueeze(1), hx, None, nonlinearity, options)
-            if len(results) == 2:
-                return results[0].squeeze(1), results[1].squeeze(1)
-            return tuple(result.squeeze(1) for result in results)
+            x = input.unsqueeze(1)
+            results = self._run_layers(x, hx, None, nonlinearity, options, all_layers)
+            results = _map_series(lambda series: series.squeeze(1), results)
+            return results[0], results[1].squeeze(1), *results[2:]
         if self.batch_first:
             x = input.transpose(0, 1)
-            results = self._run_layers(x, hx, None, nonlinearity, options)
-            if len(results) == 2:
-                return results[0].transpose(0, 1), results[1]
-            return results[0].transpose(0, 1), results[1], results[2].transpose(0, 1)
-        return self._run_layers(input, hx, None, nonlinearity, options)
+            results = self._run_layers(x, hx, None, nonlinearity, options, all_layers)
+            return _map_series(lambda series: series.transpose(0, 1), results)
+        return self._run_layers(input, hx, None, nonlinearity, options, all_layers)
+
+    def _for_every_row(self, hx: Tensor, batch: int | None) -> Tensor:
+        """Expand ``hx`` of one row, ``[L*D, 1, H]`` or ``[H]``, over the batch.
+
+        ``batch`` is None for an unbatched input. Other sizes are returned as they are: the checks
+        of nn.RNN reject them.
+        """
+        states, size = len(self._all_weights), self.hidden_size
+        if hx.shape == (size,):
+            return hx.expand(states, size) if batch is None else hx.expand(states, batch, size)
+        if batch is not None and hx.shape == (states, 1, size) and batch != 1:
+            return hx.expand(states, batch, size)
+        return hx
+
+    def _only_last(self, results: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Replace each series in the results of :meth:`_forward` by its last step."""
+        output, h_n, *potential = results
+        directions = 2 if self.bidirectional else 1
+
+        def last(states: Tensor) -> Any:
+            layers = [
+                torch.cat(states[i : i + directions].unbind(0), -1)
+                for i in range(0, len(self._all_weights), directions)
+            ]
+            return layers if isinstance(output, list) else layers[-1]
+
+        return last(self._sent(h_n)), h_n, *(last(h_n) for _ in potential)
+
+    def _sent(self, states: Tensor) -> Tensor:
+        """Return what units in these states send to other units: the output of the last step."""
+        return states
 
     def _run_layers(
         self,
@@ -130,7 +168,8 @@ class Layers(nn.RNNBase):
         batch_sizes: Tensor | None,
         nonlinearity: str,
         options: list[dict[str, Any]] | None,
-    ) -> tuple[Tensor, ...]:
+        all_layers: bool,
+    ) -> tuple[Any, ...]:
         """Run every layer over ``x [T, B, I]``, or packed ``[N, I]``; see :meth:`_forward`.
 
         ``hx`` and ``h_n`` are ``[L*D, B, H]``.
@@ -144,7 +183,7 @@ class Layers(nn.RNNBase):
             output, h = rnn(  # type: ignore[call-overload]  # of two or four weights
                 x, *one_layer, h0=h0, nonlinearity=nonlinearity, batch_sizes=batch_sizes
             )
-            return output, h.unsqueeze(0)
+            return [output] if all_layers else output, h.unsqueeze(0)
 
         weights = [_tensors(self, layer_names) for layer_names in names]
         self._check(x, hx, batch_sizes, weights[0][0])
@@ -159,11 +198,13 @@ class Layers(nn.RNNBase):
         run: Callable[..., Any] = rnn if options is None else self._rnn
         no_options: dict[str, Any] = {}
         h_n: list[Tensor] = []
+        layers: list[Tensor] = []
         potentials: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout and self.training:
                 x = torch.dropout(x, self.dropout, True)
             outputs: list[Tensor] = []
+            potential: list[Tensor] = []
             i = layer * num_directions
             if on_gpu and directions.pays(x, weights[i : i + 2], h0s[i : i + 2], batch_sizes):
                 outputs, h_of_both = directions.both_directions(
@@ -184,12 +225,16 @@ class Layers(nn.RNNBase):
                     outputs.append(results[0])
                     h_n.append(results[1])
                     if len(results) == 3:
-                        potentials.append(results[2])
+                        potential.append(results[2])
             x = outputs[0] if num_directions == 1 else torch.cat(outputs, -1)
+            if all_layers:
+                layers.append(x)
+            if potential:
+                potentials.append(potential[0] if num_directions == 1 else torch.cat(potential, -1))
+        output = layers if all_layers else x
         if potentials:
-            potential = potentials[0] if num_directions == 1 else torch.cat(potentials, -1)
-            return x, torch.stack(h_n), potential
-        return x, torch.stack(h_n)
+            return output, torch.stack(h_n), potentials if all_layers else potentials[-1]
+        return output, torch.stack(h_n)
 
     def _rnn(self, x: Tensor, *weights: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
         """Run one layer in one direction, with the options of :meth:`_forward`."""
@@ -297,6 +342,26 @@ class Layers(nn.RNNBase):
         return series.transpose(0, 1) if self.batch_first else series
 
 
+def _batch_of(packed: PackedSequence) -> int | None:
+    """Return B, or None while ``torch.export`` traces ``pack_padded_sequence``."""
+    if not torch.compiler.is_compiling():
+        return int(packed.batch_sizes[0])
+    if packed.sorted_indices is not None:
+        return packed.sorted_indices.size(0)
+    return rows_of(packed.batch_sizes)
+
+
+def _map_series(function: Callable[[Tensor], Any], results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Apply ``function`` to the series among the results of a layer: all but ``h_n``."""
+    output, h_n, *potential = results
+    return _each(function, output), h_n, *(_each(function, series) for series in potential)
+
+
+def _each(function: Callable[[Tensor], Any], series: Any) -> Any:
+    """Apply ``function`` to a series, or to that of each layer."""
+    return [function(s) for s in series] if isinstance(series, list) else function(series)
+
+
 def _either(shapes: Sequence[tuple[int, ...]]) -> str:
     """Return the shapes as words: ``[5, 3], [5, 3, 1] or [5, 3, 6]``."""
     *first, last = [str(list(shape)) for shape in dict.fromkeys(shapes)]
@@ -361,7 +426,9 @@ class RNN(Layers):
     Inputs:
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
             ``PackedSequence``.
-        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; None means zeros.
+        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; the same for every
+            row if ``[L*D, 1, H]``, and for every layer and direction, too, if ``[H]``. None means
+            zeros.
         reset: Where an episode begins, bool ``[T, B]``, with ``batch_first`` ``[B, T]``, unbatched
             ``[T]``; with a packed input ``[N]``, the rows of its ``data``, or a ``PackedSequence``
             with the same layout. Every layer is reset at the same steps. The reverse direction
@@ -369,6 +436,11 @@ class RNN(Layers):
             each episode that another one follows. None means no resets.
         reset_to: State after a reset, ``[H]``, or for each layer and direction ``[L*D, H]`` or
             ``[L*D, B, H]`` (not unbatched); may be learned. None means zeros.
+        return_all_layers: Return a list in place of ``output``, with the output of each layer,
+            before the dropout that follows it.
+        last_only: Return only the last step of each row in place of ``output``, ``[B, D*H]``,
+            unbatched ``[D*H]``: ``h_n`` of the layer, with both directions side by side. The last
+            step of the reverse direction is the first one in time, where it has read the whole row.
 
     Outputs:
         output: Every state of the last layer, in the shape of the input but with D*H features. A
@@ -403,7 +475,8 @@ class RNN(Layers):
           tensors to it, or to an element, raises an error: assign ``weight_hh_l0`` and so on.
           ``flatten_parameters`` does nothing on any device: no kernel needs the weights in one
           block of memory.
-        - ``forward`` also takes ``reset`` and ``reset_to``.
+        - ``forward`` also takes ``reset``, ``reset_to``, ``return_all_layers`` and ``last_only``,
+          and states ``hx`` for every row.
         - ``output`` itself is saved for backward; modifying it in place before backward raises an
           error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
@@ -467,6 +540,8 @@ class RNN(Layers):
         hx: Tensor | None = None,
         reset: Tensor | None = None,
         reset_to: Tensor | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -478,19 +553,45 @@ class RNN(Layers):
         reset_to: Tensor | None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
 
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: Tensor | None = None,
+        *,
+        last_only: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
     def forward(
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_to: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        *,
+        return_all_layers: bool,
+        last_only: bool = False,
+    ) -> tuple[Any, Tensor]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: Tensor | None = None,
+        return_all_layers: bool = False,
+        last_only: bool = False,
+    ) -> tuple[Any, Tensor]:
         """Run every layer over the sequence; see the class."""
         # Not keyword-only: torch's TorchScript exporter passes every argument by position.
         options = None
         if reset is not None or reset_to is not None:
             options = self._reset_options(input, reset, reset_to)
-        return self._forward(input, hx, _NONLINEARITIES[self.mode], options)  # type: ignore[return-value]
+        results = self._forward(input, hx, _NONLINEARITIES[self.mode], options, return_all_layers)
+        return self._only_last(results) if last_only else results  # type: ignore[return-value]
 
 
 def _check_device(x: Tensor, other: Tensor, name: str) -> None:

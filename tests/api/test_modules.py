@@ -494,7 +494,7 @@ CALL_ERRORS: dict[str, tuple[Any, ...]] = {
     "input is None": (None,),
     "unbatched, hx 3-D": (X[:, 0], HX),
     "batched, hx 2-D": (X, HX[:, 0]),
-    "batched, hx 1-D": (X, HX[0, 0]),
+    "batched, hx 1-D": (X, HX[0, 0, :-1]),
     "features": (X[..., :3],),
     "features, unbatched": (X[:, 0, :3],),
     "features, packed": (PACKED._replace(data=PACKED.data[:, :3]),),
