@@ -142,3 +142,62 @@ def check_for_loop(
         for value in alpha.real.flatten().tolist():
             if not 0 <= value <= 1:
                 raise ValueError(f"fusedrnn: alpha must be in [0, 1], got {value}")
+
+
+def no_lengths(padding_value: Any) -> ValueError:
+    return ValueError(f"fusedrnn: padding_value must be 0.0 without lengths, got {padding_value}")
+
+
+def check_ragged(input: Any, lengths: Any, batch_first: bool, padding_value: Any) -> None:
+    """Check a padded input with ``lengths``, or a jagged one without, but no values of lengths."""
+    if lengths is None:
+        if padding_value != 0.0:
+            raise no_lengths(padding_value)
+        if input.layout != torch.jagged:
+            raise TypeError(
+                f"fusedrnn: input must have the layout torch.jagged if nested, got {input.layout}"
+            )
+        if input.dim() != 3 or input.size(2) != input.values().size(-1):
+            raise ValueError(
+                f"fusedrnn: input must be [B, lengths, I] if nested, got {_shape(input)}"
+            )
+        return
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"fusedrnn: lengths must be a tensor, got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"fusedrnn: lengths must be integers, got {lengths.dtype}")
+    if torch._C._functorch.is_batchedtensor(lengths):
+        raise NotImplementedError(
+            "fusedrnn: lengths must be the same for all samples of a vmap; map over input alone"
+        )
+    if not isinstance(input, Tensor) or input.is_nested or input.dim() != 3:
+        got = _shape(input) if isinstance(input, Tensor) else type(input).__name__
+        wanted = "[B, T, I]" if batch_first else "[T, B, I]"
+        raise ValueError(f"fusedrnn: input must be {wanted} with lengths, got {got}")
+    batch = input.size(0 if batch_first else 1)
+    if lengths.shape != (batch,):
+        raise ValueError(f"fusedrnn: lengths must be [{batch}], got {list(lengths.shape)}")
+    if not isinstance(padding_value, (int, float)):
+        raise TypeError(
+            f"fusedrnn: padding_value must be a number, got {type(padding_value).__name__}"
+        )
+
+
+def _shape(input: Tensor) -> str:
+    return "a nested tensor" if input.is_nested else str(list(input.shape))
+
+
+def longest(lengths: Tensor, steps: int | None) -> int:
+    """Return the first of ``lengths``, which are sorted, after checking that all are in [0, T]."""
+    if lengths.size(0) == 0:
+        return 0
+    most, least = lengths[0].item(), lengths[-1].item()
+    if torch.compiler.is_compiling():
+        torch._check(most >= 0)
+        if steps is not None:
+            torch._check(most <= steps)
+    elif steps is not None and not 0 <= least <= most <= steps:
+        raise ValueError(
+            f"fusedrnn: lengths must be in [0, {steps}], got {least if least < 0 else most}"
+        )
+    return most  # type: ignore[return-value]  # int() would make it a constant when compiling

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from . import checks
 from .forms import FORMS
 from .functional import rnn
 from .modules import Layers, _tensors
@@ -272,8 +273,9 @@ class LeakyRNN(_Leaky, Layers):
         dtype: Dtype of the parameters.
 
     Inputs:
-        input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
-            ``PackedSequence``.
+        input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, a
+            ``PackedSequence``, or a nested tensor of B rows ``[length, I]`` with the layout
+            ``torch.jagged``.
         hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; the same for every
             row if ``[L*D, 1, H]``, and for every layer and direction, too, if ``[H]``. None means
             zeros.
@@ -281,15 +283,17 @@ class LeakyRNN(_Leaky, Layers):
         alpha: Leak of each step, in place of the module's, in every layer: ``[T, B]``,
             ``[T, B, 1]`` or ``[T, B, H]``, with ``batch_first`` ``[B, T, ...]``, unbatched ``[T]``,
             ``[T, 1]`` or ``[T, H]``, packed ``[N]``, ``[N, 1]`` or ``[N, H]`` or a
-            ``PackedSequence``. Values must be in [0, 1].
+            ``PackedSequence``; nested with a nested input. Values must be in [0, 1].
         generator: Source of the noise, a ``torch.Generator`` on the device of the input; None means
             torch's default one.
         return_potential: Return v as well; only in the form ``"potential"``.
-        return_all_layers, last_only: As in :class:`fusedrnn.RNN`, for ``output`` and ``potential``.
+        lengths: As in :class:`fusedrnn.RNN`.
+        padding_value, return_all_layers, last_only: As in :class:`fusedrnn.RNN`, for ``output`` and
+            ``potential``.
 
     Outputs:
         output: :math:`h_t` of the last layer for every step, in the shape of the input but with D*H
-            features. A packed input gives a packed output.
+            features. A packed input gives a packed output, a nested one a nested output.
         h_n: The last state of every layer and direction, ``[L*D, B, H]``, unbatched ``[L*D, H]``:
             v in the form ``"potential"``, otherwise h.
         potential: With ``return_potential``, :math:`v_t` of the last layer, in the shape of
@@ -429,6 +433,8 @@ class LeakyRNN(_Leaky, Layers):
         alpha: Tensor | PackedSequence | None = None,
         generator: torch.Generator | None = None,
         return_potential: bool = False,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
         return_all_layers: bool = False,
         last_only: bool = False,
     ) -> tuple[Any, ...]: ...
@@ -443,6 +449,8 @@ class LeakyRNN(_Leaky, Layers):
         alpha: Tensor | PackedSequence | None = None,
         generator: torch.Generator | None = None,
         return_potential: bool = False,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
         return_all_layers: bool = False,
         last_only: bool = False,
     ) -> tuple[Any, ...]:
@@ -452,6 +460,14 @@ class LeakyRNN(_Leaky, Layers):
                 "fusedrnn: return_potential must be False unless form is 'potential', "
                 f"got True with form {self.form!r}"
             )
+        if lengths is not None or getattr(input, "is_nested", False):
+            return self._forward_ragged(
+                input, lengths, padding_value, hx, last_only, reset=reset, reset_to=reset_to,
+                alpha=alpha, generator=generator, return_potential=return_potential,
+                return_all_layers=return_all_layers,
+            )  # fmt: skip
+        if padding_value != 0.0:
+            raise checks.no_lengths(padding_value)
         series = None if alpha is None else self._alpha_series(input, alpha)
         options = self._reset_options(input, reset, reset_to)
         for i, option in enumerate(options):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import directions, ops
+from . import checks, directions, ops
 from .functional import rnn, rnn_cell, rows_of
+from .ragged import Ragged
 from .torch_state import compiling
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
@@ -85,7 +86,7 @@ class Layers(nn.RNNBase):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 sizes = hx.size()
-                if len(sizes) == 1 or sizes[1] == 1:
+                if len(sizes) == 1 or _is_one(sizes[1]):
                     hx = self._for_every_row(hx, _batch_of(input))
                 hx = self.permute_hidden(hx, sorted_indices)
             elif compiling():
@@ -129,6 +130,56 @@ class Layers(nn.RNNBase):
             results = self._run_layers(x, hx, None, nonlinearity, options, all_layers)
             return _map_series(lambda series: series.transpose(0, 1), results)
         return self._run_layers(input, hx, None, nonlinearity, options, all_layers)
+
+    def _forward_ragged(
+        self,
+        input: Any,
+        lengths: Tensor | None,
+        padding_value: float,
+        hx: Tensor | None,
+        last_only: bool,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """Run ``forward`` with the input packed; ``options`` are its other arguments."""
+        ragged = Ragged(input, lengths, self.batch_first, padding_value)
+        for name, widths in (("reset", ()), ("alpha", (1, self.hidden_size))):
+            series = options.get(name)
+            if series is None:
+                continue
+            if lengths is None:
+                ragged.check(series, name, widths)
+            else:
+                self._series(input, series, name, widths)  # checks it
+            options[name] = ragged.pack(series)
+        sizes = (len(self._all_weights), ragged.batch, self.hidden_size)
+        reset_to = options["reset_to"]
+        if isinstance(reset_to, Tensor) and reset_to.dim() == 3:
+            if reset_to.shape != sizes:
+                wanted = _either([sizes[2:], sizes[::2], sizes])
+                raise RuntimeError(
+                    f"fusedrnn: reset_to must have sizes {wanted}, got {list(reset_to.shape)}"
+                )
+            options["reset_to"] = reset_to.index_select(1, ragged.order)
+        packed = ragged.pack(input)
+        if hx is None:
+            states = packed.data.new_zeros(sizes)
+        else:
+            states = self._for_every_row(hx, ragged.batch)
+            self.check_hidden_size(states, sizes)
+        if not compiling() and ragged.count == 0:  # no step to run
+            directions = 2 if self.bidirectional else 1
+            empty = packed._replace(data=packed.data.new_empty(0, directions * self.hidden_size))
+            output = [empty] * self.num_layers if options["return_all_layers"] else empty
+            results = (output, states, *[output] * options.get("return_potential", False))
+        else:
+            output, h_n, *potential = self.forward(
+                packed, states.index_select(1, ragged.order), **options
+            )
+            states = states.to(h_n.dtype).index_copy(1, ragged.order, h_n)
+            results = (output, states, *potential)
+        if last_only:
+            return self._only_last(results)
+        return _map_series(ragged.unpack, results)
 
     def _for_every_row(self, hx: Tensor, batch: int | None) -> Tensor:
         """Expand ``hx`` of one row, ``[L*D, 1, H]`` or ``[H]``, over the batch.
@@ -342,22 +393,31 @@ class Layers(nn.RNNBase):
         return series.transpose(0, 1) if self.batch_first else series
 
 
+def _is_one(size: int) -> bool:
+    """Return whether a size is 1, and False when compiling if that depends on data."""
+    if not compiling():
+        return size == 1
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy: 1 s
+
+    return guard_or_false(size == 1)
+
+
 def _batch_of(packed: PackedSequence) -> int | None:
     """Return B, or None while ``torch.export`` traces ``pack_padded_sequence``."""
-    if not torch.compiler.is_compiling():
+    if not compiling():
         return int(packed.batch_sizes[0])
     if packed.sorted_indices is not None:
         return packed.sorted_indices.size(0)
     return rows_of(packed.batch_sizes)
 
 
-def _map_series(function: Callable[[Tensor], Any], results: tuple[Any, ...]) -> tuple[Any, ...]:
+def _map_series(function: Callable[[Any], Any], results: tuple[Any, ...]) -> tuple[Any, ...]:
     """Apply ``function`` to the series among the results of a layer: all but ``h_n``."""
     output, h_n, *potential = results
     return _each(function, output), h_n, *(_each(function, series) for series in potential)
 
 
-def _each(function: Callable[[Tensor], Any], series: Any) -> Any:
+def _each(function: Callable[[Any], Any], series: Any) -> Any:
     """Apply ``function`` to a series, or to that of each layer."""
     return [function(s) for s in series] if isinstance(series, list) else function(series)
 
@@ -424,18 +484,24 @@ class RNN(Layers):
         dtype: Dtype of the parameters.
 
     Inputs:
-        input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a
-            ``PackedSequence``.
+        input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, a
+            ``PackedSequence``, or a nested tensor of B rows ``[length, I]`` with the layout
+            ``torch.jagged``.
         hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; the same for every
             row if ``[L*D, 1, H]``, and for every layer and direction, too, if ``[H]``. None means
             zeros.
         reset: Where an episode begins, bool ``[T, B]``, with ``batch_first`` ``[B, T]``, unbatched
             ``[T]``; with a packed input ``[N]``, the rows of its ``data``, or a ``PackedSequence``
-            with the same layout. Every layer is reset at the same steps. The reverse direction
-            runs from later episodes to earlier ones, so its state is reset before the last step of
-            each episode that another one follows. None means no resets.
+            with the same layout; nested with a nested input. Every layer is reset at the same
+            steps. The reverse direction runs from later episodes to earlier ones, so its state is
+            reset before the last step of each episode that another one follows. None means no
+            resets.
         reset_to: State after a reset, ``[H]``, or for each layer and direction ``[L*D, H]`` or
             ``[L*D, B, H]`` (not unbatched); may be learned. None means zeros.
+        lengths: Number of steps of each row of a padded input, ``[B]``, integers in any order, 0
+            allowed. What is in the padding is not read, and every state of a row ends with its
+            last step, as with a packed input. A tensor on the CPU spares waiting for the GPU.
+        padding_value: Value of ``output`` in the padding; only with ``lengths``.
         return_all_layers: Return a list in place of ``output``, with the output of each layer,
             before the dropout that follows it.
         last_only: Return only the last step of each row in place of ``output``, ``[B, D*H]``,
@@ -444,8 +510,9 @@ class RNN(Layers):
 
     Outputs:
         output: Every state of the last layer, in the shape of the input but with D*H features. A
-            packed input gives a packed output.
+            packed input gives a packed output, a nested one a nested output.
         h_n: The last state of every layer and direction, ``[L*D, B, H]``, unbatched ``[L*D, H]``.
+            A row of length 0 keeps the state ``hx``.
 
     Parameters for each layer k, and again with the suffix ``_reverse`` for the second direction:
     ``weight_ih_l{k}`` ``[H, I]`` (above the first layer ``[H, D*H]``), ``weight_hh_l{k}``
@@ -459,12 +526,14 @@ class RNN(Layers):
             is unknown or missing.
 
     Raises in a call:
-        ValueError: ``input`` is neither 2-D nor 3-D, its dtype is not that of the weights, or
-            ``reset_to`` is given without ``reset``.
+        ValueError: ``input`` is neither 2-D nor 3-D, its dtype is not that of the weights,
+            ``reset_to`` is given without ``reset`` or ``padding_value`` without ``lengths``, a
+            length is not in [0, T], or ``lengths`` comes with an input that is not padded.
         RuntimeError: ``hx``, ``reset`` or ``reset_to`` does not match ``input``, ``reset`` is not
             bool, ``input`` does not have ``input_size`` features, there is no time step, or tensors
             are on different devices.
-        TypeError: ``reset`` or ``reset_to`` is not a tensor.
+        TypeError: ``reset``, ``reset_to`` or ``lengths`` is not a tensor, or of a wrong kind.
+        NotImplementedError: ``lengths`` differs between the samples of ``torch.vmap``.
 
     Differences from ``nn.RNN``:
         - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true. Apply
@@ -475,8 +544,9 @@ class RNN(Layers):
           tensors to it, or to an element, raises an error: assign ``weight_hh_l0`` and so on.
           ``flatten_parameters`` does nothing on any device: no kernel needs the weights in one
           block of memory.
-        - ``forward`` also takes ``reset``, ``reset_to``, ``return_all_layers`` and ``last_only``,
-          and states ``hx`` for every row.
+        - ``forward`` also takes nested input, ``reset``, ``reset_to``, ``lengths``,
+          ``padding_value``, ``return_all_layers`` and ``last_only``, and a state ``hx`` for every
+          row.
         - ``output`` itself is saved for backward; modifying it in place before backward raises an
           error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
@@ -541,6 +611,8 @@ class RNN(Layers):
         reset: Tensor | None = None,
         reset_to: Tensor | None = None,
         *,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
         last_only: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -572,6 +644,8 @@ class RNN(Layers):
         reset: Tensor | PackedSequence | None = None,
         reset_to: Tensor | None = None,
         *,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
         return_all_layers: bool,
         last_only: bool = False,
     ) -> tuple[Any, Tensor]: ...
@@ -582,11 +656,20 @@ class RNN(Layers):
         hx: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_to: Tensor | None = None,
+        lengths: Tensor | None = None,
+        padding_value: float = 0.0,
         return_all_layers: bool = False,
         last_only: bool = False,
     ) -> tuple[Any, Tensor]:
         """Run every layer over the sequence; see the class."""
         # Not keyword-only: torch's TorchScript exporter passes every argument by position.
+        if lengths is not None or getattr(input, "is_nested", False):
+            return self._forward_ragged(  # type: ignore[return-value]
+                input, lengths, padding_value, hx, last_only, reset=reset, reset_to=reset_to,
+                return_all_layers=return_all_layers,
+            )  # fmt: skip
+        if padding_value != 0.0:
+            raise checks.no_lengths(padding_value)
         options = None
         if reset is not None or reset_to is not None:
             options = self._reset_options(input, reset, reset_to)

@@ -301,7 +301,10 @@ def test_signature():
         "state_noise bias batch_first dropout bidirectional device dtype"
     )
     assert list(inspect.signature(fusedrnn.LeakyRNN).parameters) == names.split()
-    names = "input hx reset reset_to alpha generator return_potential return_all_layers last_only"
+    names = (
+        "input hx reset reset_to alpha generator return_potential lengths padding_value "
+        "return_all_layers last_only"
+    )
     assert list(inspect.signature(leaky().forward).parameters) == names.split()
 
 

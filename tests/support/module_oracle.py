@@ -6,6 +6,7 @@ its steps in reversed order. So no code for layouts is shared with the modules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def by_row(module: nn.RNNBase, x: Any, series: Any) -> list[Any]:
     """Split a series in the layout of ``x`` into one ``[length, ...]`` for each row."""
     if series is None:
         return [None] * batch_of(module, x)
+    if isinstance(series, Tensor) and series.is_nested:
+        return list(series.unbind())
     if isinstance(x, PackedSequence):
         padded, lengths = pad_packed_sequence(x._replace(data=data_of(series)))
         return [padded[:length, row] for row, length in enumerate(lengths)]
@@ -70,15 +73,19 @@ def expected(
     leaks: list[Any] | None = None,
     nonlinearity: str = "tanh",
     form: str = "rate",
+    lengths: Sequence[int] | None = None,
 ) -> list[list[Tensor]]:
     """Return ``[output, h_n]`` for each row, and in the form "potential" the potential as well.
 
-    ``leaks`` is alpha of each layer and direction, ``alpha`` that of each step.
+    ``leaks`` is alpha of each layer and direction, ``alpha`` that of each step; ``lengths`` cuts
+    the rows of a padded input, none to 0 steps.
     """
     directions = 2 if module.bidirectional else 1
     found = []
     columns = (by_row(module, x, series) for series in (data_of(x), reset, alpha))
-    for row, (series, begins, leak) in enumerate(zip(*columns, strict=True)):
+    for row, column in enumerate(zip(*columns, strict=True)):
+        steps_of_row = slice(None if lengths is None else lengths[row])
+        series, begins, leak = (s if s is None else s[steps_of_row] for s in column)
         last: list[Tensor] = []
         for layer in range(module.num_layers):
             parts: list[list[Tensor]] = []
