@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks
+from . import _ops, checks
 from .forms import FORMS
 from .functional import rnn
 from .modules import Layers, _tensors
@@ -482,6 +482,27 @@ class LeakyRNN(_Leaky, Layers):
 
     def _sent(self, states: Tensor) -> Tensor:
         return NONLINEARITIES[self.nonlinearity](states) if self.form == "potential" else states
+
+    def _draws(self) -> bool:
+        return self.training and (self.dropout > 0 or self.noise > 0 or self.state_noise > 0)
+
+    def _step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x, states = x.unsqueeze(0), []
+        for i, (names, h0) in enumerate(zip(self._all_weights, state.unbind(0), strict=True)):
+            w_ih, w_hh, *biases = _tensors(self, names)
+            b_ih, b_hh = biases or (None, None)
+            alpha = self._alpha_of(i)
+            if alpha is not None:
+                alpha = alpha.expand(self.hidden_size)
+            v0 = h0 if self.form == "potential" else None
+            x, y, v = _ops.activation(
+                x, w_ih, b_ih, b_hh, self._sent(h0), v0, w_hh, alpha, None, None, None,
+                self.nonlinearity, self.form, False,
+            )  # fmt: skip
+            states.append(x if v0 is None else v)
+        if v0 is not None:
+            y = x.squeeze(0)
+        return y, states[0] if len(states) == 1 else torch.cat(states)
 
     def _alpha_series(
         self, input: Tensor | PackedSequence, alpha: Tensor | PackedSequence
