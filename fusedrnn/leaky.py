@@ -489,8 +489,7 @@ class LeakyRNN(_Leaky, Layers):
     def _step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         x, states = x.unsqueeze(0), []
         for i, (names, h0) in enumerate(zip(self._all_weights, state.unbind(0), strict=True)):
-            w_ih, w_hh, *biases = _tensors(self, names)
-            b_ih, b_hh = biases or (None, None)
+            w_ih, w_hh, b_ih, b_hh, *_ = (*_tensors(self, names), None, None)
             alpha = self._alpha_of(i)
             if alpha is not None:
                 alpha = alpha.expand(self.hidden_size)

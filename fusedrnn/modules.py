@@ -8,7 +8,6 @@ and not from ``nn.RNN`` because ``torch.compile`` refuses every subclass of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
@@ -71,7 +70,8 @@ class Layers(nn.RNNBase):
 
         Without ``batch`` it is unbatched, ``[L, H]``.
         """
-        self._check_streams()
+        if self.bidirectional:
+            raise _no_stream()
         rows = () if batch is None else (batch,)
         weight = _tensors(self, self._all_weights[0])[0]
         return weight.new_zeros(self.num_layers, *rows, self.hidden_size)
@@ -109,12 +109,15 @@ class Layers(nn.RNNBase):
             ...     for x in torch.randn(100, 1, 1):
             ...         y, state = rnn.step(x, state)
         """
-        self._check_streams()
+        if self.bidirectional:
+            raise _no_stream()
         # Wrong arguments, and tensors that have no kernel, raise an error in _step; the module then
         # raises its own, or runs a plain loop.
         if not (torch.is_grad_enabled() or self._draws() or torch.compiler.is_compiling()):
-            with suppress(RuntimeError, TypeError, ValueError):
+            try:
                 return self._step(x, state)
+            except (RuntimeError, TypeError, ValueError):
+                pass
         if x.dim() not in (1, 2):
             raise ValueError(f"fusedrnn: x must be [B, I] or [I], got {list(x.shape)}")
         time = 1 if self.batch_first and x.dim() == 2 else 0
@@ -128,13 +131,6 @@ class Layers(nn.RNNBase):
     def _draws(self) -> bool:
         """Return whether a step draws random numbers."""
         return self.training and self.dropout > 0
-
-    def _check_streams(self) -> None:
-        if self.bidirectional:
-            raise ValueError(
-                "fusedrnn: bidirectional must be False for a stream, got True: the reverse "
-                "direction starts at the end"
-            )
 
     def _forward(
         self,
@@ -464,6 +460,13 @@ class Layers(nn.RNNBase):
         return series.transpose(0, 1) if self.batch_first else series
 
 
+def _no_stream() -> ValueError:
+    return ValueError(
+        "fusedrnn: bidirectional must be False for a stream, got True: the reverse direction "
+        "starts at the end"
+    )
+
+
 def _is_one(size: int) -> bool:
     """Return whether a size is 1, and False when compiling if that depends on data."""
     if not compiling():
@@ -751,8 +754,7 @@ class RNN(Layers):
         nonlinearity = _NONLINEARITIES[self.mode]
         x, states = x.unsqueeze(0), []
         for names, h0 in zip(self._all_weights, state.unbind(0), strict=True):
-            w_ih, w_hh, *biases = _tensors(self, names)
-            b_ih, b_hh = biases or (None, None)
+            w_ih, w_hh, b_ih, b_hh, *_ = (*_tensors(self, names), None, None)
             x, y, _ = _ops.activation(
                 x, w_ih, b_ih, b_hh, h0, None, w_hh, None, None, None, None, nonlinearity, "rate",
                 False,
