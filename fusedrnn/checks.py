@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .forms import FORMS, check_reset_to
 from .reference import NONLINEARITIES
-from .torch_state import eager, without_torch_function
+from .torch_state import compiling, eager, mapped, torch_check, without_torch_function
 
 
 def check_types(
@@ -166,7 +166,7 @@ def check_ragged(input: Any, lengths: Any, batch_first: bool, padding_value: Any
         raise TypeError(f"fusedrnn: lengths must be a tensor, got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"fusedrnn: lengths must be integers, got {lengths.dtype}")
-    if torch._C._functorch.is_batchedtensor(lengths):
+    if mapped(lengths):
         raise NotImplementedError(
             "fusedrnn: lengths must be the same for all samples of a vmap; map over input alone"
         )
@@ -192,10 +192,10 @@ def longest(lengths: Tensor, steps: int | None) -> int:
     if lengths.size(0) == 0:
         return 0
     most, least = lengths[0].item(), lengths[-1].item()
-    if torch.compiler.is_compiling():
-        torch._check(most >= 0)
+    if compiling():
+        torch_check(most >= 0, lambda: "fusedrnn: lengths must not be negative")
         if steps is not None:
-            torch._check(most <= steps)
+            torch_check(most <= steps, lambda: "fusedrnn: lengths must be at most T")
     elif steps is not None and not 0 <= least <= most <= steps:
         raise ValueError(
             f"fusedrnn: lengths must be in [0, {steps}], got {least if least < 0 else most}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _ops, checks
+from . import checks, ops
 from .forms import FORMS
 from .functional import rnn
 from .modules import Layers, _tensors
@@ -494,7 +494,7 @@ class LeakyRNN(_Leaky, Layers):
             if alpha is not None:
                 alpha = alpha.expand(self.hidden_size)
             v0 = h0 if self.form == "potential" else None
-            x, y, v = _ops.activation(
+            x, y, v = ops.activation(
                 x, w_ih, b_ih, b_hh, self._sent(h0), v0, w_hh, alpha, None, None, None,
                 self.nonlinearity, self.form, False,
             )  # fmt: skip

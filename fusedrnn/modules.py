@@ -113,7 +113,7 @@ class Layers(nn.RNNBase):
             raise _no_stream()
         # Wrong arguments, and tensors that have no kernel, raise an error in _step; the module then
         # raises its own, or runs a plain loop.
-        if not (torch.is_grad_enabled() or self._draws() or torch.compiler.is_compiling()):
+        if not (torch.is_grad_enabled() or self._draws() or compiling()):
             try:
                 return self._step(x, state)
             except (RuntimeError, TypeError, ValueError):
@@ -755,7 +755,7 @@ class RNN(Layers):
         x, states = x.unsqueeze(0), []
         for names, h0 in zip(self._all_weights, state.unbind(0), strict=True):
             w_ih, w_hh, b_ih, b_hh, *_ = (*_tensors(self, names), None, None)
-            x, y, _ = _ops.activation(
+            x, y, _ = ops.activation(
                 x, w_ih, b_ih, b_hh, h0, None, w_hh, None, None, None, None, nonlinearity, "rate",
                 False,
             )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
+from .torch_state import compiling, torch_check
 
 
 class Ragged:
@@ -50,8 +51,8 @@ class Ragged:
         index = (starts[order] + stride * time)[time < lengths].to(input.device)
         self.index = index
         self.count = index.size(0)
-        if torch.compiler.is_compiling():
-            torch._check(self.count > 0)
+        if compiling():
+            torch_check(self.count > 0, lambda: "fusedrnn: one of the lengths must be above 0")
         # Where each row of the matrix is in the packed data. Padding is one row after the last.
         self.place = torch.full((rows,), self.count, device=index.device)
         self.place.index_copy_(0, index, torch.arange(self.count, device=index.device))

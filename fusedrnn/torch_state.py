@@ -86,6 +86,10 @@ _saved_tensor_hooks = _private("_C._autograd._top_saved_tensors_default_hooks", 
 _FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", None)
 
 
+# Whether a tensor has a value for each sample of a vmap. If gone: torch's own error for lengths.
+mapped: Callable[[Tensor], bool] = _private("_C._functorch.is_batchedtensor", lambda _: False)
+
+
 def transformed() -> bool:
     """Return whether a transform of torch.func is active, at any level."""
     return _innermost_transform() is not None
