@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..forms import drive
+from ..reference import NONLINEARITIES
 from ..torch_state import (
     SingleLevelFunction,
     any_requires_grad,
@@ -80,6 +81,12 @@ def _value(saved: Tensor, nonlinearity: str) -> Tensor:
     if nonlinearity == "softplus":
         return F.softplus(saved, threshold=40)  # above 40, softplus(z) == z, in float64 too
     return F.elu(saved) if nonlinearity == "elu" else saved
+
+
+def slope(z: Tensor, nonlinearity: str) -> Tensor:
+    """Return phi'(z)."""
+    saved = z if nonlinearity in ops.saving_z else NONLINEARITIES[nonlinearity](z)
+    return _SLOPES[nonlinearity][0](saved)
 
 
 def _slope_of_saved(saved: Tensor, nonlinearity: str) -> Tensor | float:
