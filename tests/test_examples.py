@@ -1,0 +1,49 @@
+"""The examples run, here with little training; their own commands train for longer."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+from engines import ROOT
+
+
+def example(name: str, monkeypatch: pytest.MonkeyPatch):
+    if not os.environ.get("CI"):  # in CI, a missing package is an error
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    sys.modules.pop(name, None)
+    return importlib.import_module(name)
+
+
+def test_neuroscience(monkeypatch, tmp_path):
+    neuroscience = example("neuroscience", monkeypatch)
+    path = tmp_path / "figure.png"
+    curve, found = neuroscience.main(iterations=5, repeats=4, path=path)
+    assert len(curve) == len(neuroscience.COHERENCES)
+    assert all(0 <= fraction <= 1 for fraction in curve)
+    assert (found.counts > 0).all()
+    assert (found.residuals <= 1e-6).all()
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_amplifier(monkeypatch, tmp_path):
+    amplifier = example("amplifier", monkeypatch)
+    path = tmp_path / "figure.png"
+    result = amplifier.main(epochs=10, samples=2650, path=path)
+    assert result.error_to_signal < 0.1
+    assert result.real_time_factor > 0
+    assert result.same_bits
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_clipper_limits_and_passes_small_signals(monkeypatch):
+    amplifier = example("amplifier", monkeypatch)
+    seconds = torch.arange(2000).double()[:, None] / amplifier.RATE
+    loud, quiet = (a * torch.sin(2 * torch.pi * 200 * seconds).numpy() for a in (5.0, 0.01))
+    assert 0.4 < abs(amplifier.circuit(loud)).max() < 0.8  # volts at which a diode conducts
+    assert abs(amplifier.circuit(quiet) - quiet).max() < 0.05 * 0.01
