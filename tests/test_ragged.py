@@ -405,6 +405,15 @@ def test_compiles_into_one_graph(kind, lengths):
     assert_close(*results)
 
 
+@every_module
+def test_a_jagged_input_compiles_into_one_graph(kind):
+    torch._dynamo.reset()
+    module, x = build(kind, num_layers=2, bidirectional=True), jagged([3, 0, 2])
+    compiled = torch.compile(module.forward, backend="aot_eager", fullgraph=True)
+    (output, h_n), (want, want_h_n) = compiled(x), module(x)
+    assert_close((output.values(), h_n), (want.values(), want_h_n))
+
+
 def test_other_lengths_do_not_recompile():
     torch._dynamo.reset()
     module = build("RNN", num_layers=2, bidirectional=True)
