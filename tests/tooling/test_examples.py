@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 
 import pytest
 import torch
-from engines import ROOT
 
 
 def example(name: str, package: str, monkeypatch: pytest.MonkeyPatch):
     if not os.environ.get("CI"):  # in CI, a missing package is an error
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    sys.modules.pop(name, None)
     return importlib.import_module(name)
 
 
