@@ -37,7 +37,7 @@ def by_autograd(cell: nn.Module, x: Tensor, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("nonlinearity", reference.NONLINEARITIES)
-def test_jacobian_of_a_leaky_cell_is_that_of_autograd(nonlinearity, form, alpha, engine):
+def test_jacobian_of_a_leaky_cell_is_that_of_autograd(nonlinearity, form, alpha):
     cell = leaky(nonlinearity=nonlinearity, form=form, **ALPHAS[alpha])
     x, h = torch.randn(B, I, **WIDE), torch.randn(B, H, **WIDE)
     assert_close(fusedrnn.jacobian(cell, x, h), by_autograd(cell, x, h))

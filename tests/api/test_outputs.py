@@ -66,6 +66,7 @@ def reference_of(module: Any, kind: str, x: Any, hx: Tensor | None) -> list[list
 @every_input
 @every_layout
 @every_module
+@pytest.mark.slow_emulated
 def test_the_output_of_each_layer_is_that_of_a_module_that_ends_there(kind, layout, x, engine):
     module, x = build(kind, **LAYOUTS[layout]), INPUTS[x]()
     hx = state_for(module, x, **WIDE)
@@ -102,6 +103,7 @@ def test_potentials_of_every_layer(layout):
 @every_input
 @every_layout
 @every_module
+@pytest.mark.slow_emulated
 def test_last_only_is_the_last_step_of_each_row_and_direction(kind, layout, x, engine):
     module, x = build(kind, **LAYOUTS[layout]), INPUTS[x]()
     hx = state_for(module, x, **WIDE)
@@ -160,6 +162,7 @@ def test_gradients_of_every_layer_and_of_the_last_step(kind, engine):
 @every_input
 @every_layout
 @every_module
+@pytest.mark.slow_emulated
 def test_a_state_for_every_row(kind, layout, x, engine):
     module, x = build(kind, **LAYOUTS[layout]), INPUTS[x]()
     full = state_for(module, x, **WIDE)

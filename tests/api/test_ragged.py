@@ -99,6 +99,7 @@ def test_each_row_runs_as_if_alone(kind, layout, engine):
 
 @every_layout
 @every_module
+@pytest.mark.slow_emulated
 def test_a_row_of_length_zero_keeps_its_state(kind, layout, engine):
     module = build(kind, **LAYOUTS[layout])
     lengths = torch.tensor([0, 4, 0, 2, 0])
@@ -245,6 +246,7 @@ def test_second_derivatives(kind):
 
 @every_layout
 @every_module
+@pytest.mark.slow_emulated
 def test_jagged_in_and_out(kind, layout, engine):
     module, x = build(kind, **LAYOUTS[layout]), jagged()
     reset = like(x, lambda n: torch.rand(n) < 0.4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import ENGINES
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -44,6 +45,7 @@ def stream(module: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("batch", [B, 1, None])
 @every_depth
 @every_module
+@pytest.mark.slow_emulated
 def test_steps_are_the_sequence(kind, num_layers, batch, mode, engine):
     module = build(kind, num_layers=num_layers)
     rows = () if batch is None else (batch,)
@@ -72,9 +74,9 @@ def test_batch_first_concerns_blocks_alone(kind):
 @pytest.mark.parametrize("size", [8, 64, 100])
 @pytest.mark.parametrize(("block", "steps"), [(25, 100), (64, 240)])
 @pytest.mark.parametrize("kind", [kind for kind in MODULES if kind != "potential"])
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e.kind == "cpu"], ids=str, indirect=True)
 def test_blocks_have_the_bits_of_the_sequence(kind, block, steps, size, dtype, engine):
-    if engine.kind != "cpu":
-        pytest.skip("the planner for CUDA may choose another kernel for another number of steps")
+    """On a GPU, the planner may choose another kernel for another number of steps."""
     cls, options = MODULES[kind]
     if kind == "inside":
         options = {**options, "alpha": 0.3}
@@ -91,6 +93,7 @@ def test_blocks_have_the_bits_of_the_sequence(kind, block, steps, size, dtype, e
 
 @pytest.mark.parametrize("block", [1, 5, 64])
 @every_module
+@pytest.mark.slow_emulated
 def test_short_blocks_agree_with_the_sequence(kind, block, engine):
     module = build(kind, num_layers=2).requires_grad_(False)
     x, state = torch.randn(130, B, I, **WIDE), module.init_state(B)
