@@ -403,10 +403,10 @@ class Run {
 
     bool leaky() const { return p_.alpha.data != nullptr; }
 
-    void meet_everyone() { r_.everyone_.wait(plan_.threads(), visits_everyone_); }
+    void meet_everyone() { r_.everyone_.wait(plan_.threads(), everyone_); }
 
     // Waits for the threads that own other hidden units of these rows.
-    void meet() { r_.groups_[group_].wait(plan_.hidden_groups, visits_group_); }
+    void meet() { r_.groups_[group_].wait(plan_.hidden_groups, group_visitor_); }
 
     // Stores each row's last state. The adjoint needs one more product, to reach the state before
     // the first step.
@@ -472,7 +472,7 @@ class Run {
     C* projected_ = nullptr;
     int64_t chunk_row_ = 0;  // rows of the chunk before this step
     int64_t t0_ = 0;         // the first time of the chunk of steps whose δ is kept
-    int64_t visits_everyone_ = 0, visits_group_ = 0;
+    SpinBarrier::Visitor everyone_, group_visitor_;
   };
 
   const Problem& p_;

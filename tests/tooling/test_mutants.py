@@ -94,7 +94,7 @@ def test_planted_mutants():
         (of_alpha("0 <= alpha <= 1", "test_an_unknown_nonlinearity_is_named"), None),
         (of_alpha("0 < alpha <", fits), ""),
         (of_engine("[s & 1]", "[1]"), "tests/engine/test_recurrence.py::test_any_strides"),
-        (of_engine("spins < 1000", "spins < 1001", "barrier"), None),
+        (of_engine("kMinSpins = 32", "kMinSpins = 33", "barrier"), None),
         (of_engine("[s & 1]", "[s & one]"), ""),
         (of_engine("i < 3", "i <= 2"), ""),  # the same machine code
         (of_alpha("0 < alpha <= 1", fits), None),  # the earlier mutants leave no trace
