@@ -96,7 +96,7 @@ Tensor previous(const Tensor& series, const OptionalTensor& first, const Optiona
   check_first("first", first, check_series("series", series, reset, batch_sizes), series);
   if (!batch_sizes) {
     const Tensor ends = (first ? *first : at::zeros_like(series.select(0, 0))).unsqueeze(0);
-    // Not a conditional between two lists: g++ 12 destroys both when cat throws.
+    // No conditional operator between two lists: g++ 12 destroys both when cat throws.
     const Tensor one = reverse ? series.slice(0, 1) : ends;
     const Tensor other = reverse ? ends : series.slice(0, 0, -1);
     return without_resets(at::cat({one, other}), reset);

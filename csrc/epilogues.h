@@ -3,7 +3,8 @@
 // this file after the headers of the engine, so that V's functions are found.
 //
 // Notation: φ the nonlinearity, α the leak, k the state that a step starts from (that of step t-1,
-// or 0 where reset is true), z = u + e Wᵀ the input of a unit, where e is what k sends to others.
+// or 0 where reset is true), z = u + e Wᵀ the input of a unit, where e is the output that k sends
+// to the other units.
 //
 //   form       state                             sends
 //   rate       h = (1 - α) k + α φ(z) + q        h
@@ -15,9 +16,9 @@
 //   tangent    m = w + e' Wᵀ       s = q + (1 - α) k + P m       e = r + R s
 //   adjoint    y = g + δ' W        a = f + (1 - α) a' + R y      δ = d + P a
 //
-// where the prime stands for the step before in the order in which steps run; k is s', with the
-// form inside e', whose adjoint adds (1 - α) a' to y. P = α φ'(z) and R = 1 with the form rate,
-// where s = e and r = f = 0; P = α and R = φ' with the others.
+// where the prime stands for the step before in the order in which steps run; k is s', or e' in the
+// form inside, whose adjoint adds (1 - α) a' to y. P = α φ'(z) and R = 1 with the form rate, where
+// s = e and r = f = 0; P = α and R = φ' with the others.
 #pragma once
 
 #include "recurrence.h"
@@ -177,8 +178,8 @@ FUSEDRNN_INLINE V leftover(V alpha, V k) {
 }
 
 // Computes the state, what it sends, and the value saved for the slope. `rate` is whether the form
-// is rate; the two others are selected at run time. The expression k + α (φ(z) - k) has one product
-// less, but cancels where k is large, and overflows.
+// is rate; the two others are selected at run time. The expression k + α (φ(z) - k) needs one
+// multiplication fewer, but cancels where k is large, and overflows.
 template <bool rate, class F, class V>
 FUSEDRNN_INLINE void activation(F f, bool potential, V z, V q, V k, bool leaky, V alpha, V& state,
                                 V& h, V& saved) {

@@ -157,8 +157,8 @@ void dot(const DotProduct<C>& p) {
 
 // ---- the step ----
 
-// `plain` means the form rate without leak, second input and second output. It is compiled by
-// itself, because it is the most common and the branches of the others would cost it 10 %.
+// `plain` means the form rate without leak, second input and second output. It is compiled
+// separately, because it is the most common and the branches of the others would cost it 10 %.
 enum class Kind { plain, rate, other };
 
 template <Pass pass, Kind kind, class F, class S, class C>

@@ -49,7 +49,7 @@ struct Plan {
   int hidden_groups = 1;
   int idle = 0;                // threads that only do the GEMMs outside the recurrence
   bool pack = true;            // copy the weights into panels first
-  bool project_ahead = false;  // compute the input product of several steps at once, before them
+  bool project_ahead = false;  // multiply the inputs of several steps in one GEMM, ahead of them
   int64_t chunk = 1;           // project_ahead: the number of steps
 
   int threads() const { return batch_groups * hidden_groups + idle; }

@@ -490,7 +490,7 @@ class Run {
   C *w_state_ = nullptr, *w_input_ = nullptr;
   C *bias_ = nullptr, *alpha_ = nullptr;
   C* zeros_;
-  C* state_[2];         // what a step multiplies, and what it leaves; alternating
+  C* state_[2];         // what a step multiplies and what it writes; swapped every step
   C* carry_ = nullptr;  // what a row carries, where that is not what is multiplied
   std::optional<GradientGemms<C>> gemms_;
   std::vector<Worker> workers_;

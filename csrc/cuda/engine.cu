@@ -92,8 +92,9 @@ class OnDevice {
   int before_;
 };
 
-// Counts how many clusters of 1, 2, 4, 8 and 16 blocks the device runs at once. A division would be
-// wrong: SMs come in groups of uneven size, and a cluster must fit into one group.
+// Counts how many clusters of 1, 2, 4, 8 and 16 blocks the device runs at once. Dividing the number
+// of SMs by the cluster size would be wrong: SMs come in groups of uneven size, and a cluster must
+// fit into one group.
 void count_clusters(Device& device) {
   for (int log2 = 0; log2 < 5; ++log2) device.clusters[log2] = 0;
   device.clusters[0] = device.sms;

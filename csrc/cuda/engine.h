@@ -21,9 +21,10 @@ struct Workspace {
   void* carry = nullptr;             // [plan.carry_bytes], not initialised
 };
 
-// Launches the kernels of the plan and returns at once. It neither allocates nor synchronises, so
-// the stream can be captured. Throws std::runtime_error, with the plan in words, if a launch fails.
-// Problem::batch_sizes is a host pointer; all other pointers are device pointers.
+// Launches the kernels of the plan and returns without waiting for them. It neither allocates nor
+// synchronises, so the stream can be captured. Throws std::runtime_error, with the plan in words,
+// if a launch fails. Problem::batch_sizes is a host pointer; all other pointers are device
+// pointers.
 void run(const Problem& problem, const PlanInput& in, const Plan& plan, const Device& device,
          const Workspace& workspace, cudaStream_t stream);
 

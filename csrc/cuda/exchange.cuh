@@ -43,7 +43,7 @@ class TimeLimit {
 #endif
 };
 
-// The address of a place in shared memory, as PTX instructions take it.
+// The shared-memory address that PTX instructions take.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

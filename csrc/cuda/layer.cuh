@@ -64,7 +64,8 @@ struct Layer {
     Raw in[2], gate;
     uint32_t keep;  // 0: the next step does not start from the state that this step leaves
   };
-  // How many of Problem::in are loaded ahead of the step. The others are rare, and registers few.
+  // How many of Problem::in are loaded ahead of the step. The others are rare, and registers are
+  // scarce.
   static constexpr int kInputs = pass == Pass::activation ? 1 : 2;
   static __device__ __forceinline__ Numbers unpack(Raw raw) {
     Numbers numbers;

@@ -72,7 +72,7 @@ struct HardwareTanh : Tanh {
 template <class S>
 using TanhFor = std::conditional_t<std::is_same_v<S, __nv_bfloat16>, HardwareTanh, Tanh>;
 
-// The nonlinearity, chosen at run time: one kernel for each would mean nine times as many, and all
+// The nonlinearity, chosen at run time: one kernel each would mean nine times as many, and all
 // threads take the same branch. The two common ones are inline, the others are function calls. The
 // expectation keeps the compiler from making a jump table.
 template <class S>

@@ -25,8 +25,8 @@ struct Params {
   int x_copy;         // bytes of x copied at a time; 0: number by number
   bool state_copies;  // rows of out[0] can be copied 16 bytes at a time
   bool packs;         // all series can be loaded and stored two numbers at a time
-  bool plain;         // plain.cuh can run the problem;
-  int64_t in_step, gate_step, out_step;  // for it: bytes from one step to the next
+  bool plain;         // plain.cuh can run the problem
+  int64_t in_step, gate_step, out_step;  // plain.cuh: bytes from one step to the next
 };
 
 // The kernels of a tile (plan.h) and those of the step regime, one per pass.

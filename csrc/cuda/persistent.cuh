@@ -183,7 +183,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
         in[i] = Base::inputs(product_.unit(i), first + product_.row(i), now, after, far);
   }
 
-  // Loads x of a step for `count` rows, and stores it behind their states in e.
+  // Loads x of a step for `count` rows, and stores it after their states in e.
   static __device__ __forceinline__ void load_x(const Base& layer, S* e, const Step& step,
                                                 int first, int count) {
     const Params& p = layer.p;
@@ -238,7 +238,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
     return reinterpret_cast<uint64_t*>(shared + p.arrivals_offset);
   }
 
-  // Cluster: announces how many bytes the blocks of the team will send to this one in step s.
+  // Cluster: sets how many bytes the mbarrier of this block expects from the team in step s.
   __device__ __forceinline__ void expect(int64_t s, int alive) const {
     const int size = (int(q.H) + N - 1) / N * int(sizeof(Numbers));
     if (threadIdx.x == 0) expect_bytes(arrivals(p, shared_) + ((s + 1) & 1), alive * size);
@@ -261,9 +261,9 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
 
   // Ends a step: waits until everything that was sent to this block has arrived. A cluster needs no
   // other barrier: a block sends into a buffer only after it has received the states of the
-  // previous step from all peers, and they sent these after their last use of that buffer. But no
-  // thread of a block may fall two steps behind, because it would mistake a later phase for the one
-  // that it waits for.
+  // previous step from all peers, and they sent these after their last use of that buffer. But a
+  // thread of a block must not fall two steps behind: it would take a later phase for the one that
+  // it waits for.
   __device__ __forceinline__ void meet(int64_t s) const {
     if (p.regime == Regime::grid) {
       grid_barrier(p.counters + team(p), unsigned(s + 1) * unsigned(p.blocks),

@@ -32,7 +32,7 @@ class PlainWalk : Walk<Product, pass> {
     Base::hold_weights();
     Base::begin(p, b0, j0, shared_);
     product_.settle(rows, units);
-    // A loop of their own for warps without units: the others need no branch around the step.
+    // Warps without units run their own loop, so that the others need no branch around the step.
     if (product_.busy(units))
       time_loop<true>();
     else
@@ -204,7 +204,7 @@ class PlainWalk : Walk<Product, pass> {
   __device__ static int64_t distance(const Series& series, int i) {
     return (i % 2 * series.row + i / 2 * 16) * int64_t(sizeof(S));
   }
-  // Returns a copy that the compiler keeps apart.
+  // Returns a copy that the compiler does not merge with the original.
   template <class T>
   __device__ static T copied(T v) {
     if constexpr (sizeof(T) == 8)

@@ -12,8 +12,8 @@ constexpr int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
-// Throughput of an SM, from public figures. An architecture without any gets those of the RTX 4090
-// (8.9).
+// Throughput of an SM, from public figures. An architecture without figures uses those of the RTX
+// 4090 (8.9).
 struct Speeds {
   double fma_f64;  // multiplications per cycle in float64; in float32 they are 128
   double mma;      // cycles of a warp scheduler for an m16n8k16 in 16 bits, or m16n8k8 in TF32
@@ -222,7 +222,8 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
               std::min(most_units, round_up(ceil_div(in.H, blocks), 16 / tile.number_size()));
           const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
                               agrees(wish.split, split) && agrees_on_input(fuse);
-          // As many rows per team as let all teams run at once; or half as many, in two waves; etc.
+          // Try the rows per team that let all teams run at once, then half as many in two waves,
+          // and so on.
           for (int64_t waves = 1;; waves *= 2) {
             plan.rows = std::min(in.B, round_up(ceil_div(in.B, waves * at_once), tile.rows));
             plan.teams = ceil_div(in.B, plan.rows);
@@ -236,8 +237,8 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
             if (plan.rows <= tile.rows) break;
           }
         };
-        // Teams of as few blocks as possible, and larger ones: with more blocks each has fewer
-        // units, which is faster if a block's schedulers are the limit (mostly in float64).
+        // Also try teams with more blocks than necessary: then each has fewer units, which is
+        // faster if a block's schedulers are the limit (mostly in float64).
         const int64_t fewest = ceil_div(in.H, most_units);
         if (fewest == 1) try_teams(Regime::block, 1, device.clusters[0]);
         const auto useful = [&](int64_t blocks) { return 2 * blocks <= in.H; };
@@ -254,8 +255,8 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
   return best;
 }
 
-// No std::ostringstream: where g++ links the C++ library statically (seen beside an H200), writing
-// a double to one crashes once torch has loaded the shared library.
+// No std::ostringstream: where g++ links the C++ library statically (seen on the machine with the
+// H200), writing a double to one crashes once torch has loaded the shared library.
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device) {
   const auto number = [](double value) {
     char digits[32];

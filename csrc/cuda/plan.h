@@ -69,7 +69,7 @@ struct Tile {
   constexpr int64_t padded_chunks(int64_t chunks) const {
     return chunks < held() ? (chunks + group() - 1) / group() * group() : chunks;
   }
-  // Numbers behind the rows of a buffer that a product loads but ignores: two chunks for each warp
+  // Numbers after the rows of a buffer that a product loads but ignores: two chunks for each warp
   // that shares K.
   constexpr int overrun(int split) const { return mma() ? 2 * split * chunk() : 0; }
   constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
@@ -104,7 +104,7 @@ struct Plan {
   int64_t units = 0;       // hidden units of a block
   int64_t blocks = 0;      // blocks of a team
   int64_t teams = 0;
-  int64_t waves = 1;         // teams run in so many waves, all teams of a wave at once
+  int64_t waves = 1;         // the teams of a wave run at once
   int64_t chunks = 0;        // of K
   int64_t state_chunks = 0;  // those of `chunks` that belong to states
   Shared shared{};           // memory of a block

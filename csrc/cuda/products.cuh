@@ -195,7 +195,8 @@ struct Fma {
       for (int u = 0; u < UnitsPerThread; ++u)
 #pragma unroll
         for (int r = 0; r < Rows; ++r) sum[u][r] += sums[1][u][r];
-    // Sums over the 8 lanes. As long as a lane has two or more sums it gives half of them away.
+    // Sums over the 8 lanes. As long as a lane has two or more sums, it passes half of them
+    // to another lane.
     C value[kSums];
 #pragma unroll
     for (int r = 0; r < Rows; ++r)
