@@ -167,3 +167,13 @@ def test_unknown_recipes_are_named() -> None:
     ran = run("--recipes", "nn4n", "GRU", program="bench_loops.py")
     assert ran.returncode == 2
     assert "error: unknown recipes ['GRU']" in ran.stderr
+
+
+def test_busy_machines_are_timed_under_every_condition() -> None:
+    ran = run("--shapes", "3,1,2,4", "--seconds", "0.01", program="bench_busy.py")
+    assert ran.returncode == 0, ran.stderr
+    rows = ran.stdout.split("nn.RNN\n")[1].splitlines()
+    assert len(rows) == 5
+    for row in rows:
+        times = [float(word) for word in row.split()[-3:]]
+        assert all(time > 0 for time in times)
