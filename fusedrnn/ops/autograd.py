@@ -45,7 +45,6 @@ from ..torch_state import (
 )
 
 Gradients = tuple[Tensor | None, ...]
-Walk = tuple[Tensor | None, Tensor | None, bool]  # reset, batch_sizes, reverse
 
 
 def _where_positive(h: Tensor, yes: Tensor, no: float) -> Tensor:
@@ -240,7 +239,7 @@ class FusedRNN(_Op):
         x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, _, reset, batch_sizes, h, saved = primals
         x_t, w_ih_t, b_ih_t, b_hh_t, h0_t, v0_t, w_hh_t, alpha_t, q, *_ = tangents
         nonlinearity, form, reverse = ctx.options
-        walk = (reset, batch_sizes, reverse)
+        layout = (reset, batch_sizes, reverse)
         if w_ih is None:
             w = x_t
         else:
@@ -250,15 +249,15 @@ class FusedRNN(_Op):
         for bias_t in (b_ih_t, b_hh_t):
             w = _add(w, None if bias_t is None else bias_t.expand_as(h))
         if w_hh_t is not None:
-            w = _add(w, ops.previous(h, h0, *walk) @ w_hh_t.mT)
+            w = _add(w, ops.previous(h, h0, *layout) @ w_hh_t.mT)
         if alpha_t is not None:
-            before = ops.previous(h, h0, *walk)
+            before = ops.previous(h, h0, *layout)
             if form == "rate":
                 leaked = _value(saved, nonlinearity)
             else:
                 leaked = drive(x, w_ih, b_ih, b_hh) + before @ w_hh.mT
                 if form == "potential":
-                    before = ops.previous(saved, v0, *walk)
+                    before = ops.previous(saved, v0, *layout)
             q = _add(q, alpha_t * (leaked - before))
         slope_of = slope_source(h, saved, nonlinearity, form)
         e, last, m, s = ops.tangent(
@@ -292,7 +291,7 @@ class _Linear(_Op):
         saved, _, alpha, reset, batch_sizes = ctx.saved_tensors[:5]
         (delta, a, y), (e, m, s), (s0, v0) = deltas, states, firsts
         nonlinearity, form, reverse = ctx.options
-        walk = (reset, batch_sizes, reverse)
+        layout = (reset, batch_sizes, reverse)
         dsaved = dw_hh = dalpha = None
         to_saved, to_w_hh, to_alpha = wanted
         slope, curvature = _SLOPES[nonlinearity]
@@ -301,9 +300,9 @@ class _Linear(_Op):
             if form == "rate" and alpha is not None:
                 dsaved = alpha * dsaved
         if to_w_hh:
-            dw_hh = ops.recurrent_product(delta, e, s0, *walk)
+            dw_hh = ops.recurrent_product(delta, e, s0, *layout)
         if to_alpha:
-            before = ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
+            before = ops.previous(*((s, v0) if form == "potential" else (e, s0)), *layout)
             dalpha = a * ((m * slope(saved) if form == "rate" else m) - before)
             if alpha.dim() == 1:
                 dalpha = _sum_rows(dalpha)
@@ -364,19 +363,19 @@ class FusedRNNTangent(_Linear):
     @_jvp
     def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
         *coefficients, s0, v0, e, m, s = primals
-        saved, _, alpha, *walk = coefficients
+        saved, _, alpha, *layout = coefficients
         w, q, r, s0_t, v0_t, saved_t, w_hh_t, alpha_t, *_ = tangents
         _, form, reverse = ctx.options
-        walk.append(reverse)
+        layout.append(reverse)
         if w_hh_t is not None:
-            w = _add(w, ops.previous(e, s0, *walk) @ w_hh_t.mT)
+            w = _add(w, ops.previous(e, s0, *layout) @ w_hh_t.mT)
         p_t, r_t = _gate_tangent(ctx, saved, alpha, saved_t, alpha_t)
         if p_t is not None:
             q = _add(q, p_t * m)
         if r_t is not None:
             r = _add(r, r_t * s)
         if alpha_t is not None:
-            before = ops.previous(*((s, v0) if form == "potential" else (e, s0)), *walk)
+            before = ops.previous(*((s, v0) if form == "potential" else (e, s0)), *layout)
             q = _add(q, -alpha_t * before)
         return ops.tangent(w, q, r, s0_t, v0_t, *coefficients, *ctx.options, True)
 
@@ -429,19 +428,19 @@ class FusedRNNAdjoint(_Linear):
     @_jvp
     def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
         *coefficients, delta, a, y = primals
-        saved, _, alpha, *walk = coefficients
+        saved, _, alpha, *layout = coefficients
         g, d, f, g_n, saved_t, w_hh_t, alpha_t, *_ = tangents
         _, form, reverse = ctx.options
-        walk.append(reverse)
+        layout.append(reverse)
         # What the step before hands on also depends on W_hh and alpha directly.
         product = None if w_hh_t is None else delta @ w_hh_t  # to y, or to a with the form rate
         carry = None if alpha_t is None else -alpha_t * a  # to a, or to y with the form inside
         if form != "potential":
             product, carry = _add(product, carry), None
         if product is not None:
-            g = _add(g, ops.following(product, *walk))
+            g = _add(g, ops.following(product, *layout))
         if carry is not None:
-            f = _add(f, ops.following(carry, *walk))
+            f = _add(f, ops.following(carry, *layout))
         p_t, r_t = _gate_tangent(ctx, saved, alpha, saved_t, alpha_t)
         if p_t is not None:
             d = _add(d, p_t * a)
@@ -452,9 +451,9 @@ class FusedRNNAdjoint(_Linear):
         )
         if ctx.to_h0:
             if product is not None:
-                dh0_t = dh0_t + ops.following_first(product, *walk, ctx.batch)
+                dh0_t = dh0_t + ops.following_first(product, *layout, ctx.batch)
             if carry is not None:
-                dv0_t = dv0_t + ops.following_first(carry, *walk, ctx.batch)
+                dv0_t = dv0_t + ops.following_first(carry, *layout, ctx.batch)
         return delta_t, dh0_t, dv0_t, a_t, y_t
 
 

@@ -189,13 +189,13 @@ def test_cause_of_a_type_error_is_not_shown():
 
 def arguments_of(op: str, batch_sizes: Tensor) -> tuple[Any, ...]:
     series, states, w_hh = torch.randn(6, 7), torch.randn(3, 7), torch.randn(7, 7)
-    walk = (None, batch_sizes, "tanh", "rate", False)
+    layout = (None, batch_sizes, "tanh", "rate", False)
     if op == "activation":
         x, w_ih = torch.randn(6, 4), torch.randn(7, 4)
-        return (x, w_ih, None, None, states, None, w_hh, None, None, *walk)
+        return (x, w_ih, None, None, states, None, w_hh, None, None, *layout)
     if op == "tangent":
-        return (series, None, None, states, None, series, w_hh, None, *walk, True)
-    return (series, None, None, states, series, w_hh, None, *walk, True, True)
+        return (series, None, None, states, None, series, w_hh, None, *layout, True)
+    return (series, None, None, states, series, w_hh, None, *layout, True, True)
 
 
 @pytest.mark.parametrize("op", ["activation", "tangent", "adjoint"])

@@ -141,7 +141,7 @@ def test_each_op_by_itself_has_a_tangent(op):
     case = FUNCTIONS[1]
     arguments, flags = case.arguments(), case.flags()
     series = torch.randn(case.T, case.B, case.H, dtype=torch.float64)
-    walk = (flags["reset"], None, "sigmoid", "rate", False)
+    layout = (flags["reset"], None, "sigmoid", "rate", False)
     if op == "activation":
         names = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha", "q")
         given, last = [arguments.get(name) for name in names], ()
@@ -152,7 +152,7 @@ def test_each_op_by_itself_has_a_tangent(op):
         last = (True, True) if op == "adjoint" else (True,)
 
     def f(*given: Any) -> Any:
-        return getattr(torch.ops.fusedrnn, op)(*given, *walk, *last)
+        return getattr(torch.ops.fusedrnn, op)(*given, *layout, *last)
 
     for i, value in enumerate(given):
         if value is None:

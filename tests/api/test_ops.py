@@ -33,18 +33,18 @@ def series(case: Case) -> torch.Tensor:
 def op_arguments(op: str, case: Case) -> tuple:
     found, flags = case.arguments(requires_grad=True), case.flags()
     alpha, h0, reset, sizes = found.get("alpha"), found.get("h0"), flags["reset"], case.batch_sizes
-    walk = (reset, sizes, case.nonlinearity, case.form, case.reverse)
+    layout = (reset, sizes, case.nonlinearity, case.form, case.reverse)
     v0 = torch.randn_like(h0).requires_grad_() if h0 is not None and "pot" in case.form else None
     if op == "activation":
         names = ("x", "w_ih", "b_ih", "b_hh", "h0")
         given = (*(found.get(name) for name in names), v0, found["w_hh"], alpha)
-        return (*given, found.get("state_input"), *walk)
+        return (*given, found.get("state_input"), *layout)
     driven = tuple(series(case).requires_grad_() for _ in range(3))
     driven = (*driven[:2], None if case.form == "rate" else driven[2])
     saved = series(case).tanh().requires_grad_()
     if op == "adjoint":
-        return (*driven, h0, saved, found["w_hh"], alpha, *walk, True, True)
-    return (*driven, h0, v0, saved, found["w_hh"], alpha, *walk, True)
+        return (*driven, h0, saved, found["w_hh"], alpha, *layout, True, True)
+    return (*driven, h0, v0, saved, found["w_hh"], alpha, *layout, True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -59,9 +59,9 @@ def test_opcheck_with_little_given(op, full):
     case = Case()
     saved, w_hh = series(case), case.arguments()["w_hh"]
     states = (None,) if op == "adjoint" else (None, None)
-    walk = (None, None, "tanh", "rate", False)
+    layout = (None, None, "tanh", "rate", False)
     last = (False, full) if op == "adjoint" else (full,)
-    arguments = (series(case), None, None, *states, saved, w_hh, None, *walk, *last)
+    arguments = (series(case), None, None, *states, saved, w_hh, None, *layout, *last)
     torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, arguments)
 
 
@@ -81,15 +81,15 @@ def composite_arguments(op: str, case: Case) -> tuple:
     found, flags = case.arguments(requires_grad=True), case.flags()
     h0, reset, sizes, alpha = found.get("h0"), flags["reset"], case.batch_sizes, found.get("alpha")
     one, other = (series(case).requires_grad_() for _ in range(2))
-    walk = (reset, sizes, case.reverse)
+    layout = (reset, sizes, case.reverse)
     if op == "previous":
-        return (one, h0, *walk)
+        return (one, h0, *layout)
     if op == "following":
-        return (one, *walk)
+        return (one, *layout)
     if op == "following_first":
-        return (one, *walk, case.B if sizes is None else int(sizes[0]))
+        return (one, *layout, case.B if sizes is None else int(sizes[0]))
     if op == "recurrent_product":
-        return (one, other, h0, *walk)
+        return (one, other, h0, *layout)
     h = series(case).tanh().requires_grad_()
     saves = alpha is not None or case.nonlinearity in _C.saving_z or case.form == "potential"
     if case.form == "potential":
