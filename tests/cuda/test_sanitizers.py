@@ -75,6 +75,23 @@ def test_no_byte_is_read_or_written_astray(sanitized):
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pinned", [False, True], ids=["on all cores", "on one core"])
+def test_the_barrier_orders_memory(tmp_path, pinned):
+    if runtime("libtsan.so") == "libtsan.so" or shutil.which("setarch") is None:
+        pytest.skip("no ThreadSanitizer, or no setarch")
+    source, program = ROOT / "tests" / "engine" / "barrier.cpp", tmp_path / "barrier"
+    compiler = os.environ.get("CXX", "g++")
+    flags = ("-std=c++17", "-O1", "-fsanitize=thread", "-pthread")
+    subprocess.run([compiler, *flags, source, "-o", program], check=True)
+    core = str(min(os.sched_getaffinity(0)))
+    where = ["taskset", "-c", core] if pinned else []
+    result = subprocess.run(
+        [*where, "setarch", "-R", program], capture_output=True, text=True, timeout=600
+    )
+    assert (result.returncode, result.stdout) == (0, "0\n"), result.stderr[-5000:]
+
+
 # ---- the CUDA engine ----
 #
 # sanitized_engine.cpp runs it: planner, launchers, and the kernels as nvcc compiled them.
