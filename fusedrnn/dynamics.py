@@ -154,12 +154,12 @@ class FixedPoints:
 
     @property
     def unstable(self) -> Tensor:
-        """Return the number of unstable directions of each point: eigenvalues above 1, ``[K]``."""
+        """Return how many eigenvalues of each point have a magnitude above 1, ``[K]``."""
         return (self.eigenvalues.abs() > 1).sum(-1)
 
     @property
     def stable(self) -> Tensor:
-        """Return whether each point attracts the states around it: all eigenvalues below 1."""
+        """Return whether each point attracts the states around it, ``[K]``."""
         return (self.eigenvalues.abs() < 1).all(-1)
 
     def __len__(self) -> int:
