@@ -14,6 +14,7 @@
 
 #include "engine.h"
 #include "kernels.h"
+#include "plan.h"
 #include "scratch.h"
 
 namespace fusedrnn::cpu {
@@ -66,21 +67,23 @@ class GradientGemms {
     steps_ = std::clamp<int64_t>(kChunkRows / p.B, 1, p.T);
     const int64_t rows = std::min(steps_ * p.B, offsets.back());
     keeps_all_ = p.out[0].data != nullptr;
-    delta_row_ = p.H;
     if (keeps_all_) {
+      delta_row_ = p.H;
       delta_ = static_cast<char*>(p.out[0].data);
     } else {
-      // rows that are a multiple of 2 KB apart would share cache sets
-      if (p.H * size % 2048 == 0) delta_row_ += 64 / size;
+      delta_row_ = spread(p.H, size);
       delta_ = scratch.take<char>(rows * delta_row_ * size);
     }
     if (g_.dw_hh) factors_.push_back(factor(true, g_.dw_hh, p.H, scratch, rows));
     if (g_.dw_ih) factors_.push_back(factor(false, g_.dw_ih, g_.I, scratch, rows));
     if (g_.db) sums_ = scratch.take_zeros<double>(p.H);
-    if (g_.db || !factors_.empty()) transposed_ = scratch.take<C>(p.H * transposed_row(rows));
+    if (g_.db || !factors_.empty()) {
+      transposed_row_ = spread(padded(rows), sizeof(C));
+      transposed_ = scratch.take<C>(p.H * transposed_row_);
+    }
     if (!g_.dx) return;
     rows_per_thread_ = ceil_div(rows, threads);
-    reads_w_ih_ = !widened_ && offsets.back() <= kRowsToPack;
+    reads_w_ih_ = !widened_ && offsets.back() <= kPanelRowsToPack;
     w_ih_ = scratch.take<C>(padded(g_.I) * p.H);
     if (!writes_directly(g_.I)) tiles_ = scratch.take<C>(threads * rows_per_thread_ * width());
     if (widened_) wide_delta_ = scratch.take<C>(threads * rows_per_thread_ * p.H);
@@ -110,7 +113,7 @@ class GradientGemms {
   }
 
   // Computes dx and db of the steps [t0, t1), and prepares the factors of the other products.
-  void multiply_by_weights(int thread, int64_t t0, int64_t t1) {
+  void prepare(int thread, int64_t t0, int64_t t1) {
     const int64_t first_row = offsets_[size_t(t0)], rows = offsets_[size_t(t1)] - first_row;
     if (g_.dx) inputs(thread, t0, first_row, rows);
     if (transposed_) transpose(thread, t0, rows);
@@ -126,7 +129,7 @@ class GradientGemms {
   // Adds the products of the steps [t0, t1) to the gradients of the weights.
   void add_to_weights(int thread, int64_t t0, int64_t t1, bool add) {
     const int64_t rows = offsets_[size_t(t1)] - offsets_[size_t(t0)];
-    const int64_t row = transposed_row(rows), blocks = ceil_div(p_.H, k_.rows);
+    const int64_t row = transposed_row_, blocks = ceil_div(p_.H, k_.rows);
     int64_t items = 0;
     for (const Factor& f : factors_) items += panels(f.columns) * blocks;
     int64_t begin = split_at(items, threads_, thread), end = split_at(items, threads_, thread + 1);
@@ -164,7 +167,6 @@ class GradientGemms {
 
  private:
   static constexpr int64_t kChunkRows = 256;
-  static constexpr int64_t kRowsToPack = 48;
 
   // x or h', whose product with δᵀ is the gradient of a weight.
   struct Factor {
@@ -194,11 +196,6 @@ class GradientGemms {
   int64_t panels(int64_t columns) const { return ceil_div(columns, width()); }
   int64_t column(int64_t panel) const { return panel * width(); }
   int64_t columns(int64_t of, int64_t panel) const { return std::min(width(), of - column(panel)); }
-  // of δᵀ: not a multiple of 2 KB, which would make rows share cache sets
-  int64_t transposed_row(int64_t rows) const {
-    const int64_t row = padded(rows);
-    return row * int64_t(sizeof(C)) % 2048 == 0 ? row + k_.lanes : row;
-  }
   int vectors(int64_t of, int64_t panel) const {
     return int(ceil_div(columns(of, panel), k_.lanes));
   }
@@ -269,7 +266,7 @@ class GradientGemms {
 
   // Transposes δ of a chunk, and sums it.
   void transpose(int thread, int64_t t0, int64_t rows) {
-    const int64_t groups = ceil_div(p_.H, k_.lanes), row = transposed_row(rows);
+    const int64_t groups = ceil_div(p_.H, k_.lanes), row = transposed_row_;
     const int64_t unit0 = split_at(groups, threads_, thread) * k_.lanes;
     const int64_t unit1 = std::min(p_.H, split_at(groups, threads_, thread + 1) * k_.lanes);
     if (unit0 >= unit1) return;
@@ -357,7 +354,8 @@ class GradientGemms {
   int64_t delta_row_;
   std::vector<Factor> factors_;
   double* sums_ = nullptr;   // of δ; in float, the error would grow with the number of chunks
-  C* transposed_ = nullptr;  // δ of a chunk, [H, rows]
+  C* transposed_ = nullptr;  // δ of a chunk, [H, rows], zero after the last row
+  int64_t transposed_row_ = 0;
   int64_t rows_per_thread_ = 0;
   bool reads_w_ih_ = false;
   C* w_ih_ = nullptr;  // panels

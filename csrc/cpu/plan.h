@@ -8,6 +8,9 @@
 
 namespace fusedrnn::cpu {
 
+// The number of rows above which packing pays off where the rows of a matrix can serve as panels.
+constexpr int64_t kPanelRowsToPack = 48;
+
 struct PlanInput {
   int64_t T, B, I, H;   // I = 0: no input product
   int64_t number_size;  // bytes of the compute type
@@ -37,7 +40,7 @@ struct PlanInput {
   // the rows of W_hh itself as panels, which requires that no number is widened. The other passes
   // use dot products with the unpacked weights.
   int64_t rows_to_pack() const {
-    if (adjoint) return widened ? 0 : 48;
+    if (adjoint) return widened ? 0 : kPanelRowsToPack;
     return H * (H + I) * number_size > (1 << 20) ? 24 : 12;
   }
 };

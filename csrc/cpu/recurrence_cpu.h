@@ -9,7 +9,7 @@ struct WantedGradients {
   bool x, w_ih, b, h0, v0, w_hh, a;
 };
 
-// Undefined where not wanted.
+// Undefined or empty where not wanted.
 struct BackwardResults {
   Tensor x, w_ih, b, h0, v0, w_hh, a;
 };

@@ -34,8 +34,7 @@ class Run {
         widened_(stored_size != int64_t(sizeof(C))),
         vectors_(ceil_div(p_.H, k_.lanes)),
         width_(vectors_ * k_.lanes),
-        // rows that are a multiple of 2 KB apart would share cache sets
-        state_row_(width_ + (width_ * int64_t(sizeof(C)) % 2048 == 0 ? k_.lanes : 0)) {
+        state_row_(spread(width_, sizeof(C))) {
     const bool adjoint = p_.pass == Pass::adjoint, potential = p_.form == Form::potential;
     plan_ = make_plan({k_, p_.pass, p_.storage, p_.T, p_.B, p_.I, p_.H, threads,
                        gradients ? gradients->products(p_.H) : 0});
@@ -189,7 +188,7 @@ class Run {
         if (!gemms) continue;
         const int64_t t1 = t0_ + (s1 - s0);
         meet_everyone();
-        gemms->multiply_by_weights(index_, t0_, t1);
+        gemms->prepare(index_, t0_, t1);
         meet_everyone();
         gemms->add_to_weights(index_, t0_, t1, s0 > 0);
       }

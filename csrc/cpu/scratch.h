@@ -67,6 +67,12 @@ inline thread_local int64_t Scratch::wanted_ = 0;
 
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
+// A distance between rows of at least `row` numbers, of `size` bytes each. Rows that are a multiple
+// of 2 KB apart would share cache sets.
+constexpr int64_t spread(int64_t row, int64_t size) {
+  return row * size % 2048 == 0 ? row + kCacheLine / size : row;
+}
+
 // The start of the i-th of `parts` nearly equal pieces of [0, n).
 constexpr int64_t split_at(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
 
