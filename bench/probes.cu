@@ -116,7 +116,7 @@ __device__ uint32_t remote(const void* p, int rank) {
 }
 
 template <bool kRelaxed>
-__device__ void cluster_meet() {
+__device__ void synchronise_cluster() {
   if (kRelaxed)
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   else
@@ -126,9 +126,9 @@ __device__ void cluster_meet() {
 
 template <bool kRelaxed>
 __global__ void cluster_barrier(int n, int64_t* out) {
-  cluster_meet<false>();
+  synchronise_cluster<false>();
   const Stopwatch watch;
-  for (int i = 0; i < n; ++i) cluster_meet<kRelaxed>();
+  for (int i = 0; i < n; ++i) synchronise_cluster<kRelaxed>();
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
 }
 
@@ -139,13 +139,13 @@ __global__ void cluster_exchange(int n, int64_t* out, float* sink) {
   extern __shared__ uint32_t exchanged[];  // [2][threads]
   const int next = (cluster_rank() + 1) % cluster_size();
   uint32_t value = threadIdx.x;
-  cluster_meet<false>();
+  synchronise_cluster<false>();
   const Stopwatch watch;
   for (int i = 0; i < n; ++i) {
     uint32_t* slot = exchanged + (i % 2) * blockDim.x + threadIdx.x;
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote(slot, next)), "r"(value)
                  : "memory");
-    cluster_meet<false>();
+    synchronise_cluster<false>();
     value = *slot + 1;
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
@@ -181,7 +181,7 @@ __global__ void cluster_gather(int n, int64_t* out, float* sink) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   uint32_t value = threadIdx.x;
-  cluster_meet<false>();
+  synchronise_cluster<false>();
   const Stopwatch watch;
   for (int i = 0; i < n; ++i) {
     uint32_t* slot = gathered + (i % 2) * size * blockDim.x + threadIdx.x;
@@ -205,13 +205,13 @@ __global__ void cluster_gather(int n, int64_t* out, float* sink) {
             : "memory");
       wait_for_phase(shared_address(barrier), i / 2 % 2);
     } else {
-      cluster_meet<false>();
+      synchronise_cluster<false>();
     }
     value = *static_cast<volatile uint32_t*>(slot + (rank + 1 + i) % size * blockDim.x) + 1;
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
   if (blockIdx.x == 0) sink[threadIdx.x] = float(value);
-  cluster_meet<false>();
+  synchronise_cluster<false>();
 }
 
 // The same exchange of 1 KB to every block, by st.async of 16 bytes (kBulk: by one bulk copy for
@@ -237,7 +237,7 @@ __global__ void cluster_send(int run, int pad, int n, int64_t* out, float* sink)
                   : piece / run * stride + (from * run + piece % run) * 16);
   };
   uint32_t value = piece;
-  cluster_meet<false>();
+  synchronise_cluster<false>();
   const Stopwatch watch;
   for (int i = 0; i < n; ++i) {
     const void* barrier = &barriers[i % 2];
@@ -272,7 +272,7 @@ __global__ void cluster_send(int run, int pad, int n, int64_t* out, float* sink)
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
   if (blockIdx.x == 0) sink[threadIdx.x] = float(value);
-  cluster_meet<false>();
+  synchronise_cluster<false>();
 }
 
 // Two blocks send a word back and forth, n round trips: st.async carries it and signals the
@@ -287,7 +287,7 @@ __global__ void async_ping_pong(int n, int64_t* out, float* sink) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(own) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  cluster_meet<false>();
+  synchronise_cluster<false>();
   if (threadIdx.x == 0) {
     const uint32_t their_slot = remote(&slot, rank ^ 1), their_barrier = remote(&barrier, rank ^ 1);
     uint32_t value = 0;
@@ -312,7 +312,7 @@ __global__ void async_ping_pong(int n, int64_t* out, float* sink) {
     if (rank == 0) watch.stop(out);
     if (rank == 0) sink[0] = float(value);
   }
-  cluster_meet<false>();  // a block must not exit while another writes to its memory
+  synchronise_cluster<false>();  // a block must not exit while another writes to its memory
 }
 
 // The same with a plain remote store (release), and a loop that polls until the word changes.
@@ -320,7 +320,7 @@ __global__ void flag_ping_pong(int n, int64_t* out, float* sink) {
   __shared__ uint32_t slot;
   const int rank = cluster_rank();
   if (threadIdx.x == 0) slot = 0;
-  cluster_meet<false>();
+  synchronise_cluster<false>();
   if (threadIdx.x == 0) {
     const uint32_t own = shared_address(&slot), theirs = remote(&slot, rank ^ 1);
     const auto send = [&](uint32_t value) {
@@ -345,7 +345,7 @@ __global__ void flag_ping_pong(int n, int64_t* out, float* sink) {
     if (rank == 0) watch.stop(out);
     if (rank == 0) sink[0] = float(slot);
   }
-  cluster_meet<false>();
+  synchronise_cluster<false>();
 }
 #else
 template <bool kRelaxed>
@@ -370,7 +370,7 @@ __global__ void cooperative_barrier(int n, int64_t* out) {
 }
 
 // All blocks increment one counter and poll it until all have arrived.
-__device__ void meet_at_counter(uint32_t* counter, uint32_t full) {
+__device__ void synchronise_by_counter(uint32_t* counter, uint32_t full) {
   __syncthreads();
   if (threadIdx.x == 0) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
@@ -384,9 +384,9 @@ __device__ void meet_at_counter(uint32_t* counter, uint32_t full) {
 
 __global__ void counter_barrier(int n, int64_t* out, uint32_t* counter) {
   uint32_t full = gridDim.x;
-  meet_at_counter(counter, full);
+  synchronise_by_counter(counter, full);
   const Stopwatch watch;
-  for (int i = 0; i < n; ++i) meet_at_counter(counter, full += gridDim.x);
+  for (int i = 0; i < n; ++i) synchronise_by_counter(counter, full += gridDim.x);
   if (blockIdx.x == 0 && threadIdx.x == 0) watch.stop(out);
 }
 

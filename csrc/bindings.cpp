@@ -173,7 +173,7 @@ py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B,
   result["rows"] = plan.rows;
   result["units"] = plan.units;
   result["blocks"] = plan.blocks;
-  result["teams"] = plan.teams;
+  result["batch_groups"] = plan.batch_groups;
   result["waves"] = plan.waves;
   result["chunks"] = plan.chunks;
   result["shared_memory"] = plan.shared.end;
@@ -269,7 +269,7 @@ PYBIND11_MODULE(_C, m) {
       "use_regime",
       [](const std::optional<std::string>& name, std::optional<int> tile, std::optional<int> split,
          std::optional<bool> fuse_input) {
-        fusedrnn::cuda::wish({regime_named(name), tile, split, fuse_input});
+        fusedrnn::cuda::set_overrides({regime_named(name), tile, split, fuse_input});
       },
       py::arg("name"), py::arg("tile") = py::none(), py::arg("split") = py::none(),
       py::arg("fuse_input") = py::none());

@@ -39,11 +39,11 @@ Tensor beside(const Tensor& batch_sizes, const Tensor& series) {
   const c10::Device device = series.device();
 #ifdef FUSEDRNN_CUDA
   // to_device is not an op, so it must not be called while tracing or a transform is active.
-  const bool watched =
+  const bool traced =
       batch_sizes.key_set().has(c10::DispatchKey::Python) ||
       c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
-  if (device.is_cuda() && !watched) return cuda::to_device(batch_sizes, device);
+  if (device.is_cuda() && !traced) return cuda::to_device(batch_sizes, device);
 #endif
   return batch_sizes.to(device);
 }

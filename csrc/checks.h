@@ -64,7 +64,7 @@ inline Sizes check_batch_sizes(const char* name, int64_t rows, const at::Tensor&
   int64_t sum = 0;
   for (int64_t t = 0; t < T; ++t) {
     TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]),
-                "fusedrnn: batch_sizes must be positive and never rise, got ",
+                "fusedrnn: batch_sizes must be positive and non-increasing, got ",
                 at::IntArrayRef(sizes, size_t(T)));
     // before the addition, which could overflow
     TORCH_CHECK(sizes[t] <= rows - sum, "fusedrnn: batch_sizes sum to more than the ", rows,
@@ -96,14 +96,14 @@ inline void check_sizes(const char* name, const at::Tensor& tensor, c10::SymIntA
 
 inline void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
   TORCH_CHECK(tensor.device() == like.device(), "fusedrnn: ", name, " must be on ", like.device(),
-              " like the others, got ", tensor.device());
+              ", got ", tensor.device());
 }
 
 inline void check_like(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef sizes,
                        const at::Tensor& like) {
   check_sizes(name, tensor, sizes);
   TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fusedrnn: ", name, " must be ",
-              like.scalar_type(), " like the others, got ", tensor.scalar_type());
+              like.scalar_type(), ", got ", tensor.scalar_type());
   check_device(name, tensor, like);
 }
 

@@ -184,9 +184,9 @@ template <bool rate, class F, class V>
 FUSEDRNN_INLINE void activation(F f, bool potential, V z, V q, V k, bool leaky, V alpha, V& state,
                                 V& h, V& saved) {
   if constexpr (rate) {
-    const V phi = f.value(z);
-    state = h = (leaky ? leftover(alpha, k) + alpha * phi : phi) + q;
-    saved = f.saves_z ? z : phi;
+    const V value = f.value(z);
+    state = h = (leaky ? leftover(alpha, k) + alpha * value : value) + q;
+    saved = f.saves_z ? z : value;
   } else {
     saved = (leaky ? leftover(alpha, k) + alpha * z : z) + q;
     h = f.value(saved);

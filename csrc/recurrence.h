@@ -72,7 +72,7 @@ struct Problem {
   Storage storage;
   int64_t T, B, I, H;                    // I = 0: no input product
   bool descending;                       // t runs from T-1 down to 0
-  const int64_t* batch_sizes = nullptr;  // [T], never rising; optional
+  const int64_t* batch_sizes = nullptr;  // [T], non-increasing; optional
   const bool* reset = nullptr;           // [T, B] or packed [N], dense; optional. true: step t
                                          // starts from 0 instead of from step t-1
 

@@ -103,7 +103,7 @@ def check_for_loop(
     if batch_sizes is not None:
         if sizes != sorted(sizes, reverse=True) or not all(size > 0 for size in sizes):
             raise RuntimeError(
-                f"fusedrnn: batch_sizes must be positive and never rise, got {sizes}"
+                f"fusedrnn: batch_sizes must be positive and non-increasing, got {sizes}"
             )
         if sum(sizes) != x.size(0):
             raise RuntimeError(
@@ -133,9 +133,7 @@ def check_for_loop(
         if tensor.dtype != dtype:
             raise RuntimeError(f"fusedrnn: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
-            raise RuntimeError(
-                f"fusedrnn: {name} must be on {x.device} like the others, got {tensor.device}"
-            )
+            raise RuntimeError(f"fusedrnn: {name} must be on {x.device}, got {tensor.device}")
     if reset_to is not None:
         check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes)
     if alpha is not None and alpha.is_cpu and eager(alpha):

@@ -85,7 +85,7 @@ def check_reset_to(
         raise RuntimeError(f"fusedrnn: reset must have sizes {list(rows)}, got {list(reset.shape)}")
     if reset_to.dtype != x.dtype or reset_to.device != x.device:
         raise RuntimeError(
-            f"fusedrnn: reset_to must be {x.dtype} on {x.device} like the others, got "
+            f"fusedrnn: reset_to must be {x.dtype} on {x.device}, got "
             f"{reset_to.dtype} on {reset_to.device}"
         )
     batch = _batch(x, h0, batch_sizes)

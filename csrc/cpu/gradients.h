@@ -290,7 +290,7 @@ class GradientGemms {
     runs.push_back(next);
   }
 
-  int64_t alive(int64_t t) const {
+  int64_t active(int64_t t) const {
     return 0 <= t && t < p_.T ? offsets_[size_t(t) + 1] - offsets_[size_t(t)] : 0;
   }
 
@@ -303,7 +303,7 @@ class GradientGemms {
 
   std::vector<Rows> series(const Series& s, int64_t t0, int64_t t1) const {
     std::vector<Rows> runs;
-    for (int64_t t = t0; t < t1; ++t) append(runs, rows_of(s, t, 0, alive(t)), size_);
+    for (int64_t t = t0; t < t1; ++t) append(runs, rows_of(s, t, 0, active(t)), size_);
     return runs;
   }
 
@@ -312,11 +312,11 @@ class GradientGemms {
     std::vector<Rows> runs;
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t before = p_.descending ? t - 1 : t + 1;
-      const int64_t count = std::min(alive(before), alive(t));
+      const int64_t count = std::min(active(before), active(t));
       if (count > 0) append(runs, rows_of(g_.h, before, 0, count), size_);
       const void* first =
           g_.h0.data ? at(static_cast<const void*>(g_.h0.data), count * g_.h0.row) : nullptr;
-      append(runs, {first, g_.h0.row, alive(t) - count}, size_);
+      append(runs, {first, g_.h0.row, active(t) - count}, size_);
     }
     return runs;
   }

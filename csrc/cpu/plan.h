@@ -62,11 +62,11 @@ struct Plan {
 // only have to rank plans, not to predict times. They were fitted on AVX-512 machines with 1 and
 // 2 MB of L2.
 struct CostModel {
-  static constexpr double kRegion = 12000;  // waking the thread pool and joining it
-  static constexpr double kBarrier = 800;   // threads meeting,
-  static constexpr double kMeeting = 1.1;   // and waiting for the slowest: the machine is shared
-  static constexpr double kCall = 60;       // one tile: two calls through pointers
-  static constexpr double kEpilogue = 12;   // nonlinearity, loads and stores of one vector
+  static constexpr double kRegion = 12000;   // waking the thread pool and joining it
+  static constexpr double kBarrier = 800;    // one synchronisation of threads,
+  static constexpr double kImbalance = 1.1;  // and waiting for the slowest thread, as a factor
+  static constexpr double kCall = 60;        // one tile: two calls through pointers
+  static constexpr double kEpilogue = 12;    // nonlinearity, loads and stores of one vector
   static constexpr double kL1 = 32 << 10, kL2 = 768 << 10;
   static constexpr double kL2Bytes = 40, kL3Bytes = 20;  // per cycle and core
 
@@ -85,7 +85,7 @@ struct CostModel {
                                           : blocks * bytes / kL3Bytes;
     const double alone = std::max({multiplications, loads, weights}) + rows * vectors * kEpilogue +
                          blocks * panels * kCall;
-    return hidden_groups > 1 ? alone * kMeeting + kBarrier : alone;
+    return hidden_groups > 1 ? alone * kImbalance + kBarrier : alone;
   }
 
   static double total(const PlanInput& in, int batch_groups, int hidden_groups, int idle) {

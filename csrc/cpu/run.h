@@ -39,7 +39,7 @@ class Run {
     plan_ = make_plan({k_, p_.pass, p_.storage, p_.T, p_.B, p_.I, p_.H, threads,
                        gradients ? gradients->products(p_.H) : 0});
     offsets_.resize(size_t(p_.T) + 1);
-    for (int64_t t = 0; t < p_.T; ++t) offsets_[size_t(t) + 1] = offsets_[size_t(t)] + alive(t);
+    for (int64_t t = 0; t < p_.T; ++t) offsets_[size_t(t) + 1] = offsets_[size_t(t)] + active(t);
 
     if (plan_.pack || adjoint) w_state_ = scratch_.template take<C>(width_ * p_.H);
     if (plan_.pack && p_.I) w_input_ = scratch_.template take<C>(width_ * p_.I);
@@ -92,7 +92,7 @@ class Run {
   void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
 
   // The number of batch rows at time t.
-  int64_t alive(int64_t t) const { return p_.batch_sizes ? p_.batch_sizes[t] : p_.B; }
+  int64_t active(int64_t t) const { return p_.batch_sizes ? p_.batch_sizes[t] : p_.B; }
 
   int64_t place(const Series& s, int64_t t, int64_t b) const {
     return p_.batch_sizes ? (offsets_[size_t(t)] + b) * s.row : t * s.step + b * s.row;
@@ -175,7 +175,7 @@ class Run {
       std::optional<GradientGemms<C>>& gemms = r_.gemms_;
       if (steps()) pack();
       if (gemms) gemms->pack_weights(index_);
-      meet_everyone();
+      synchronise_all();
       const int64_t length = gemms ? gemms->steps() : p_.T;
       for (int64_t s0 = 0; s0 < p_.T; s0 += length) {
         const int64_t s1 = std::min(s0 + length, p_.T);
@@ -187,14 +187,14 @@ class Run {
           }
         if (!gemms) continue;
         const int64_t t1 = t0_ + (s1 - s0);
-        meet_everyone();
+        synchronise_all();
         gemms->prepare(index_, t0_, t1);
-        meet_everyone();
+        synchronise_all();
         gemms->add_to_weights(index_, t0_, t1, s0 > 0);
       }
       if (steps()) finish();
       if (!gemms) return;
-      meet_everyone();
+      synchronise_all();
       gemms->finish(index_);
     }
 
@@ -206,7 +206,7 @@ class Run {
     int64_t time(int64_t s) const { return p_.descending ? p_.T - 1 - s : s; }
 
     int64_t rows_at(int64_t t) const {
-      return std::max<int64_t>(0, std::min(row1_, r_.alive(t)) - row0_);
+      return std::max<int64_t>(0, std::min(row1_, r_.active(t)) - row0_);
     }
 
     bool lies_in_panels(const Panel& panel) const {
@@ -273,7 +273,7 @@ class Run {
       if (!p_.reset) return true;
       if (p_.pass != Pass::adjoint) return !r_.resets(time(s), b);
       // In the adjoint, the reset of the previously visited step decides, if row b was in it.
-      return s == 0 || b >= r_.alive(time(s - 1)) || !r_.resets(time(s - 1), b);
+      return s == 0 || b >= r_.active(time(s - 1)) || !r_.resets(time(s - 1), b);
     }
 
     void step(int64_t s) {
@@ -282,7 +282,7 @@ class Run {
       C* to = r_.state_[(s + 1) & 1];
       // Rows that ended before this step are not written again, so both buffers need their state.
       if (p_.batch_sizes && s > 0) {
-        const int64_t ended = std::min(row1_, r_.alive(time(s - 1)));
+        const int64_t ended = std::min(row1_, r_.active(time(s - 1)));
         for (int64_t b = row0_ + rows; b < ended; ++b)
           std::memcpy(to + b * r_.state_row_ + column0_, from + b * r_.state_row_ + column0_,
                       size_t(column1_ - column0_) * sizeof(C));
@@ -346,7 +346,7 @@ class Run {
       }
       chunk_row_ += rows;
 
-      meet();
+      synchronise_group();
     }
 
     void epilogue(int64_t s, int64_t first, int64_t count, int64_t column, int64_t columns,
@@ -358,7 +358,7 @@ class Run {
         if (r_.carry_) {
           // Without a leak, only the adjoint carries something, and only into a row's first step:
           // the gradient of its last state.
-          const bool begins = s == 0 || b + i >= r_.alive(time(s - 1));
+          const bool begins = s == 0 || b + i >= r_.active(time(s - 1));
           const bool carries = (begins && p_.pass == Pass::adjoint) || (leaky() && keeps(s, b + i));
           state = carries ? r_.carry_ + (b + i) * r_.state_row_ : r_.zeros_;
         }
@@ -402,10 +402,10 @@ class Run {
 
     bool leaky() const { return p_.alpha.data != nullptr; }
 
-    void meet_everyone() { r_.everyone_.wait(plan_.threads(), everyone_); }
+    void synchronise_all() { r_.all_.wait(plan_.threads(), all_visitor_); }
 
     // Waits for the threads that own other hidden units of these rows.
-    void meet() { r_.groups_[group_].wait(plan_.hidden_groups, group_visitor_); }
+    void synchronise_group() { r_.groups_[group_].wait(plan_.hidden_groups, group_visitor_); }
 
     // Stores each row's last state. The adjoint needs one more product, to reach the state before
     // the first step.
@@ -453,7 +453,7 @@ class Run {
     // The time of the last step of row b.
     int64_t last_time(int64_t b) const {
       int64_t t = time(p_.T - 1);
-      while (r_.alive(t) <= b) --t;
+      while (r_.active(t) <= b) --t;
       return t;
     }
 
@@ -471,7 +471,7 @@ class Run {
     C* projected_ = nullptr;
     int64_t chunk_row_ = 0;  // rows of the chunk before this step
     int64_t t0_ = 0;         // the first time of the chunk of steps whose δ is kept
-    SpinBarrier::Visitor everyone_, group_visitor_;
+    SpinBarrier::Visitor all_visitor_, group_visitor_;
   };
 
   const Problem& p_;
@@ -493,8 +493,8 @@ class Run {
   C* carry_ = nullptr;  // what a row carries, where that is not what is multiplied
   std::optional<GradientGemms<C>> gemms_;
   std::vector<Worker> workers_;
-  SpinBarrier everyone_;
-  std::unique_ptr<SpinBarrier[]> groups_;  // one for each batch group
+  SpinBarrier all_;                        // all threads
+  std::unique_ptr<SpinBarrier[]> groups_;  // the threads of each batch group
 };
 
 }  // namespace fusedrnn::cpu

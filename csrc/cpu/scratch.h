@@ -38,7 +38,7 @@ class Scratch {
     kept_ = Block();
     kept_ = Block(std::exchange(wanted_, 0));
   }
-  ~Scratch() { wanted_ = taken_ <= kMostKept ? taken_ : 0; }
+  ~Scratch() { wanted_ = taken_ <= kMaxKept ? taken_ : 0; }
 
   template <class C>
   C* take(int64_t numbers) {
@@ -56,7 +56,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kMostKept = 32 << 20;
+  static constexpr int64_t kMaxKept = 32 << 20;
   static thread_local Block kept_;
   static thread_local int64_t wanted_;
   int64_t taken_ = 0;

@@ -114,7 +114,7 @@ void count_clusters(Device& device) {
   }
 }
 
-Device ask(int index) {
+Device query(int index) {
   const OnDevice guard(index);  // the queries below refer to the current device
   Device device;
   cudaDeviceProp properties;
@@ -138,8 +138,8 @@ Device ask(int index) {
 
 // As many numbers as fit into the 4 KB of a kernel's arguments.
 struct Numbers {
-  static constexpr int kMost = 480;
-  int64_t v[kMost];
+  static constexpr int kMax = 480;
+  int64_t v[kMax];
 };
 __global__ void write_numbers(int64_t* to, const __grid_constant__ Numbers numbers, int count) {
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) to[i] = numbers.v[i];
@@ -147,7 +147,7 @@ __global__ void write_numbers(int64_t* to, const __grid_constant__ Numbers numbe
 
 std::mutex mutex;  // guards the next two variables
 std::map<int, std::unique_ptr<const Device>> known;
-Wish wanted_of_plans;
+Overrides current_overrides;
 
 // Whether rows of `count` numbers can be copied `bytes` at a time.
 bool fits(const Series& series, int64_t count, int64_t number_size, int64_t bytes) {
@@ -212,7 +212,7 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
     StepKernel kernel = step_kernel(problem.storage, problem.pass);
     const bool finish = problem.pass == Pass::adjoint && problem.last.data;
     for (int64_t s = 0; s < problem.T + finish; ++s) {
-      Launch launch(plan.blocks * plan.teams, kThreads, 0, stream);
+      Launch launch(plan.blocks * plan.batch_groups, kThreads, 0, stream);
       if (s > 0 && device.architecture >= 90) launch.waits_for_itself();
       void* arguments[] = {&p, &s};
       check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments),
@@ -226,14 +226,15 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
                                                               : of_tile.plain)[int(problem.pass)];
   const int64_t cluster = plan.regime == Regime::cluster ? plan.blocks : 1;
   allow(reinterpret_cast<const void*>(kernel), device, cluster);
-  // In the grid regime the blocks of a team wait for each other, so each launch has only as many
-  // teams as can run at once. In the others, the hardware starts teams as SMs become free.
+  // In the grid regime the blocks of a batch group wait for each other, so each launch has only as
+  // many batch groups as can run at once. In the others, the hardware starts them as SMs become
+  // free.
   const bool waits = plan.regime == Regime::grid;
-  const int64_t waves = waits ? plan.waves : 1, of_a_wave = (plan.teams + waves - 1) / waves;
-  for (int64_t first = 0; first < plan.teams; first += of_a_wave) {
-    p.first_team = int(first);
-    Launch launch(plan.blocks * std::min(of_a_wave, plan.teams - first), kThreads, plan.shared.end,
-                  stream);
+  const int64_t waves = waits ? plan.waves : 1, of_a_wave = (plan.batch_groups + waves - 1) / waves;
+  for (int64_t first = 0; first < plan.batch_groups; first += of_a_wave) {
+    p.first_batch_group = int(first);
+    Launch launch(plan.blocks * std::min(of_a_wave, plan.batch_groups - first), kThreads,
+                  plan.shared.end, stream);
     if (cluster > 1) launch.clusters_of(cluster);
     if (waits) launch.all_at_once();
     void* arguments[] = {&p};
@@ -247,14 +248,14 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
 const Device& device_properties(int index) {
   const std::lock_guard<std::mutex> lock(mutex);
   auto& device = known[index];
-  if (!device) device = std::make_unique<const Device>(ask(index));
+  if (!device) device = std::make_unique<const Device>(query(index));
   return *device;
 }
 
 void copy_to_device(const int64_t* from, int64_t count, int64_t* to, cudaStream_t stream) {
-  for (int64_t first = 0; first < count; first += Numbers::kMost) {
+  for (int64_t first = 0; first < count; first += Numbers::kMax) {
     Numbers numbers;
-    int size = int(std::min<int64_t>(Numbers::kMost, count - first));
+    int size = int(std::min<int64_t>(Numbers::kMax, count - first));
     std::copy_n(from + first, size, numbers.v);
     int64_t* place = to + first;
     Launch launch(1, 128, 0, stream);
@@ -265,14 +266,14 @@ void copy_to_device(const int64_t* from, int64_t count, int64_t* to, cudaStream_
   }
 }
 
-void wish(const Wish& wanted) {
+void set_overrides(const Overrides& wanted) {
   const std::lock_guard<std::mutex> lock(mutex);
-  wanted_of_plans = wanted;
+  current_overrides = wanted;
 }
 
-Wish wished() {
+Overrides overrides() {
   const std::lock_guard<std::mutex> lock(mutex);
-  return wanted_of_plans;
+  return current_overrides;
 }
 
 void run(const Problem& problem, const PlanInput& in, const Plan& plan, const Device& device,

@@ -33,7 +33,7 @@ void run(const Problem& problem, const PlanInput& in, const Plan& plan, const De
 void copy_to_device(const int64_t* from, int64_t count, int64_t* to, cudaStream_t stream);
 
 // Sets the overrides for all plans from now on, for tests and experiments; {} removes them.
-void wish(const Wish& wanted);
-Wish wished();
+void set_overrides(const Overrides& wanted);
+Overrides overrides();
 
 }  // namespace fusedrnn::cuda

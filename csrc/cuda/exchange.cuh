@@ -19,14 +19,14 @@ class TimeLimit {
     start_ = clock64();
   }
   __device__ void check() const {
-    if (clock64() - start_ > FUSEDRNN_CHECK) give_up(p_, step_, wait_);
+    if (clock64() - start_ > FUSEDRNN_CHECK) fail(p_, step_, wait_);
   }
 
  private:
-  static __device__ __noinline__ void give_up(const Params& p, int64_t step, const char* wait) {
+  static __device__ __noinline__ void fail(const Params& p, int64_t step, const char* wait) {
     printf(
         "fusedrnn: no end of the wait for %s, pass %d, T %lld, B %lld, H %lld: step %lld, block %d "
-        "of %d, thread %d (teams of %d blocks, %d rows, %d units a block, split %d)\n",
+        "of %d, thread %d (batch groups of %d blocks, %d rows, %d units a block, split %d)\n",
         wait, int(p.problem.pass), (long long)p.problem.T, (long long)p.problem.B,
         (long long)p.problem.H, (long long)step, int(blockIdx.x), int(gridDim.x), int(threadIdx.x),
         p.blocks, p.rows, p.units, 1 << p.split_log2);
@@ -155,9 +155,9 @@ __device__ __forceinline__ unsigned read_count(const unsigned* arrived) {
   return now;
 }
 
-// A barrier for all blocks of a team, which must run at the same time. `arrived` counts arrivals
-// over all steps and is never reset; `full` is the count at which this barrier opens. Afterwards
-// the threads see each other's writes to global memory if they read them through L2.
+// A barrier for all blocks of a batch group, which must run at the same time. `arrived` counts
+// arrivals over all steps and is never reset; `full` is the count at which this barrier opens.
+// Afterwards the threads see each other's writes to global memory if they read them through L2.
 __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned full,
                                              const TimeLimit& limit) {
   __syncthreads();

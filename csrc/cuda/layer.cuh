@@ -17,16 +17,16 @@ constexpr int kFar = 8;
 constexpr int kFar = 0;
 #endif
 
-// The index of this block's team (the blocks that share a W_hh, plan.h).
-__device__ __forceinline__ unsigned team(const Params& p) {
-  return unsigned(p.first_team) + blockIdx.x / unsigned(p.blocks);
+// The index of this block's batch group (plan.h).
+__device__ __forceinline__ unsigned batch_group(const Params& p) {
+  return unsigned(p.first_batch_group) + blockIdx.x / unsigned(p.blocks);
 }
 
 // A step of the time loop: where its rows are, and how many there are.
 struct Step {
   int64_t t;
   int64_t offset;  // packed: number of rows before step t
-  int alive;       // how many of this layer's rows b0, b0 + 1, ... have a step t
+  int active;      // how many of this layer's rows b0, b0 + 1, ... have a step t
 };
 
 // N numbers that are loaded or stored together.
@@ -96,18 +96,18 @@ struct Layer {
     if (s < 0 || s >= q.T) return {0, 0, 0};
     const int64_t t = q.descending ? q.T - 1 - s : s;
     if (!p.offsets) return {t, 0, rows};
-    const int64_t offset = p.offsets[t], alive = p.offsets[t + 1] - offset - b0;
-    return {t, offset, int(max(int64_t(0), min(int64_t(rows), alive)))};
+    const int64_t offset = p.offsets[t], active = p.offsets[t + 1] - offset - b0;
+    return {t, offset, int(max(int64_t(0), min(int64_t(rows), active)))};
   }
   // The first and last step of a row. Packed rows join late in a descending loop and end early in
   // an ascending one.
   __device__ int64_t first_step(int row) const {
     if (!p.offsets || !q.descending) return 0;
-    return search([&](int64_t s) { return step(s).alive > row; });
+    return search([&](int64_t s) { return step(s).active > row; });
   }
   __device__ int64_t last_step(int row) const {
     if (!p.offsets || q.descending) return q.T - 1;
-    return search([&](int64_t s) { return step(s).alive <= row; }) - 1;
+    return search([&](int64_t s) { return step(s).active <= row; }) - 1;
   }
   // The first step for which `reached` is true, or T. Once true, it must stay true.
   template <class Reached>
@@ -141,7 +141,7 @@ struct Layer {
 
   // The address of the state from which row `row` starts step `now`; null stands for zeros.
   __device__ const S* state_before(int row, const Step& before, const Step& now) const {
-    if (row < before.alive) {
+    if (row < before.active) {
       // A reset at a step separates it from the step that precedes it in the forward pass. The
       // later of the two is `now` in the forward pass and `before` in the backward pass.
       return keeps(kForward ? now : before, row) ? at(q.out[0], before, row, 0) : nullptr;
@@ -207,7 +207,7 @@ struct Layer {
   __device__ Inputs inputs(int unit, int row, const Step& now, const Step& after,
                            int far = 0) const {
     Inputs in = {};
-    if (row >= now.alive || unit >= units) return in;
+    if (row >= now.active || unit >= units) return in;
 #pragma unroll
     for (int n = 0; n < kInputs; ++n)
       if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit, far);
@@ -216,7 +216,7 @@ struct Layer {
     // that of this step.
     in.keep = 1;
     if (q.reset)
-      in.keep = !kForward ? !reset_of(now, row) : row < after.alive ? !reset_of(after, row) : 0;
+      in.keep = !kForward ? !reset_of(now, row) : row < after.active ? !reset_of(after, row) : 0;
     return in;
   }
 
@@ -288,7 +288,7 @@ struct Layer {
                                           const Step& before, const Step& now, const Step& after,
                                           const C* bias, const C* alpha, C* carried,
                                           const Hand& hand) const {
-    const bool begins = row >= before.alive, ends = row >= after.alive;
+    const bool begins = row >= before.active, ends = row >= after.active;
     C carry[N] = {};
     if (carried && (leaky || begins))
 #pragma unroll

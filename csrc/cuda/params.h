@@ -11,12 +11,12 @@ namespace fusedrnn::cuda {
 struct Params {
   Problem problem;
   const int64_t* offsets;  // packed: number of rows before each step, on the device
-  unsigned* counters;      // grid: one per team
+  unsigned* counters;      // grid: one per batch group
   void* carry;             // step, with a leak: the carries of the rows, [B, H]
   Regime regime;
-  int first_team;           // index of the first team of this launch
-  int blocks, rows, units;  // blocks and batch rows of a team, hidden units of a block
-  int receivers;            // blocks of a team that have units
+  int first_batch_group;    // index of the first batch group of this launch
+  int blocks, rows, units;  // blocks and batch rows of a batch group, hidden units of a block
+  int receivers;            // blocks of a batch group that have units
   int split_log2;           // log2 of the number of warps that share the K of the same units
   int state_k;              // offset in K of the inputs, which follow the states
   int chunks;               // of K

@@ -1,8 +1,7 @@
-// The kernel that keeps the weights on the chip and runs the time loop. A team is a set of blocks
-// that share one W_hh and compute the same batch rows. Each block computes some of the hidden units
-// and receives all states of the team's rows in each step. How states are exchanged depends on the
-// regime:
-//   block    the team is one block, and states stay in its shared memory
+// The kernel that keeps the weights on the chip and runs the time loop. Each block of a batch group
+// (plan.h) computes some of the hidden units, and receives all states of the group's rows in each
+// step. How states are exchanged depends on the regime:
+//   block    the group is one block, and states stay in its shared memory
 //   cluster  each block writes its states into the shared memory of all its peers
 //   grid     states pass through the output tensor, which is in L2
 #pragma once
@@ -14,7 +13,7 @@
 namespace fusedrnn::cuda {
 
 template <class Product, Pass pass>
-class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
+class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack> {
  protected:
   using S = typename Product::Stored;
   static constexpr int N = Product::kPack;
@@ -27,8 +26,8 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
   static constexpr bool kAhead = kItems <= 2;
 
  public:
-  __device__ Walk(const Params& params, unsigned char* shared)
-      : Base(params, int64_t(team(params)) * params.rows,
+  __device__ TimeLoop(const Params& params, unsigned char* shared)
+      : Base(params, int64_t(batch_group(params)) * params.rows,
              int64_t(blockIdx.x % params.blocks) * params.units),
         shared_(shared),
         product_(shared, params.split_log2),
@@ -53,31 +52,31 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
     if constexpr (kAhead) load_inputs(next, 0, now, after);
     for (int64_t s = 0; s < end - skipped; ++s) {
       const bool finishing = !kForward && s + skipped == q.T, goes_on = s + skipped + 1 < end;
-      const int alive = finishing ? rows : now.alive;
+      const int active = finishing ? rows : now.active;
       const Step second_after = step(s + skipped + 2);
       const S* from = buffer(s);
       S* const to = buffer(s + 1);
       if (through_l2) {
-        gather(0, alive, finishing, before, now);
+        gather(0, active, finishing, before, now);
       } else {
-        if (p.regime == Regime::cluster && goes_on) expect(s, alive);
+        if (p.regime == Regime::cluster && goes_on) expect(s, active);
         if (!kForward && q.last.data) {
           // Packed: the product after the last step may read either buffer, so copy the states of
           // rows that have just ended into the other one.
 #pragma unroll 1
-          for (int row = now.alive; row < before.alive; ++row)
+          for (int row = now.active; row < before.active; ++row)
             for (int j = threadIdx.x; j < p.state_k; j += kThreads)
               to[row * p.e_row + j] = from[row * p.e_row + j];
         }
-        if (q.I) load_x(*this, to, after, 0, after.alive);
+        if (q.I) load_x(*this, to, after, 0, after.active);
       }
-      for (int first = 0; first < alive; first += Product::kRows) {
+      for (int first = 0; first < active; first += Product::kRows) {
         const S* states = from + first * p.e_row;
         if (through_l2) {  // gather the next group of rows while this one is multiplied
           copies_done();
           __syncthreads();
-          if (first + Product::kRows < alive)
-            gather(first + Product::kRows, alive, finishing, before, now);
+          if (first + Product::kRows < active)
+            gather(first + Product::kRows, active, finishing, before, now);
           states = buffer(first / Product::kRows);
         }
         if (!product_.busy(units)) continue;
@@ -87,7 +86,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
         } else {
 #pragma unroll
           for (int i = 0; i < kItems; ++i) in[i] = next[i];
-          if (first + Product::kRows < now.alive)
+          if (first + Product::kRows < now.active)
             load_inputs(next, first + Product::kRows, now, after);
           else
             load_inputs(next, 0, after, second_after);
@@ -97,7 +96,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           const int row = first + product_.row(i), unit = product_.unit(i);
-          if (!product_.owns(i) || row >= alive || unit >= units) continue;
+          if (!product_.owns(i) || row >= active || unit >= units) continue;
           C* const carried = carry_ ? carry_ + row * p.units + unit : nullptr;
           if (finishing) {
             Base::finish(sum[i], unit, row, carried);
@@ -110,8 +109,8 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
                         });
         }
       }
-      if (kAhead && alive == 0) load_inputs(next, 0, after, second_after);
-      if (goes_on) meet(s);
+      if (kAhead && active == 0) load_inputs(next, 0, after, second_after);
+      if (goes_on) synchronise(s);
       before = now;
       now = after;
       after = second_after;
@@ -164,7 +163,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
         }
       }
     const Step first = layer.step(layer.first_step(0));
-    if (q.I) load_x(layer, e, first, 0, first.alive);
+    if (q.I) load_x(layer, e, first, 0, first.active);
     copies_done();
     if (p.regime == Regime::cluster)
       cluster_barrier();
@@ -209,9 +208,9 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
 
   // Grid: loads, for a group of rows, the states from which a step starts and its x from global
   // memory. One warp loads the states of one row.
-  __device__ __forceinline__ void gather(int first, int alive, bool finishing, const Step& before,
+  __device__ __forceinline__ void gather(int first, int active, bool finishing, const Step& before,
                                          const Step& now) {
-    const int count = min(Product::kRows, alive - first), H = int(q.H);
+    const int count = min(Product::kRows, active - first), H = int(q.H);
     S* const e = buffer(first / Product::kRows);
     const int index = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (index < count) {
@@ -220,7 +219,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
       const S* const from =
           finishing ? Base::state_after_all(row) : Base::state_before(row, before, now);
       constexpr int kPerCopy = 16 / int(sizeof(S));
-      const bool by_copies = p.state_copies && from && (finishing || row < before.alive);
+      const bool by_copies = p.state_copies && from && (finishing || row < before.active);
       const int step = by_copies ? kPerCopy : 1;
 #pragma unroll 1
       for (int j = lane * step; j < H; j += 32 * step) {
@@ -238,13 +237,13 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
     return reinterpret_cast<uint64_t*>(shared + p.arrivals_offset);
   }
 
-  // Cluster: sets how many bytes the mbarrier of this block expects from the team in step s.
-  __device__ __forceinline__ void expect(int64_t s, int alive) const {
+  // Cluster: sets how many bytes the mbarrier of this block expects from the batch group in step s.
+  __device__ __forceinline__ void expect(int64_t s, int active) const {
     const int size = (int(q.H) + N - 1) / N * int(sizeof(Numbers));
-    if (threadIdx.x == 0) expect_bytes(arrivals(p, shared_) + ((s + 1) & 1), alive * size);
+    if (threadIdx.x == 0) expect_bytes(arrivals(p, shared_) + ((s + 1) & 1), active * size);
   }
 
-  // Sends states to all blocks of the team that have units, including this one.
+  // Sends states to all blocks of the batch group that have units, including this one.
   __device__ __forceinline__ void send(int64_t s, S* place, const Numbers& numbers) const {
     if (p.regime == Regime::block) {
       *reinterpret_cast<Numbers*>(place) = numbers;
@@ -264,10 +263,10 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
   // previous step from all peers, and they sent these after their last use of that buffer. But a
   // thread of a block must not fall two steps behind: it would take a later phase for the one that
   // it waits for.
-  __device__ __forceinline__ void meet(int64_t s) const {
+  __device__ __forceinline__ void synchronise(int64_t s) const {
     if (p.regime == Regime::grid) {
-      grid_barrier(p.counters + team(p), unsigned(s + 1) * unsigned(p.blocks),
-                   {p, s, "all blocks of the team (grid)"});
+      grid_barrier(p.counters + batch_group(p), unsigned(s + 1) * unsigned(p.blocks),
+                   {p, s, "all blocks of the batch group (grid)"});
       return;
     }
     copies_done();
@@ -288,7 +287,7 @@ class Walk : protected Layer<typename Product::Stored, pass, Product::kPack> {
 template <class Product, Pass pass>
 __global__ void __launch_bounds__(kThreads, 1) persistent(const __grid_constant__ Params params) {
   extern __shared__ __align__(16) unsigned char shared[];
-  Walk<Product, pass>(params, shared).run();
+  TimeLoop<Product, pass>(params, shared).run();
 }
 
 }  // namespace fusedrnn::cuda

@@ -10,9 +10,9 @@
 namespace fusedrnn::cuda {
 
 template <class Product, Pass pass, bool kCluster>
-class PlainWalk : Walk<Product, pass> {
+class PlainTimeLoop : TimeLoop<Product, pass> {
   using S = typename Product::Stored;
-  using Base = Walk<Product, pass>;
+  using Base = TimeLoop<Product, pass>;
   using C = typename Base::C;
   using Base::b0, Base::j0, Base::kForward, Base::p, Base::q, Base::rows, Base::units;
   using Base::product_, Base::e_, Base::carry_, Base::vectors_, Base::partial_, Base::shared_;
@@ -26,13 +26,14 @@ class PlainWalk : Walk<Product, pass> {
   static constexpr int kSent = 16 / int(sizeof(S));
 
  public:
-  __device__ PlainWalk(const Params& params, unsigned char* shared) : Base(params, shared) {}
+  __device__ PlainTimeLoop(const Params& params, unsigned char* shared) : Base(params, shared) {}
 
   __device__ void run() {
     Base::hold_weights();
     Base::begin(p, b0, j0, shared_);
     product_.settle(rows, units);
-    // Warps without units run their own loop, so that the others need no branch around the step.
+    // Warps without units run their own loop, so that the other warps need no branch around the
+    // step.
     if (product_.busy(units))
       time_loop<true>();
     else
@@ -218,7 +219,7 @@ class PlainWalk : Walk<Product, pass> {
     return *reinterpret_cast<const Raw*>(from);
   }
 
-  // Sends to all blocks of the team. All lanes of the warp must call it.
+  // Sends to all blocks of the batch group. All lanes of the warp must call it.
   __device__ __forceinline__ void send_to_all(S* place, bool exists, int first_peer,
                                               const Numbers& numbers,
                                               const uint64_t* arrived) const {
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1) plain(const __grid_constant__ Par
   constexpr bool exists = !kCluster;
 #endif
   extern __shared__ __align__(16) unsigned char shared[];
-  if constexpr (exists) PlainWalk<Product, pass, kCluster>(params, shared).run();
+  if constexpr (exists) PlainTimeLoop<Product, pass, kCluster>(params, shared).run();
 }
 
 }  // namespace fusedrnn::cuda

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 constexpr int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
-constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
 // Throughput of an SM, from public figures. An architecture without figures uses those of the RTX
 // 4090 (8.9).
@@ -52,7 +52,7 @@ constexpr double kGridHop = 3500;    // from stores, through a barrier in L2, to
 constexpr double kL2Bytes = 8;       // bytes per cycle and SM
 constexpr double kSetUp = 1200;      // loading a chunk of weights, once per launch
 constexpr double kLaunch = 4.5;      // µs, from one kernel of a stream to the next
-constexpr double kStepMost = 7000;   // step regime: loads of the first weights and states, and
+constexpr double kStepBase = 7000;   // step regime: loads of the first weights and states, and
 constexpr double kStepRate[] = {32, 12, 80};  // multiplications per cycle: f32, f64, 16 bits
 constexpr double kGemmLaunch = 6;             // µs, least cost of a GEMM before the recurrence
 
@@ -91,7 +91,8 @@ Shared shared_memory(const Tile& tile, const PlanInput& in, const Plan& plan) {
   return shared;
 }
 
-// Predicted microseconds per step of a team, including a share of launching and loading weights.
+// Predicted microseconds per step of a batch group, including a share of launching and loading
+// weights.
 double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const Device& device) {
   const Speeds speed = speeds(device.architecture);
   const double groups = double(ceil_div(plan.rows, tile.rows));
@@ -161,43 +162,43 @@ Plan step_plan(const PlanInput& in, const Device& device, bool fuse) {
   plan.rows = kStepRows;
   plan.units = kStepUnits;
   plan.blocks = ceil_div(in.H, kStepUnits);
-  plan.teams = ceil_div(in.B, kStepRows);
+  plan.batch_groups = ceil_div(in.B, kStepRows);
   if (in.leaky) plan.carry_bytes = in.B * in.H * (in.storage == Storage::f64 ? 8 : 4);
   const double K = double(in.H + (fuse ? in.I : 0));
   const double rate = kStepRate[half(in) ? 2 : in.storage == Storage::f64 ? 1 : 0];
-  const double waves = std::ceil(double(plan.blocks * plan.teams) / device.sms);
-  const double cycles = waves * kStepUnits * kStepRows * K / rate + kStepMost;
+  const double waves = std::ceil(double(plan.blocks * plan.batch_groups) / device.sms);
+  const double cycles = waves * kStepUnits * kStepRows * K / rate + kStepBase;
   plan.microseconds = std::max(kLaunch, cycles / device.clock / 1000);
   return plan;
 }
 
 }  // namespace
 
-Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
+Plan make_plan(const PlanInput& in, const Device& device, const Overrides& overrides) {
   const double gemm = in.I > 0 ? gemm_time(in, device) : 0;
   Plan best;
-  bool found = false, as_wished = false;
-  const auto consider = [&](Plan plan, bool wished) {
+  bool found = false, best_satisfies = false;
+  const auto consider = [&](Plan plan, bool satisfies) {
     if (!plan.fuse_input) plan.input_microseconds = gemm;
     const double time = plan.microseconds + plan.input_microseconds;
-    if (!found || (wished && !as_wished) ||
-        (wished == as_wished && time < best.microseconds + best.input_microseconds)) {
+    if (!found || (satisfies && !best_satisfies) ||
+        (satisfies == best_satisfies && time < best.microseconds + best.input_microseconds)) {
       best = plan;
       found = true;
-      as_wished = wished;
+      best_satisfies = satisfies;
     }
   };
   const auto agrees = [](const auto& wanted, auto value) { return !wanted || *wanted == value; };
   const auto agrees_on_input = [&](bool fuse) {
-    return in.I == 0 || agrees(wish.fuse_input, fuse);
+    return in.I == 0 || agrees(overrides.fuse_input, fuse);
   };
 
   for (const bool fuse : {true, false})
     if (fuse || in.I > 0)
       consider(step_plan(in, device, fuse),
-               agrees(wish.regime, Regime::step) && agrees_on_input(fuse));
+               agrees(overrides.regime, Regime::step) && agrees_on_input(fuse));
   if (in.B == 0 || in.H == 0) best.microseconds = best.input_microseconds = 0;  // nothing runs
-  if (in.B == 0 || in.H == 0 || wish.regime == Regime::step) return best;
+  if (in.B == 0 || in.H == 0 || overrides.regime == Regime::step) return best;
 
   for (int t = 0; t < kTileCount; ++t) {
     const Tile& tile = kTiles[t];
@@ -212,44 +213,45 @@ Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish) {
         plan.state_chunks = ceil_div(in.H, tile.chunk());
         plan.chunks =
             round_up(plan.state_chunks + (fuse ? ceil_div(in.I, tile.chunk()) : 0), split);
-        const int64_t most_units = tile.block_units(split);
-        const auto try_teams = [&](Regime regime, int64_t blocks, int64_t at_once) {
+        const int64_t max_units = tile.block_units(split);
+        const auto try_groups = [&](Regime regime, int64_t blocks, int64_t at_once) {
           if (at_once == 0) return;
           plan.regime = regime;
           plan.blocks = blocks;
           // Spread units evenly, in multiples of the 16 bytes that are sent at once.
           plan.units =
-              std::min(most_units, round_up(ceil_div(in.H, blocks), 16 / tile.number_size()));
-          const bool wished = agrees(wish.regime, regime) && agrees(wish.tile, t) &&
-                              agrees(wish.split, split) && agrees_on_input(fuse);
-          // Try the rows per team that let all teams run at once, then half as many in two waves,
+              std::min(max_units, round_up(ceil_div(in.H, blocks), 16 / tile.number_size()));
+          const bool satisfies = agrees(overrides.regime, regime) && agrees(overrides.tile, t) &&
+                                 agrees(overrides.split, split) && agrees_on_input(fuse);
+          // Try the rows per group that let all groups run at once, then half as many in two waves,
           // and so on.
           for (int64_t waves = 1;; waves *= 2) {
             plan.rows = std::min(in.B, round_up(ceil_div(in.B, waves * at_once), tile.rows));
-            plan.teams = ceil_div(in.B, plan.rows);
-            plan.waves = ceil_div(plan.teams, at_once);
+            plan.batch_groups = ceil_div(in.B, plan.rows);
+            plan.waves = ceil_div(plan.batch_groups, at_once);
             plan.shared = shared_memory(tile, in, plan);
-            if (plan.shared.end <= device.shared_memory && blocks * plan.teams <= kMostBlocks) {
-              plan.counters = regime == Regime::grid ? plan.teams : 0;
+            if (plan.shared.end <= device.shared_memory &&
+                blocks * plan.batch_groups <= kMaxBlocks) {
+              plan.counters = regime == Regime::grid ? plan.batch_groups : 0;
               plan.microseconds = double(plan.waves) * step_time(tile, in, plan, device);
-              consider(plan, wished);
+              consider(plan, satisfies);
             }
             if (plan.rows <= tile.rows) break;
           }
         };
-        // Also try teams with more blocks than necessary: then each has fewer units, which is
+        // Also try groups with more blocks than necessary: then each has fewer units, which is
         // faster if a block's schedulers are the limit (mostly in float64).
-        const int64_t fewest = ceil_div(in.H, most_units);
-        if (fewest == 1) try_teams(Regime::block, 1, device.clusters[0]);
+        const int64_t fewest = ceil_div(in.H, max_units);
+        if (fewest == 1) try_groups(Regime::block, 1, device.clusters[0]);
         const auto useful = [&](int64_t blocks) { return 2 * blocks <= in.H; };
         for (int log2 = 1; log2 < 5; ++log2) {
           const int64_t blocks = int64_t(1) << log2;
           if (blocks >= fewest && (blocks / 2 < std::max<int64_t>(fewest, 2) || useful(blocks)))
-            try_teams(Regime::cluster, blocks, device.clusters[log2]);
+            try_groups(Regime::cluster, blocks, device.clusters[log2]);
         }
         for (int64_t blocks = fewest; blocks <= device.sms && device.cooperative; blocks *= 2)
           if (blocks == fewest || useful(blocks))
-            try_teams(Regime::grid, blocks, device.sms / blocks);
+            try_groups(Regime::grid, blocks, device.sms / blocks);
       }
   }
   return best;
@@ -275,9 +277,9 @@ std::string in_words(const PlanInput& in, const Plan& plan, const Device& device
                                 "float16 tensor cores", "TF32 tensor cores"};
     words = std::string(kRegimeNames[int(plan.regime)]) + " regime, one launch for " +
             std::to_string(in.T) + " steps, by " + arithmetic[int(tile.arithmetic)] + ": ";
-    words += count(plan.teams, plan.regime == Regime::block     ? "block"
-                               : plan.regime == Regime::cluster ? "cluster"
-                                                                : "team");
+    words += count(plan.batch_groups, plan.regime == Regime::block     ? "block"
+                                      : plan.regime == Regime::cluster ? "cluster"
+                                                                       : "group");
     if (plan.regime != Regime::block) words += " of " + count(plan.blocks, "block");
     words += ", each with " + count(plan.rows, "batch row") + "; a block keeps the weights of " +
              count(plan.units, "hidden unit");

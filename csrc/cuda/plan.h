@@ -10,8 +10,9 @@
 
 namespace fusedrnn::cuda {
 
-// Where W_hh is kept during the time loop, and how states are exchanged. A team is a set of blocks
-// that share one W_hh and compute the same batch rows.
+// Where W_hh is kept during the time loop, and how states are exchanged. The batch is split among
+// groups of blocks. The blocks of a batch group share one W_hh: each computes some of the hidden
+// units, for the same batch rows.
 //   step     in L2 or device memory: one launch per step
 //   block    in the registers and shared memory of one SM; the batch is split over SMs
 //   cluster  in those of 2 to 16 SMs, which write states into each other's shared memory
@@ -100,11 +101,11 @@ struct Plan {
   bool fuse_input = true;  // a step multiplies x by W_ih, too; otherwise GEMMs compute u = x W_ihᵀ
   int tile = 0;            // index into kTiles
   int split = 1;           // mma: warps that share the K of the same units
-  int64_t rows = 0;        // batch rows of a team
+  int64_t rows = 0;        // batch rows of a batch group
   int64_t units = 0;       // hidden units of a block
-  int64_t blocks = 0;      // blocks of a team
-  int64_t teams = 0;
-  int64_t waves = 1;         // the teams of a wave run at once
+  int64_t blocks = 0;      // blocks of a batch group
+  int64_t batch_groups = 0;
+  int64_t waves = 1;         // the batch groups of a wave run at once
   int64_t chunks = 0;        // of K
   int64_t state_chunks = 0;  // those of `chunks` that belong to states
   Shared shared{};           // memory of a block
@@ -117,14 +118,14 @@ struct Plan {
 
 // Overrides for tests and experiments; ignored where no plan that can run the problem satisfies
 // them.
-struct Wish {
+struct Overrides {
   std::optional<Regime> regime;
   std::optional<int> tile, split;
   std::optional<bool> fuse_input;
 };
 
 // Returns the plan predicted to be fastest, of those that satisfy the overrides if there are any.
-Plan make_plan(const PlanInput& in, const Device& device, const Wish& wish = {});
+Plan make_plan(const PlanInput& in, const Device& device, const Overrides& overrides = {});
 
 // Describes the plan in a sentence or two, for explain() and for error messages.
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device);

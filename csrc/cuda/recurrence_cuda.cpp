@@ -12,8 +12,7 @@ namespace {
 struct Engine {
   static at::ScalarType dtype(const Tensor& like) {
     // `like` is the first tensor that an op checks; another one may have selected the CUDA backend.
-    TORCH_CHECK(like.is_cuda(), "fusedrnn: all tensors must be on cuda like the others, got ",
-                like.device());
+    TORCH_CHECK(like.is_cuda(), "fusedrnn: all tensors must be on cuda, got ", like.device());
     const c10::cuda::CUDAGuard guard(like.device());
     return dtype_on(device_properties(like.get_device()), like.scalar_type());
   }

@@ -52,7 +52,7 @@ inline Plan run(Call& call, int device, cudaStream_t stream) {
   const Problem& problem = call.problem;
   const Device& properties = device_properties(device);
   const PlanInput in = plan_input(call);
-  const Plan plan = make_plan(in, properties, wished());
+  const Plan plan = make_plan(in, properties, overrides());
   const Tensor counters = at::zeros({plan.counters}, call.like.options().dtype(at::kInt));
   Workspace workspace;
   workspace.counters = static_cast<unsigned*>(counters.mutable_data_ptr());

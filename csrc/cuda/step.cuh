@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
   const Problem& q = p.problem;
   const bool finishing = s == q.T;
   const Step before = layer.step(s - 1), now = layer.step(s), after = layer.step(s + 1);
-  const int alive = finishing ? layer.rows : now.alive;
-  if (alive == 0) return;
+  const int active = finishing ? layer.rows : now.active;
+  if (active == 0) return;
 
   const int64_t state_slabs = (q.H + Slab::kK - 1) / Slab::kK;
   const int64_t count = state_slabs + (q.I + Slab::kK - 1) / Slab::kK;
@@ -194,10 +194,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
 
   // Each thread fetches 16 bytes per slab, always of the same row.
   const int row = threadIdx.x / 8, part = threadIdx.x % 8 * kVector;
-  const S* const state = row >= alive ? nullptr
-                         : finishing  ? layer.state_after_all(row)
-                                      : layer.state_before(row, before, now);
-  const S* const x = q.I && row < alive ? layer.at(q.x, now, row, 0) : nullptr;
+  const S* const state = row >= active ? nullptr
+                         : finishing   ? layer.state_after_all(row)
+                                       : layer.state_before(row, before, now);
+  const S* const x = q.I && row < active ? layer.at(q.x, now, row, 0) : nullptr;
   const auto fetch_states = [&](Slab& to, int64_t slab) {
     const bool recurrent = slab < state_slabs;
     const S* const from = recurrent ? state : x;
@@ -227,12 +227,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int unit = product.unit(i), r = product.row(i);
-    if (r >= alive || unit >= layer.units) continue;
+    if (r >= active || unit >= layer.units) continue;
     const int64_t j = layer.j0 + unit;
     C* const carried =
         layer.leaky ? static_cast<C*>(p.carry) + ((layer.b0 + r) * q.H + j) : nullptr;
     const C sum[] = {product.item(i)};
-    const bool begins = !finishing && r >= before.alive, ends = r >= after.alive;
+    const bool begins = !finishing && r >= before.active, ends = r >= after.active;
     // An earlier launch stored the carry, so load it through L2, like the states.
     const C carried_on = carried && !begins ? load_through_l2(carried) : C(0);
     if (finishing) {

@@ -31,9 +31,7 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
     """
     for other in others:
         if other is not None and other.device != x.device:
-            raise RuntimeError(
-                f"fusedrnn: all tensors must be on {x.device} like the others, got {other.device}"
-            )
+            raise RuntimeError(f"fusedrnn: all tensors must be on {x.device}, got {other.device}")
     if batch_sizes is None:
         return
     if batch_sizes.dtype != torch.int64:

@@ -106,7 +106,7 @@ constexpr const char* kPassNames[] = {"activation", "tangent", "adjoint"};
 struct Case {
   std::map<std::string, std::string> words;
   Pass pass;
-  Wish wish;
+  Overrides overrides;
   Storage storage;
   int64_t T, B, I, H;
   std::vector<int64_t> sizes;    // rows of each step
@@ -119,12 +119,12 @@ struct Case {
       words[word.substr(0, sign)] = word.substr(std::min(sign + 1, word.size()));
     }
     for (size_t r = 0; r < std::size(kRegimeNames); ++r)
-      if (has(kRegimeNames[r])) wish.regime = Regime(r);
+      if (has(kRegimeNames[r])) overrides.regime = Regime(r);
     for (int p = 0; p < kPasses; ++p)
       if (has(kPassNames[p])) pass = Pass(p);
-    wish.tile = int(number("tile"));
-    wish.split = int(number("split"));
-    wish.fuse_input = !has("unfused");
+    overrides.tile = int(number("tile"));
+    overrides.split = int(number("split"));
+    overrides.fuse_input = !has("unfused");
     constexpr Storage storages[] = {Storage::f32, Storage::f64, Storage::bf16, Storage::f16,
                                     Storage::f32};
     storage = storages[int(arithmetic())];
@@ -143,7 +143,7 @@ struct Case {
   }
   bool has(const std::string& word) const { return words.count(word) != 0; }
   int64_t number(const std::string& word) const { return std::stoll(words.at(word)); }
-  Arithmetic arithmetic() const { return kTiles[*wish.tile].arithmetic; }
+  Arithmetic arithmetic() const { return kTiles[*overrides.tile].arithmetic; }
   int64_t rows() const { return offsets.back(); }
 };
 
@@ -326,12 +326,13 @@ void run_and_compare(const Case& c) {
   in.H = c.H;
   in.leaky = c.has("alpha");
   const Device& device = device_properties(0);
-  Plan plan = make_plan(in, device, c.wish);
+  Plan plan = make_plan(in, device, c.overrides);
   const bool step = plan.regime == Regime::step;
-  if (plan.regime != c.wish.regime || (in.I > 0 && plan.fuse_input != c.wish.fuse_input) ||
-      (!step && (plan.tile != c.wish.tile || plan.split != c.wish.split)))
+  if (plan.regime != c.overrides.regime ||
+      (in.I > 0 && plan.fuse_input != c.overrides.fuse_input) ||
+      (!step && (plan.tile != c.overrides.tile || plan.split != c.overrides.split)))
     throw std::runtime_error("another plan: " + in_words(in, plan, device));
-  std::printf("%d teams of %d blocks, ", int(plan.teams), int(plan.blocks));
+  std::printf("%d groups of %d blocks, ", int(plan.batch_groups), int(plan.blocks));
   std::fflush(stdout);
 
   std::vector<char> counters = buffer(c, "counters", plan.counters, sizeof(unsigned));

@@ -195,7 +195,7 @@ class Warp:
         self.extra: Clock = (0, 0)  # added to the latency
         self.issued: Counter[int] = Counter()
 
-    def alive(self) -> Array:
+    def active(self) -> Array:
         return np.logical_or.reduce([group.mask for group in self.groups])
 
     def wake(self) -> None:
@@ -205,7 +205,7 @@ class Warp:
         """Return the offsets from stack addresses to places in the block's stack memory."""
         return ((self.index * 32 + np.arange(32)) * STACK[1] - STACK[0])[mask]
 
-    def meet(self, name: str, mask: Array) -> None:
+    def synchronise(self, name: str, mask: Array) -> None:
         """Wait at a convergence barrier for all lanes of `mask`."""
         self.group.waits_at = name
         there = [group for group in self.groups if group.waits_at == name]
@@ -253,7 +253,7 @@ class Block:
         self.counted: dict[int, list[Clock]] = defaultdict(list)
         self.warps = [Warp(self, i) for i in range(threads // 32)]
         self.mbarriers: dict[int, MBarrier] = {}
-        self.meeting: dict[int, list[Warp]] = defaultdict(list)
+        self.parked: dict[int, list[Warp]] = defaultdict(list)
         self.free: dict[Any, float] = defaultdict(float)  # when schedulers and units are free
         self.queue = [(0.0, warp.index) for warp in self.warps]
         self.wavefronts: dict[bytes, int] = {}
@@ -330,7 +330,7 @@ class Block:
             if instruction.operands[0] == instruction.operands[1]:
                 name, threads = name & 0xFFFF, threads >> 16
             count = threads // 32
-        there = self.meeting[name]
+        there = self.parked[name]
         there.append(warp)
         if len(there) == count:
             time = (0.0, 0.0)
@@ -340,7 +340,7 @@ class Block:
             for other in there:
                 other.time = time[0] + cost, time[1] + cost
                 other.wake()
-            self.meeting[name] = []
+            self.parked[name] = []
 
     def wavefronts_of(self, at: Array, size: int) -> int:
         """Count the passes of 128 bytes through the banks.
@@ -982,11 +982,11 @@ def begin_convergence(ins: Instruction, _: Program) -> Run:
 
 
 def end_convergence(ins: Instruction, _: Program) -> Run:
-    return lambda w, m: w.meet(ins.operands[0], w.convergence[ins.operands[0]])
+    return lambda w, m: w.synchronise(ins.operands[0], w.convergence[ins.operands[0]])
 
 
 def converge(ins: Instruction, _: Program) -> Run:
-    return lambda w, m: w.meet("all", w.alive())
+    return lambda w, m: w.synchronise("all", w.active())
 
 
 NOTHING = {

@@ -57,12 +57,12 @@ SCHEDULERS = 4
 # inlined from; instructions of functions that are not listed count as control.
 PARTS = {
     "inputs": "load_inputs load_x inputs load reset_of far_ahead prefetch_into_l2 copy_async gather"
-    " copy_x fetched",
+    " fetched",
     "product": "multiply add load_states mma load_matrices to_tf32",
-    "partial sums": "add_parts each lanes_summed finish",
+    "partial sums": "add_parts lanes_summed finish",
     "epilogue": "compute store activation adjoint with_nonlinearity",
-    "exchange": "send send_to_all send_to_peer expect expect_bytes meet wait_for_arrivals arrive"
-    " arrive_after_copies copies_done fetch fetch_slab tell received read_count count_arrival",
+    "exchange": "send send_to_all send_to_peer expect expect_bytes synchronise wait_for_arrivals"
+    " copies_done read_count count_arrival",
     "control": "step",
 }
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}

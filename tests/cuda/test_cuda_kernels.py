@@ -74,12 +74,12 @@ class Way:
         any_tile: bool = False,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the overrides, and the plan that results."""
-        wishes: dict[str, Any] = {"regime": self.regime}
+        overrides: dict[str, Any] = {"regime": self.regime}
         if self.regime != "step" and not any_tile:
-            wishes |= {"tile": self.tile, "split": self.split}
+            overrides |= {"tile": self.tile, "split": self.split}
         if fuse_input is not None and not adjoint:
-            wishes["fuse_input"] = fuse_input
-        return wishes, _C.plan_cuda(
+            overrides["fuse_input"] = fuse_input
+        return overrides, _C.plan_cuda(
             T=case.T,
             B=len(case.lengths or ()) or case.B,
             I=0 if adjoint else case.I,
@@ -89,17 +89,17 @@ class Way:
             adjoint=adjoint,
             leaky=case.alpha,
             device=DEVICES[device],
-            **wishes,
+            **overrides,
         )
 
-    def granted(self, *of: Any) -> bool:
-        wishes, plan = self.plan(*of)
-        return {name: plan[name] for name in wishes} == wishes
+    def satisfied(self, *of: Any) -> bool:
+        overrides, plan = self.plan(*of)
+        return {name: plan[name] for name in overrides} == overrides
 
     def device(self, case: Case, fuse_input: bool | None) -> str | None:
         """Return the smallest pretend device on which all passes can take this way, or None."""
         for name in ("tiny", "h100"):
-            if all(self.granted(name, case, fuse_input, adjoint) for adjoint in (False, True)):
+            if all(self.satisfied(name, case, fuse_input, adjoint) for adjoint in (False, True)):
                 return name
         return None
 
@@ -205,7 +205,7 @@ class Trial:
         found = []
         for which in ("activation", "adjoint"):
             adjoint = which == "adjoint"
-            if not self.way.granted(GPU, self.case, self.fuse_input, adjoint):
+            if not self.way.satisfied(GPU, self.case, self.fuse_input, adjoint):
                 pytest.skip(f"this GPU cannot go this way: {self}")
             _, plan = self.way.plan(GPU, self.case, self.fuse_input, adjoint)
             found.append(Run(which, *(plan[f.name] for f in fields(Run)[1:])))

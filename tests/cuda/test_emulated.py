@@ -37,7 +37,7 @@ def test_the_regime_that_was_asked_for_runs(engine):
 
 @pytest.mark.parametrize("case", [Case(), PACKED, PACKED.with_(dtype=torch.float32)], ids=str)
 @pytest.mark.parametrize("engine", EMULATED, ids=str)
-def test_nobody_waits_and_nothing_is_allocated(engine, case):
+def test_a_call_neither_synchronises_nor_allocates(engine, case):
     """Nothing except tensors is allocated, so a stream can be captured in a graph."""
     library = emulated(engine.name)
     with engine.installed():
@@ -99,8 +99,8 @@ def test_bfloat16_on_a_device_that_does_not_know_it():
 
 
 @pytest.mark.parametrize("lengths", [(40, 1), (9,) * 3 + (7,) * 16 + (2,) * 60], ids=str)
-def test_teams_that_begin_late_do_not_hang(lengths):
-    """In a packed backward, blocks send nothing in the steps before the first row of their team."""
+def test_batch_groups_that_begin_late_do_not_hang(lengths):
+    """In a packed backward, blocks send nothing in the steps before their group's first row."""
     case, engine = Case(lengths=lengths, H=7), Engine("emulated", "h100", "cluster")
     found = []
     for seed in range(8):

@@ -51,7 +51,7 @@ def total(plan: dict[str, Any]) -> float:
 
 
 def shape_of(plan: dict[str, Any]) -> tuple[str, int, int]:
-    return plan["regime"], plan["blocks"], plan["teams"]
+    return plan["regime"], plan["blocks"], plan["batch_groups"]
 
 
 # ---- what is decided ----
@@ -183,7 +183,7 @@ def test_a_cell_is_no_slower_than_one_fused_step():
 def test_where_there_is_nothing_to_do(regime, B, H):
     found = plan(H100, F32, B, 16, H, regime=regime)
     assert found["regime"] == "step"
-    assert found["blocks"] * found["teams"] == 0
+    assert found["blocks"] * found["batch_groups"] == 0
     assert total(found) == 0
 
 
@@ -202,36 +202,36 @@ def devices_for(regime: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("regime", REGIMES[1:])
 @pytest.mark.parametrize("tile", range(len(TILES)))
-def test_a_wish_is_granted_where_that_can_be(regime, tile):
+def test_overrides_are_satisfied_where_a_plan_can_run_the_problem(regime, tile):
     for device in devices_for(regime):
         dtype = TILES[tile].dtype
         known = dtype not in (BF16, "tf32") or device["architecture"] >= 80
         for split, fuse in itertools.product(TILES[tile].splits, (True, False)):
-            wish = {"regime": regime, "tile": tile, "split": split, "fuse_input": fuse}
-            found = plan(device, dtype, 5, 7, 16, **wish)
-            granted = {name: found[name] for name in wish} == wish
-            assert granted == known, (device["name"], wish, found)
+            overrides = {"regime": regime, "tile": tile, "split": split, "fuse_input": fuse}
+            found = plan(device, dtype, 5, 7, 16, **overrides)
+            satisfied = {name: found[name] for name in overrides} == overrides
+            assert satisfied == known, (device["name"], overrides, found)
 
 
-def test_a_wish_for_less_leaves_the_rest_to_the_planner():
+def test_the_planner_chooses_what_the_overrides_leave_open():
     assert plan(H100, BF16, 64, 64, 512, regime="step")["regime"] == "step"
     assert plan(H100, BF16, 64, 64, 512, regime="grid")["regime"] == "grid"
     for fuse in (True, False):
         found = plan(H100, BF16, 64, 64, 512, fuse_input=fuse)
         assert (found["regime"], found["fuse_input"]) == ("cluster", fuse)
         # without inputs there is nothing to fuse, and the rest of the override applies
-        wish = {"regime": "grid", "tile": 7, "split": 2}
-        found = plan(H100, BF16, 4, 0, 64, **wish, fuse_input=fuse)
-        assert {name: found[name] for name in wish} == wish
+        overrides = {"regime": "grid", "tile": 7, "split": 2}
+        found = plan(H100, BF16, 4, 0, 64, **overrides, fuse_input=fuse)
+        assert {name: found[name] for name in overrides} == overrides
 
 
-def test_a_wish_that_nobody_can_grant_is_none():
-    for wish in (
+def test_overrides_that_no_plan_satisfies_are_ignored():
+    for overrides in (
         {"regime": "block"},  # H is too large for it
         {"regime": "cluster", "tile": 0},  # float32
         {"regime": "cluster", "split": 16},
     ):
-        assert plan(H100, BF16, 4, 4, 1000, **wish) == plan(H100, BF16, 4, 4, 1000)
+        assert plan(H100, BF16, 4, 4, 1000, **overrides) == plan(H100, BF16, 4, 4, 1000)
     assert plan(A100, BF16, 4, 4, 100, regime="cluster") == plan(A100, BF16, 4, 4, 100)
 
 
@@ -275,7 +275,7 @@ def measured() -> Iterator[tuple[str, dict[str, Any], float]]:
                 if with_input:
                     problem["fuse_input"] = ran["fuse_input"]
                 now = plan(H200, **problem)
-                if all(now[name] == ran[name] for name in ("blocks", "rows", "teams", "units")):
+                if all(now[name] == ran[name] for name in ("blocks", "rows", "units")):
                     yield f"{precision} {ran['regime']} {way} {shape}", problem, us / shape["T"]
 
 
@@ -347,21 +347,21 @@ def test_more_rows_fit_nowhere_where_fewer_do_not(dtype, regime):
 
 
 def test_more_rows_of_a_plan_never_need_less_of_the_device():
-    """With all overrides fixed. Rows come in whole tiles: there may be fewer teams, but not less
-    room (teams times rows).
+    """With all overrides fixed. Rows come in whole tiles: there may be fewer batch groups,
+    but not less room (batch groups times rows).
     """
     for (place, tile), regime in itertools.product(enumerate(TILES), REGIMES[1:]):
-        wish = {"tile": place, "regime": regime, "split": 1, "fuse_input": True}
+        overrides = {"tile": place, "regime": regime, "split": 1, "fuse_input": True}
         for H, leaky in itertools.product((16, 60), (False, True)):
             before = {"shared_memory": 0, "room": 0}
             for B in (*range(1, 70), 128, 200, 700, 1056, 1057, 1064):
-                found = plan(H100, tile.dtype, B, 8, H, leaky=leaky, **wish)
+                found = plan(H100, tile.dtype, B, 8, H, leaky=leaky, **overrides)
                 assert found["regime"] == regime
                 now = {
                     "shared_memory": found["shared_memory"],
-                    "room": found["teams"] * found["rows"],
+                    "room": found["batch_groups"] * found["rows"],
                 }
-                at_once = found["blocks"] * found["teams"] <= H100["sms"]
+                at_once = found["blocks"] * found["batch_groups"] <= H100["sms"]
                 if not at_once:
                     break
                 assert now["room"] >= before["room"]
@@ -370,7 +370,7 @@ def test_more_rows_of_a_plan_never_need_less_of_the_device():
                 before = now
 
 
-def test_nobody_waits_where_not_all_can_run_at_once():
+def test_the_grid_regime_needs_cooperative_launches():
     for device, dtype, shape in itertools.product(REAL.values(), DTYPES, SHAPES):
         found = plan({**device, "cooperative": False}, dtype, *shape)
         assert found["regime"] in ("step", "block", "cluster")
@@ -381,12 +381,12 @@ def test_nobody_waits_where_not_all_can_run_at_once():
 
 def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **rest: Any) -> None:
     found = plan(device, dtype, B, I, H, **rest)
-    blocks, teams, units, rows = (found[k] for k in ("blocks", "teams", "units", "rows"))
+    blocks, groups, units, rows = (found[k] for k in ("blocks", "batch_groups", "units", "rows"))
     assert 0 < total(found) < 1e12
     assert units * blocks >= H
-    assert rows * teams >= B
-    assert rows * (teams - 1) < B  # no team without rows
-    for number in (blocks, teams, units, rows, blocks * teams):
+    assert rows * groups >= B
+    assert rows * (groups - 1) < B  # no batch group without rows
+    for number in (blocks, groups, units, rows, blocks * groups):
         assert 1 <= number < 2**31
     assert I > 0 or (found["fuse_input"] and found["input_microseconds"] == 0)
     assert (found["input_microseconds"] > 0) == (not found["fuse_input"])
@@ -413,8 +413,7 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
     # shared memory holds at least the states and the weights that do not fit into registers
     grid = found["regime"] == "grid"
     chunks = -(-H // tile.chunk) + (-(-I // tile.chunk) if found["fuse_input"] else 0)
-    groups = -(-rows // tile.rows)
-    buffers = 2 * (tile.rows if grid else groups * tile.rows)
+    buffers = 2 * (tile.rows if grid else -(-rows // tile.rows) * tile.rows)
     partial = 8192 * tile.units if split > 1 else 0
     spilled = max(0, -(-chunks // split) - tile.held) * tile.chunk_bytes
     states = buffers * chunks * tile.chunk * tile.number_size
@@ -424,8 +423,8 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
     assert needed <= found["shared_memory"] <= device["shared_memory"]
 
     # blocks that wait for each other must be resident at the same time, or they would deadlock
-    at_once = -(-teams // found["waves"])
-    assert found["counters"] == (teams if grid else 0)
+    at_once = -(-groups // found["waves"])
+    assert found["counters"] == (groups if grid else 0)
     if grid:
         assert blocks * at_once <= device["sms"]
     elif found["regime"] == "block":
@@ -435,7 +434,7 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
         assert device["clusters"][blocks.bit_length() - 1] > 0
 
 
-WISHES = {
+OVERRIDES = {
     "regime": st.none() | st.sampled_from(REGIMES),
     "tile": st.none() | st.integers(0, len(TILES) - 1),
     "split": st.none() | st.sampled_from((1, 2, 4, 8)),
@@ -460,10 +459,10 @@ def sizes(most: int) -> st.SearchStrategy[int]:
     H=sizes(10**5),
     leaky=st.booleans(),
     adjoint=st.booleans(),
-    wishes=st.fixed_dictionaries(WISHES),
+    overrides=st.fixed_dictionaries(OVERRIDES),
 )
-def test_no_plan_exceeds_a_limit(device, dtype, B, I, H, wishes, **rest):
-    check_limits(device, dtype, B, 0 if rest["adjoint"] else I, H, **rest, **wishes)
+def test_no_plan_exceeds_a_limit(device, dtype, B, I, H, overrides, **rest):
+    check_limits(device, dtype, B, 0 if rest["adjoint"] else I, H, **rest, **overrides)
 
 
 def test_no_plan_exceeds_a_limit_on_any_device():

@@ -209,8 +209,8 @@ def test_one_byte_astray_is_found(regime, name):
 
 
 # All ways in which threads wait for each other: products without tensor cores, and with tensor
-# cores whose warps do or do not share units; teams of several blocks, groups of rows, and rows that
-# end early or begin late.
+# cores whose warps do or do not share units; batch groups of several blocks; several groups of
+# rows; and rows that end early or begin late.
 WAITING_WAYS = [
     (tile_of("fma_f32"), 1),
     (tile_of("fma_f64"), 1),

@@ -1,5 +1,5 @@
-// Threads meet at the CPU engine's barrier, and each reads what the others wrote before it. Prints
-// the number of wrong values.
+// Threads synchronise at the CPU engine's barrier, and each reads what every thread wrote before
+// it. Prints the number of wrong values.
 #include "../../csrc/cpu/barrier.h"
 
 #include <atomic>

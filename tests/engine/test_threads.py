@@ -67,7 +67,7 @@ def test_two_runs_give_the_same_bits(case):
         torch.testing.assert_close(run(case, 2), first, rtol=0, atol=0)
 
 
-def test_threads_that_call_at_once_do_not_meet():
+def test_threads_that_call_at_once_do_not_disturb_each_other():
     case = PROBLEMS[2].with_(T=20)
     arguments, expected = case.arguments(), run(case, 2)[0].detach()
     wrong = []

@@ -61,12 +61,12 @@ void fusedrnn_uninstall() { fusedrnn::cuda::installed.reset(); }
 // the step; -1: the planner chooses.
 void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input) {
   const auto wanted = [](int value) { return value < 0 ? std::nullopt : std::optional(value); };
-  fusedrnn::cuda::Wish wish;
-  if (regime >= 0) wish.regime = fusedrnn::cuda::Regime(regime);
-  wish.tile = wanted(tile);
-  wish.split = wanted(split);
-  if (fuse_input >= 0) wish.fuse_input = fuse_input != 0;
-  fusedrnn::cuda::wish(wish);
+  fusedrnn::cuda::Overrides overrides;
+  if (regime >= 0) overrides.regime = fusedrnn::cuda::Regime(regime);
+  overrides.tile = wanted(tile);
+  overrides.split = wanted(split);
+  if (fuse_input >= 0) overrides.fuse_input = fuse_input != 0;
+  fusedrnn::cuda::set_overrides(overrides);
 }
 
 // Returns how often a regime has run.
@@ -84,8 +84,8 @@ int fusedrnn_watched(int64_t index, int64_t values[10]) {
   if (index >= int64_t(watched.size())) return 0;
   const auto& [pass, plan] = watched[size_t(index)];
   const int64_t found[] = {
-      int64_t(pass), int64_t(plan.regime), plan.tile,   plan.split, plan.fuse_input,
-      plan.rows,     plan.units,           plan.blocks, plan.teams, plan.chunks};
+      int64_t(pass), int64_t(plan.regime), plan.tile,   plan.split,        plan.fuse_input,
+      plan.rows,     plan.units,           plan.blocks, plan.batch_groups, plan.chunks};
   std::copy(std::begin(found), std::end(found), values);
   return 1;
 }

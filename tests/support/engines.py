@@ -70,7 +70,7 @@ class Run:
     rows: int
     units: int
     blocks: int
-    teams: int
+    batch_groups: int
     chunks: int
 
 
@@ -162,8 +162,8 @@ class Emulated(emulator.Library):
         fuse_input: bool | None = None,
     ) -> None:
         place = None if regime is None else REGIMES.index(regime)
-        wishes = (place, tile, split, fuse_input)
-        self.c.fusedrnn_use_regime(*(-1 if wish is None else int(wish) for wish in wishes))
+        overrides = (place, tile, split, fuse_input)
+        self.c.fusedrnn_use_regime(*(-1 if value is None else int(value) for value in overrides))
         self.c.fusedrnn_install()
         _C.allow_gemms(False)  # backward must call the adjoint op
 
