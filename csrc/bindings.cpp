@@ -88,7 +88,7 @@ py::dict plan_cpu(bool adjoint, const std::string& dtype, int64_t T, int64_t B, 
   const fusedrnn::Pass pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
   const fusedrnn::Storage storage = storage_named(dtype);
   const bool multiplies = adjoint && cpu::multiplies_as_fast(*set, storage, H * (H + I));
-  const int64_t gemms = multiplies ? H * (2 * I + H) : 0;
+  const int64_t gemms = multiplies ? cpu::Gradients::multiplications(H, I, true, true, true) : 0;
   const auto planned = [&](const auto& kernels) {
     return cpu::make_plan({kernels, pass, storage, T, B, adjoint ? 0 : I, H, threads, gemms});
   };

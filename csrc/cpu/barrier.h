@@ -19,11 +19,11 @@ namespace fusedrnn::cpu {
 
 // A barrier for threads that should all arrive within a microsecond. They spin first, and then
 // sleep: another thread may need the core to arrive. They do not yield instead, because then a busy
-// process would run for milliseconds before they look again.
+// process would run for milliseconds before they check again.
 class SpinBarrier {
  public:
-  // What a thread has learnt in its visits. A thread that had to sleep may share its core, so it
-  // spins less the next time.
+  // The state of one thread, kept between its waits. A thread that had to sleep may share its core,
+  // so it spins less the next time.
   class Visitor {
     friend class SpinBarrier;
     static constexpr int kMaxSpins = 1024, kMinSpins = 32;

@@ -11,9 +11,8 @@ namespace {
 template <class C>
 void run_stored(const Problem& p, const Gradients* gradients, const Kernels<C>* kernels,
                 const StorageKernels<C>* stored, int threads) {
-  const int64_t size = size_of(p.storage);
-  if (!Run<C>(p, gradients, *kernels, *stored, size, threads).run())
-    Run<C>(p, gradients, *kernels, *stored, size, 1).run();
+  if (!Run<C>(p, gradients, *kernels, *stored, threads).run())
+    Run<C>(p, gradients, *kernels, *stored, 1).run();
 }
 
 void run(const Problem& p, const Gradients* gradients, int threads) {

@@ -31,10 +31,11 @@ struct Gradients {
   void* dw_hh = nullptr;  // [H, H]
   void* db = nullptr;     // [H]
 
-  // Multiplications for each row of δ.
-  int64_t products(int64_t H) const {
-    return H * (I * ((dx != nullptr) + (dw_ih != nullptr)) + H * (dw_hh != nullptr));
+  // Multiplications of the GEMMs for each row of δ.
+  static constexpr int64_t multiplications(int64_t H, int64_t I, bool dx, bool dw_ih, bool dw_hh) {
+    return H * (I * (dx + dw_ih) + H * dw_hh);
   }
+  int64_t multiplications(int64_t H) const { return multiplications(H, I, dx, dw_ih, dw_hh); }
 };
 
 // Whether the GEMMs of BPTT are at least as fast in the engine as in torch, for weights of

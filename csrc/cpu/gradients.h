@@ -14,6 +14,7 @@
 
 #include "engine.h"
 #include "kernels.h"
+#include "layout.h"
 #include "plan.h"
 #include "scratch.h"
 
@@ -51,28 +52,26 @@ void gemm(const Kernels<C>& kernels, const C* rows, int64_t row, int64_t n, int6
 template <class C>
 class GradientGemms {
  public:
-  // `offsets` are the rows before each time. δ is kept for all steps in `p.out[0]`, if that is
-  // given, and otherwise for one chunk at a time.
+  // δ is kept for all steps in `p.out[0]`, if that is given, and otherwise for one chunk at a time.
   GradientGemms(const Problem& p, const Gradients& gradients, const Kernels<C>& kernels,
-                const StorageKernels<C>& stored, int64_t size, const std::vector<int64_t>& offsets,
-                Scratch& scratch, int threads)
+                const StorageKernels<C>& stored, const Layout& layout, Scratch& scratch,
+                int threads)
       : p_(p),
         g_(gradients),
         k_(kernels),
         stored_(stored),
-        size_(size),
-        widened_(size != int64_t(sizeof(C))),
-        offsets_(offsets),
+        layout_(layout),
+        widened_(layout.size() != int64_t(sizeof(C))),
         threads_(threads) {
     steps_ = std::clamp<int64_t>(kChunkRows / p.B, 1, p.T);
-    const int64_t rows = std::min(steps_ * p.B, offsets.back());
+    const int64_t all_rows = layout.rows_before(p.T), rows = std::min(steps_ * p.B, all_rows);
     keeps_all_ = p.out[0].data != nullptr;
     if (keeps_all_) {
       delta_row_ = p.H;
-      delta_ = static_cast<char*>(p.out[0].data);
+      delta_ = p.out[0].data;
     } else {
-      delta_row_ = spread(p.H, size);
-      delta_ = scratch.take<char>(rows * delta_row_ * size);
+      delta_row_ = spread(p.H, layout.size());
+      delta_ = scratch.take<char>(rows * delta_row_ * layout.size());
     }
     if (g_.dw_hh) factors_.push_back(factor(true, g_.dw_hh, p.H, scratch, rows));
     if (g_.dw_ih) factors_.push_back(factor(false, g_.dw_ih, g_.I, scratch, rows));
@@ -83,7 +82,7 @@ class GradientGemms {
     }
     if (!g_.dx) return;
     rows_per_thread_ = ceil_div(rows, threads);
-    reads_w_ih_ = !widened_ && offsets.back() <= kPanelRowsToPack;
+    reads_w_ih_ = !widened_ && all_rows <= kPanelRowsToPack;
     w_ih_ = scratch.take<C>(padded(g_.I) * p.H);
     if (!writes_directly(g_.I)) tiles_ = scratch.take<C>(threads * rows_per_thread_ * width());
     if (widened_) wide_delta_ = scratch.take<C>(threads * rows_per_thread_ * p.H);
@@ -95,8 +94,8 @@ class GradientGemms {
   // Where the recurrence stores δ of row b at time t, which belongs to the chunk that starts at
   // time t0.
   void* delta(int64_t t, int64_t b, int64_t t0) const {
-    const int64_t row = offsets_[size_t(t)] + b - (keeps_all_ ? 0 : offsets_[size_t(t0)]);
-    return delta_ + row * delta_row_ * size_;
+    const int64_t row = layout_.rows_before(t) + b - (keeps_all_ ? 0 : layout_.rows_before(t0));
+    return layout_.at(delta_, row * delta_row_);
   }
   int64_t delta_row() const { return delta_row_; }
 
@@ -107,14 +106,15 @@ class GradientGemms {
     if (!g_.dx) return;
     for_share(panels(g_.I), thread, [&](int64_t panel) {
       if (!reads_in_place(panel))
-        stored_.pack(at(g_.w_ih, column(panel)), g_.w_ih_row, 1, p_.H, columns(g_.I, panel),
+        stored_.pack(layout_.at(g_.w_ih, column(panel)), g_.w_ih_row, 1, p_.H, columns(g_.I, panel),
                      vectors(g_.I, panel) * k_.lanes, w_ih_ + column(panel) * p_.H);
     });
   }
 
   // Computes dx and db of the steps [t0, t1), and prepares the factors of the other products.
   void prepare(int thread, int64_t t0, int64_t t1) {
-    const int64_t first_row = offsets_[size_t(t0)], rows = offsets_[size_t(t1)] - first_row;
+    const int64_t first_row = layout_.rows_before(t0);
+    const int64_t rows = layout_.rows_before(t1) - first_row;
     if (g_.dx) inputs(thread, t0, first_row, rows);
     if (transposed_) transpose(thread, t0, rows);
     for (const Factor& f : factors_) {
@@ -128,7 +128,7 @@ class GradientGemms {
 
   // Adds the products of the steps [t0, t1) to the gradients of the weights.
   void add_to_weights(int thread, int64_t t0, int64_t t1, bool add) {
-    const int64_t rows = offsets_[size_t(t1)] - offsets_[size_t(t0)];
+    const int64_t rows = layout_.rows_before(t1) - layout_.rows_before(t0);
     const int64_t row = transposed_row_, blocks = ceil_div(p_.H, k_.rows);
     int64_t items = 0;
     for (const Factor& f : factors_) items += panels(f.columns) * blocks;
@@ -157,11 +157,12 @@ class GradientGemms {
     for (const Factor& f : factors_)
       if (f.sum != f.gradient)
         for (int64_t unit = unit0; unit < unit1; ++unit)
-          stored_.store(f.sum + unit * f.sum_row, f.columns, at(f.gradient, unit * f.columns));
+          stored_.store(f.sum + unit * f.sum_row, f.columns,
+                        layout_.at(f.gradient, unit * f.columns));
     if (g_.db)
       for (int64_t unit = unit0; unit < unit1; ++unit) {
         const C sum = C(sums_[unit]);
-        stored_.store(&sum, 1, at(g_.db, unit));
+        stored_.store(&sum, 1, layout_.at(g_.db, unit));
       }
   }
 
@@ -184,11 +185,6 @@ class GradientGemms {
     const void* data;
     int64_t row, count;
   };
-
-  const void* at(const void* base, int64_t offset) const {
-    return static_cast<const char*>(base) + offset * size_;
-  }
-  void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
 
   // Panels of `columns` columns: all but the last are `width()` wide.
   int64_t width() const { return k_.vectors * k_.lanes; }
@@ -231,17 +227,17 @@ class GradientGemms {
     const int64_t row0 = split_at(rows, threads_, thread);
     const int64_t count = split_at(rows, threads_, thread + 1) - row0;
     if (count == 0) return;
-    const void* stored = at(delta(t0, 0, t0), row0 * delta_row_);
+    const void* stored = layout_.at(delta(t0, 0, t0), row0 * delta_row_);
     const C* from = static_cast<const C*>(stored);
     int64_t from_row = delta_row_;
     if (widened_) {
       C* wide = wide_delta_ + thread * rows_per_thread_ * p_.H;
       for (int64_t i = 0; i < count; ++i)
-        stored_.load(at(stored, i * delta_row_), p_.H, wide + i * p_.H);
+        stored_.load(layout_.at(stored, i * delta_row_), p_.H, wide + i * p_.H);
       from = wide;
       from_row = p_.H;
     }
-    void* to = at(g_.dx, (first_row + row0) * g_.I);
+    void* to = layout_.at(g_.dx, (first_row + row0) * g_.I);
     for (int64_t panel = 0; panel < panels(g_.I); ++panel) {
       const int count_of_vectors = vectors(g_.I, panel);
       const C* w = w_ih_ + column(panel) * p_.H;
@@ -253,14 +249,14 @@ class GradientGemms {
       C* tiles = tiles_ + thread * rows_per_thread_ * width();
       int64_t tiles_row = width();
       if (!tiles_) {
-        tiles = static_cast<C*>(at(to, column(panel)));
+        tiles = static_cast<C*>(layout_.at(to, column(panel)));
         tiles_row = g_.I;
       }
       gemm(k_, from, from_row, count, p_.H, w, w_stride, count_of_vectors, tiles, tiles_row, false);
       if (tiles_)
         for (int64_t i = 0; i < count; ++i)
           stored_.store(tiles + i * width(), columns(g_.I, panel),
-                        at(to, i * g_.I + column(panel)));
+                        layout_.at(to, i * g_.I + column(panel)));
     }
   }
 
@@ -270,19 +266,19 @@ class GradientGemms {
     const int64_t unit0 = split_at(groups, threads_, thread) * k_.lanes;
     const int64_t unit1 = std::min(p_.H, split_at(groups, threads_, thread + 1) * k_.lanes);
     if (unit0 >= unit1) return;
-    stored_.pack(at(delta(t0, 0, t0), unit0), 1, delta_row_, unit1 - unit0, rows, row,
+    stored_.pack(layout_.at(delta(t0, 0, t0), unit0), 1, delta_row_, unit1 - unit0, rows, row,
                  transposed_ + unit0 * row);
     if (g_.db)
       for (int64_t unit = unit0; unit < unit1; ++unit)
         sums_[unit] += k_.sum(transposed_ + unit * row, row);
   }
 
-  static void append(std::vector<Rows>& runs, const Rows& next, int64_t size) {
+  void append(std::vector<Rows>& runs, const Rows& next) const {
     if (next.count == 0) return;
     if (!runs.empty()) {
       Rows& last = runs.back();
-      const char* end = static_cast<const char*>(last.data) + last.count * last.row * size;
-      if (last.data && last.row == next.row && end == next.data) {
+      if (last.data && last.row == next.row &&
+          layout_.at(last.data, last.count * last.row) == next.data) {
         last.count += next.count;
         return;
       }
@@ -290,20 +286,9 @@ class GradientGemms {
     runs.push_back(next);
   }
 
-  int64_t active(int64_t t) const {
-    return 0 <= t && t < p_.T ? offsets_[size_t(t) + 1] - offsets_[size_t(t)] : 0;
-  }
-
-  // `count` rows of time t, from row b on.
-  Rows rows_of(const Series& s, int64_t t, int64_t b, int64_t count) const {
-    const int64_t place =
-        p_.batch_sizes ? (offsets_[size_t(t)] + b) * s.row : t * s.step + b * s.row;
-    return {at(static_cast<const void*>(s.data), place), s.row, count};
-  }
-
   std::vector<Rows> series(const Series& s, int64_t t0, int64_t t1) const {
     std::vector<Rows> runs;
-    for (int64_t t = t0; t < t1; ++t) append(runs, rows_of(s, t, 0, active(t)), size_);
+    for (int64_t t = t0; t < t1; ++t) append(runs, {layout_.at(s, t, 0), s.row, layout_.active(t)});
     return runs;
   }
 
@@ -312,11 +297,10 @@ class GradientGemms {
     std::vector<Rows> runs;
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t before = p_.descending ? t - 1 : t + 1;
-      const int64_t count = std::min(active(before), active(t));
-      if (count > 0) append(runs, rows_of(g_.h, before, 0, count), size_);
-      const void* first =
-          g_.h0.data ? at(static_cast<const void*>(g_.h0.data), count * g_.h0.row) : nullptr;
-      append(runs, {first, g_.h0.row, active(t) - count}, size_);
+      const int64_t count = std::min(layout_.active(before), layout_.active(t));
+      if (count > 0) append(runs, {layout_.at(g_.h, before, 0), g_.h.row, count});
+      const void* first = g_.h0.data ? layout_.at(g_.h0.data, count * g_.h0.row) : nullptr;
+      append(runs, {first, g_.h0.row, layout_.active(t) - count});
     }
     return runs;
   }
@@ -328,8 +312,8 @@ class GradientGemms {
     C* to = packed;
     for (const Rows& run : runs) {
       if (run.data) {
-        stored_.pack(at(run.data, column(panel)), run.row, 1, run.count, columns(f.columns, panel),
-                     width, to);
+        stored_.pack(layout_.at(run.data, column(panel)), run.row, 1, run.count,
+                     columns(f.columns, panel), width, to);
       } else {
         std::memset(to, 0, size_t(run.count * width) * sizeof(C));
       }
@@ -344,13 +328,12 @@ class GradientGemms {
   const Gradients& g_;
   const Kernels<C>& k_;
   const StorageKernels<C>& stored_;
-  const int64_t size_;
+  const Layout& layout_;
   const bool widened_;
-  const std::vector<int64_t>& offsets_;
   const int threads_;
   int64_t steps_;
   bool keeps_all_;
-  char* delta_;
+  void* delta_;
   int64_t delta_row_;
   std::vector<Factor> factors_;
   double* sums_ = nullptr;   // of δ; in float, the error would grow with the number of chunks

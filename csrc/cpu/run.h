@@ -16,6 +16,7 @@
 #include "barrier.h"
 #include "gradients.h"
 #include "kernels.h"
+#include "layout.h"
 #include "plan.h"
 #include "scratch.h"
 
@@ -26,20 +27,18 @@ class Run {
  public:
   // `gradients` is optional, and only for the adjoint.
   Run(const Problem& problem, const Gradients* gradients, const Kernels<C>& kernels,
-      const StorageKernels<C>& stored, int64_t stored_size, int threads)
+      const StorageKernels<C>& stored, int threads)
       : p_(problem),
         k_(kernels),
         stored_(stored),
-        size_(stored_size),
-        widened_(stored_size != int64_t(sizeof(C))),
+        layout_(problem),
+        widened_(layout_.size() != int64_t(sizeof(C))),
         vectors_(ceil_div(p_.H, k_.lanes)),
         width_(vectors_ * k_.lanes),
         state_row_(spread(width_, sizeof(C))) {
     const bool adjoint = p_.pass == Pass::adjoint, potential = p_.form == Form::potential;
     plan_ = make_plan({k_, p_.pass, p_.storage, p_.T, p_.B, p_.I, p_.H, threads,
-                       gradients ? gradients->products(p_.H) : 0});
-    offsets_.resize(size_t(p_.T) + 1);
-    for (int64_t t = 0; t < p_.T; ++t) offsets_[size_t(t) + 1] = offsets_[size_t(t)] + active(t);
+                       gradients ? gradients->multiplications(p_.H) : 0});
 
     if (plan_.pack || adjoint) w_state_ = scratch_.template take<C>(width_ * p_.H);
     if (plan_.pack && p_.I) w_input_ = scratch_.template take<C>(width_ * p_.I);
@@ -56,8 +55,7 @@ class Run {
 
     tile_row_ = plan_.pack ? k_.vectors * k_.lanes : width_;
     groups_.reset(new SpinBarrier[size_t(plan_.batch_groups)]);
-    if (gradients)
-      gemms_.emplace(p_, *gradients, k_, stored_, size_, offsets_, scratch_, plan_.threads());
+    if (gradients) gemms_.emplace(p_, *gradients, k_, stored_, layout_, scratch_, plan_.threads());
     workers_.reserve(size_t(plan_.threads()));
     for (int i = 0; i < plan_.threads(); ++i) workers_.emplace_back(*this, i);
   }
@@ -86,24 +84,10 @@ class Run {
   }
 
  private:
-  const void* at(const void* base, int64_t offset) const {
-    return static_cast<const char*>(base) + offset * size_;
-  }
-  void* at(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * size_; }
-
-  // The number of batch rows at time t.
-  int64_t active(int64_t t) const { return p_.batch_sizes ? p_.batch_sizes[t] : p_.B; }
-
-  int64_t place(const Series& s, int64_t t, int64_t b) const {
-    return p_.batch_sizes ? (offsets_[size_t(t)] + b) * s.row : t * s.step + b * s.row;
-  }
-
-  bool resets(int64_t t, int64_t b) const { return p_.reset && p_.reset[offsets_[size_t(t)] + b]; }
-
   void load_states(const States& from, C* to) {
     if (!from.data) return;
     for (int64_t b = 0; b < p_.B; ++b)
-      stored_.load(at(from.data, b * from.row), p_.H, to + b * state_row_);
+      stored_.load(layout_.at(from.data, b * from.row), p_.H, to + b * state_row_);
   }
 
   C* sum(const void* a, const void* b) {
@@ -133,6 +117,7 @@ class Run {
         : r_(run),
           p_(run.p_),
           plan_(run.plan_),
+          layout_(run.layout_),
           index_(index),
           group_(index / plan_.hidden_groups),
           row0_(split_at(p_.B, plan_.batch_groups, group_)),
@@ -206,7 +191,7 @@ class Run {
     int64_t time(int64_t s) const { return p_.descending ? p_.T - 1 - s : s; }
 
     int64_t rows_at(int64_t t) const {
-      return std::max<int64_t>(0, std::min(row1_, r_.active(t)) - row0_);
+      return std::max<int64_t>(0, std::min(row1_, layout_.active(t)) - row0_);
     }
 
     bool lies_in_panels(const Panel& panel) const {
@@ -222,11 +207,11 @@ class Run {
       for (size_t i = size_t(group_); i < panels_.size(); i += size_t(plan_.batch_groups)) {
         const Panel& panel = panels_[i];
         if (state && !lies_in_panels(panel))
-          r_.stored_.pack(r_.at(p_.w_hh, panel.column * (adjoint ? 1 : p_.w_hh_row)),
+          r_.stored_.pack(layout_.at(p_.w_hh, panel.column * (adjoint ? 1 : p_.w_hh_row)),
                           adjoint ? p_.w_hh_row : 1, adjoint ? 1 : p_.w_hh_row, p_.H, panel.columns,
                           panel.width, r_.w_state_ + panel.column * p_.H);
         if (p_.I)
-          r_.stored_.pack(r_.at(p_.w_ih, panel.column * p_.w_ih_row), 1, p_.w_ih_row, p_.I,
+          r_.stored_.pack(layout_.at(p_.w_ih, panel.column * p_.w_ih_row), 1, p_.w_ih_row, p_.I,
                           panel.columns, panel.width, r_.w_input_ + panel.column * p_.I);
       }
     }
@@ -239,7 +224,7 @@ class Run {
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t t = time(s), rows = rows_at(t);
         for (int64_t i = 0; i < rows; ++i, ++n) {
-          const void* x = r_.at(p_.x.data, r_.place(p_.x, t, row0_ + i));
+          const void* x = layout_.at(p_.x, t, row0_ + i);
           if (widened_) r_.stored_.load(x, p_.I, widened_ + n * p_.I);
           inputs_[size_t(n)] = widened_ ? widened_ + n * p_.I : static_cast<const C*>(x);
         }
@@ -271,9 +256,9 @@ class Run {
     // Whether row b carries its state into the s-th step.
     bool keeps(int64_t s, int64_t b) const {
       if (!p_.reset) return true;
-      if (p_.pass != Pass::adjoint) return !r_.resets(time(s), b);
+      if (p_.pass != Pass::adjoint) return !layout_.resets(time(s), b);
       // In the adjoint, the reset of the previously visited step decides, if row b was in it.
-      return s == 0 || b >= r_.active(time(s - 1)) || !r_.resets(time(s - 1), b);
+      return s == 0 || b >= layout_.active(time(s - 1)) || !layout_.resets(time(s - 1), b);
     }
 
     void step(int64_t s) {
@@ -282,7 +267,7 @@ class Run {
       C* to = r_.state_[(s + 1) & 1];
       // Rows that ended before this step are not written again, so both buffers need their state.
       if (p_.batch_sizes && s > 0) {
-        const int64_t ended = std::min(row1_, r_.active(time(s - 1)));
+        const int64_t ended = std::min(row1_, layout_.active(time(s - 1)));
         for (int64_t b = row0_ + rows; b < ended; ++b)
           std::memcpy(to + b * r_.state_row_ + column0_, from + b * r_.state_row_ + column0_,
                       size_t(column1_ - column0_) * sizeof(C));
@@ -305,11 +290,11 @@ class Run {
           DotProduct<C> dot{};
           dot.state = states;
           dot.state_size = zero_state ? 0 : p_.H;
-          dot.w_state = r_.at(p_.w_hh, column0_ * p_.w_hh_row);
+          dot.w_state = layout_.at(p_.w_hh, column0_ * p_.w_hh_row);
           dot.w_state_row = p_.w_hh_row;
           dot.input = inputs_.data() + chunk_row_ + first;
           dot.input_size = p_.I;
-          dot.w_input = r_.at(p_.w_ih, column0_ * p_.w_ih_row);
+          dot.w_input = layout_.at(p_.w_ih, column0_ * p_.w_ih_row);
           dot.w_input_row = p_.w_ih_row;
           dot.init = r_.bias_ ? r_.bias_ + column0_ : nullptr;
           dot.rows = count;
@@ -358,14 +343,14 @@ class Run {
         if (r_.carry_) {
           // Without a leak, only the adjoint carries something, and only into a row's first step:
           // the gradient of its last state.
-          const bool begins = s == 0 || b + i >= r_.active(time(s - 1));
+          const bool begins = s == 0 || b + i >= layout_.active(time(s - 1));
           const bool carries = (begins && p_.pass == Pass::adjoint) || (leaky() && keeps(s, b + i));
           state = carries ? r_.carry_ + (b + i) * r_.state_row_ : r_.zeros_;
         }
         at_column[i] = state + column;
       }
       const auto locate = [&](const Series& series) {
-        return series.data ? r_.at(series.data, r_.place(series, t, b) + column) : nullptr;
+        return series.data ? layout_.at(series, t, b, column) : nullptr;
       };
       Step<C> step{};
       step.form = p_.form;
@@ -392,7 +377,7 @@ class Run {
         step.out_row[i] = p_.out[i].row;
       }
       if (r_.gemms_) {
-        step.out[0] = r_.at(r_.gemms_->delta(t, b, t0_), column);
+        step.out[0] = layout_.at(r_.gemms_->delta(t, b, t0_), column);
         step.out_row[0] = r_.gemms_->delta_row();
       }
       step.gate = locate(p_.gate);
@@ -417,7 +402,7 @@ class Run {
         if (potential) last = r_.carry_;
         for (int64_t b = row0_; b < row1_; ++b)
           r_.stored_.store(last + b * r_.state_row_ + column0_, std::min(column1_, p_.H) - column0_,
-                           r_.at(p_.last.data, b * p_.last.row + column0_));
+                           layout_.at(p_.last.data, b * p_.last.row + column0_));
         return;
       }
       for (const Panel& panel : panels_)
@@ -436,16 +421,17 @@ class Run {
           for (int64_t i = 0; i < count; ++i) {
             const int64_t b = row0_ + first + i;
             C* row = tile_ + i * r_.tile_row_;
-            const bool keep = !p_.reset || !r_.resets(last_time(b), b);
+            const bool keep = !p_.reset || !layout_.resets(last_time(b), b);
             const C* carry =
                 (leaky() && keep ? r_.carry_ + b * r_.state_row_ : r_.zeros_) + panel.column;
             for (int64_t j = 0; j < panel.columns; ++j)
               row[j] = !keep ? C(0) : potential ? row[j] : row[j] + carry[j];
             r_.stored_.store(row, panel.columns,
-                             r_.at(p_.last.data, b * p_.last.row + panel.column));
+                             layout_.at(p_.last.data, b * p_.last.row + panel.column));
             if (p_.last_carry.data)
-              r_.stored_.store(carry, panel.columns,
-                               r_.at(p_.last_carry.data, b * p_.last_carry.row + panel.column));
+              r_.stored_.store(
+                  carry, panel.columns,
+                  layout_.at(p_.last_carry.data, b * p_.last_carry.row + panel.column));
           }
         });
     }
@@ -453,13 +439,14 @@ class Run {
     // The time of the last step of row b.
     int64_t last_time(int64_t b) const {
       int64_t t = time(p_.T - 1);
-      while (r_.active(t) <= b) --t;
+      while (layout_.active(t) <= b) --t;
       return t;
     }
 
     Run& r_;
     const Problem& p_;
     const Plan& plan_;
+    const Layout& layout_;
     int index_;
     int group_;
     int64_t row0_, row1_;                // of the batch
@@ -477,7 +464,7 @@ class Run {
   const Problem& p_;
   const Kernels<C>& k_;
   const StorageKernels<C>& stored_;
-  const int64_t size_;
+  const Layout layout_;
   const bool widened_;       // the compute type is wider than the storage type
   const int64_t vectors_;    // across H
   const int64_t width_;      // H, padded to vectors
@@ -485,7 +472,6 @@ class Run {
   int64_t tile_row_;
   Plan plan_;
   Scratch scratch_;
-  std::vector<int64_t> offsets_;  // rows before time t
   C *w_state_ = nullptr, *w_input_ = nullptr;
   C *bias_ = nullptr, *alpha_ = nullptr;
   C* zeros_;
