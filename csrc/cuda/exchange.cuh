@@ -50,8 +50,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // ---- clusters ----
 
-// A barrier for all threads of the cluster. Afterwards they see what the others wrote into shared
-// memory, their own or a peer's.
+// A barrier for all threads of the cluster. Afterwards each sees what every thread wrote into the
+// shared memory of its own block or of a peer.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
@@ -248,12 +248,12 @@ __device__ __forceinline__ void prefetch_into_l2(const void* from) {
 
 // The first function allows the next kernel in the stream to start; the second waits until the
 // previous kernel has ended and its writes are visible.
-__device__ __forceinline__ void let_next_begin() {
+__device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void wait_for_the_one_before() {
+__device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

@@ -220,17 +220,17 @@ struct Layer {
     return in;
   }
 
-  template <Form form, class Hand>
+  template <Form form, class Publish>
   __device__ __forceinline__ void compute_as(const Inputs& in, const C (&sums)[N], int unit,
                                              int row, const Step& now, bool begins, bool ends,
                                              const C* bias, const C* alpha, C (&carry)[N],
-                                             const Hand& hand) const {
+                                             const Publish& publish) const {
     const Chosen<S> phi(q.nonlinearity);
     constexpr bool rate = form == Form::rate, potential = form == Form::potential;
     constexpr int kLate = kInputs;
     const bool late = (pass == Pass::activation || !rate) && q.in[kLate].data;
     const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
-    Numbers more = {}, alphas = {}, out[3], handed;
+    Numbers more = {}, alphas = {}, out[3], published;
     if (late) more = unpack(load(q.in[kLate], now, row, unit, 0));
     if (q.alpha_varies()) alphas = unpack(load(q.alpha, now, row, unit, 0));
 #pragma unroll
@@ -256,44 +256,46 @@ struct Layer {
 #pragma unroll
       for (int i = 0; i < 3; ++i) out[i].v[n] = narrow<S>(results[i]);
       const bool exists = unit + n < units;
-      handed.v[n] = in.keep && exists ? out[0].v[n] : narrow<S>(0);
+      published.v[n] = in.keep && exists ? out[0].v[n] : narrow<S>(0);
       if (kForward && ends && exists && q.last.data)
         *at(q.last, row, j0 + unit + n) = narrow<S>(state);
       carry[n] = in.keep ? state : C(0);
     }
-    hand(handed);
+    publish(published);
     store(q.out[0], now, row, unit, out[0]);
     if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
     if (!rate && pass != Pass::activation && q.out[2].data) store(q.out[2], now, row, unit, out[2]);
   }
 
-  // Computes a step. Calls `hand` with the values that the next step multiplies, before storing the
-  // results, because other blocks may wait for them. Updates `carry`, the value that the row
+  // Computes a step. Calls `publish` with the values that the next step multiplies, before storing
+  // the results, because other blocks may wait for them. Updates `carry`, the value that the row
   // carries.
-  template <class Hand>
+  template <class Publish>
   __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
                                           const Step& now, bool begins, bool ends, const C* bias,
-                                          const C* alpha, C (&carry)[N], const Hand& hand) const {
+                                          const C* alpha, C (&carry)[N],
+                                          const Publish& publish) const {
     if (q.form == Form::rate)
-      compute_as<Form::rate>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+      compute_as<Form::rate>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, publish);
     else if (q.form == Form::potential)
-      compute_as<Form::potential>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+      compute_as<Form::potential>(in, sums, unit, row, now, begins, ends, bias, alpha, carry,
+                                  publish);
     else
-      compute_as<Form::inside>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+      compute_as<Form::inside>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, publish);
   }
 
   // The same, with the carry in memory; `carried` is null if the row carries nothing.
-  template <class Hand>
+  template <class Publish>
   __device__ __forceinline__ void compute(const Inputs& in, const C (&sums)[N], int unit, int row,
                                           const Step& before, const Step& now, const Step& after,
                                           const C* bias, const C* alpha, C* carried,
-                                          const Hand& hand) const {
+                                          const Publish& publish) const {
     const bool begins = row >= before.active, ends = row >= after.active;
     C carry[N] = {};
     if (carried && (leaky || begins))
 #pragma unroll
       for (int n = 0; n < N; ++n) carry[n] = carried[n];
-    compute(in, sums, unit, row, now, begins, ends, bias, alpha, carry, hand);
+    compute(in, sums, unit, row, now, begins, ends, bias, alpha, carry, publish);
     if (leaky)
 #pragma unroll
       for (int n = 0; n < N; ++n) carried[n] = carry[n];

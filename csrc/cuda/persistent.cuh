@@ -103,9 +103,9 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
             continue;
           }
           Base::compute(in[i], sum[i], unit, row, before, now, after, vectors_ + unit,
-                        vectors_ + p.units + unit, carried, [&](const Numbers& handed) {
+                        vectors_ + p.units + unit, carried, [&](const Numbers& published) {
                           if (!through_l2 && goes_on)
-                            send(s, to + row * p.e_row + j0 + unit, handed);
+                            send(s, to + row * p.e_row + j0 + unit, published);
                         });
         }
       }

@@ -187,10 +187,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
   };
 
   // Load weights while the previous step still runs, since they do not depend on it.
-  let_next_begin();
+  let_next_kernel_start();
   for (int i = 0; i < kSlabs - 1; ++i)
     if (i < count) fetch_weights(slabs[i], i);
-  wait_for_the_one_before();
+  wait_for_previous_kernel();
 
   // Each thread fetches 16 bytes per slab, always of the same row.
   const int row = threadIdx.x / 8, part = threadIdx.x % 8 * kVector;

@@ -356,7 +356,7 @@ def test_asynchronous_stores_around_a_ring(clusters, rounds):
     assert torch.equal(out, value)
 
 
-def test_a_store_that_nobody_waits_for_is_late(hopper):
+def test_a_store_without_a_wait_is_late(hopper):
     hopper.schedule("forward")
     out = torch.zeros(4, 64)
     hopper.launch("ring", 4, 64, out, 1, 1, cluster=4)

@@ -254,7 +254,7 @@ class ZerosGiven(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_no_zeros_stand_for_a_gradient_that_nobody_gives(order):
+def test_a_missing_gradient_is_not_replaced_by_zeros(order):
     tensors = list(SMALL.arguments(requires_grad=True).values())
     with ZerosGiven() as zeros:
         value = function_of(SMALL)(*tensors)[1].sum()

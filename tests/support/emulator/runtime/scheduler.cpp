@@ -294,7 +294,7 @@ Barrier& block_barrier_named(Thread& self, const Site& site, u32 id) {
 bool arrive(Thread& self, const Site& site, Barrier& barrier, u32 count, u32 live) {
   if (count) {
     if (barrier.arrived && barrier.expected != count)
-      fail(self, site, "threads meet at one named barrier with different counts");
+      fail(self, site, "threads arrive at one named barrier with different counts");
     if (count % 32) fail(self, site, "the count of a named barrier is not a multiple of 32");
     barrier.expected = count;
   } else if (!barrier.first) {
@@ -805,7 +805,7 @@ void warp_operation(Thread& thread, const Site& site, u32 mask, u32 kind, const 
     operation = &warp.pending.back();
   }
   if (operation->kind != kind)
-    fail(self, site, "lanes of one warp meet in different warp operations");
+    fail(self, site, "lanes of one warp execute different warp operations");
   operation->arrived |= 1u << self.lane;
   self.operand = operand;
   self.result = result;
