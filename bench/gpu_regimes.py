@@ -90,6 +90,7 @@ def time_regimes(
                     B=shape.B,
                     I=0 if way == ALONE else shape.I,
                     H=shape.H,
+                    tf32=torch.backends.cuda.matmul.allow_tf32,
                     regime=regime,
                     device=device.index or 0,
                 )

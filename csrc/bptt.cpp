@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
 #include <array>
@@ -14,6 +15,7 @@
 #include "cpu/engine.h"
 #include "cpu/recurrence_cpu.h"
 #include "epilogues.h"
+#include "forward_mode.h"
 #ifdef FUSEDRNN_CUDA
 #include "cuda/to_device.h"
 #endif
@@ -292,6 +294,8 @@ void implement(torch::Library& m) {
 }
 
 }  // namespace
+
+bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
 
 TORCH_LIBRARY_IMPL(fusedrnn, CompositeImplicitAutograd, m) { implement(m); }
 TORCH_LIBRARY_IMPL(fusedrnn, FuncTorchBatchedDecomposition, m) { implement(m); }  // vmap

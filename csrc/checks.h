@@ -16,11 +16,6 @@
 
 namespace fusedrnn {
 
-constexpr const char* kNonlinearityNames[kNonlinearities] = {
-    "tanh", "relu", "identity", "sigmoid", "softplus", "retanh", "hardtanh", "leaky_relu", "elu"};
-
-constexpr const char* kFormNames[kForms] = {"rate", "potential", "inside"};
-
 template <size_t N>
 int index_of(c10::string_view name, const char* const (&names)[N], const char* what) {
   std::string all;

@@ -1,63 +1,16 @@
-// The exports of this library: all op schemas, and the module _C, which reports how the library was
-// built and what the planners decide. The kernels are registered next to their code (cpu/, cuda/);
-// fake kernels and derivatives are in fusedrnn/ops.
-#include <ATen/Context.h>
+// The Python module _C: how this library was built, what the planners decide, and switches for
+// tests. The ops are in schemas.cpp. No tensor is passed here, and nothing of torch is needed.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/forward_grad.h>
-#include <torch/library.h>
 
-#include "checks.h"
 #include "cpu/engine.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
 #include "epilogues.h"
+#include "forward_mode.h"
 #ifdef FUSEDRNN_CUDA
 #include "cuda/engine.h"
 #endif
-
-// T time steps, B batch rows, H hidden units; [T, B, *] is [N, *] if batch_sizes [T] is given.
-//   activation: x [T, B, I] (without w_ih: u [T, B, H])      -> h [T, B, H], last [B, H], saved
-//   tangent:    w, q, r [T, B, H], s0, v0 [B, H]             -> e [T, B, H], last [B, H], m, s
-//   adjoint:    g, d, f [T, B, H], g_n [B, H], all optional  -> δ [T, B, H], ∂h0, ∂v0 [B, H], a, y
-// epilogues.h has the formulas and defines `saved`: [T, B, H], or empty where saves_z is false for
-// the nonlinearity and h is φ. Tangent and adjoint take, as `saved`, what the slope is computed
-// from: φ, or its argument where saves_z is true. alpha is [H], or [T, B, H] with
-// a value for each step and row. The state before the first step is h0; with the form potential it
-// is v0, and h0 is φ(v0). r, f, s and y are not used with the form rate, v0 only with potential.
-// m, s, a and y are empty unless `full`, ∂h0 and ∂v0 unless `to_h0`.
-TORCH_LIBRARY(fusedrnn, m) {
-  m.def(
-      "activation(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor? v0, "
-      "Tensor w_hh, Tensor? alpha, Tensor? q, Tensor? reset, Tensor? batch_sizes, "
-      "str nonlinearity, str form, bool reverse) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "tangent(Tensor? w, Tensor? q, Tensor? r, Tensor? s0, Tensor? v0, Tensor saved, "
-      "Tensor w_hh, Tensor? alpha, Tensor? reset, Tensor? batch_sizes, str nonlinearity, "
-      "str form, bool reverse, bool full) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "adjoint(Tensor? g, Tensor? d, Tensor? f, Tensor? g_n, Tensor saved, Tensor w_hh, "
-      "Tensor? alpha, Tensor? reset, Tensor? batch_sizes, str nonlinearity, str form, "
-      "bool reverse, bool to_h0, bool full) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-
-  // The parts of the derivatives outside the recurrences (bptt.cpp).
-  m.def(
-      "bptt(Tensor? g, Tensor? d, Tensor? f, Tensor? g_n, Tensor x, Tensor? w_ih, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? h0, Tensor? v0, Tensor w_hh, Tensor? alpha, Tensor? reset, "
-      "Tensor? batch_sizes, Tensor h, Tensor? saved, str nonlinearity, str form, bool reverse, "
-      "bool[9] wanted) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "previous(Tensor series, Tensor? first, Tensor? reset, Tensor? batch_sizes, bool reverse) "
-      "-> Tensor");
-  m.def("following(Tensor series, Tensor? reset, Tensor? batch_sizes, bool reverse) -> Tensor");
-  m.def(
-      "following_first(Tensor series, Tensor? reset, Tensor? batch_sizes, bool reverse, "
-      "SymInt batch) -> Tensor");
-  m.def(
-      "recurrent_product(Tensor delta, Tensor series, Tensor? first, Tensor? reset, "
-      "Tensor? batch_sizes, bool reverse) -> Tensor");
-}
 
 namespace {
 
@@ -134,18 +87,14 @@ fusedrnn::cuda::Device cuda_device(const py::object& device) {
   return result;
 }
 
-// Builds the input of the CUDA planner. If `tf32` is None, torch's setting applies.
+// Builds the input of the CUDA planner. `tf32` is whether torch allows TF32 in float32 products.
 fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjoint,
                                      const std::string& dtype, int64_t T, int64_t B, int64_t I,
-                                     int64_t H, bool leaky, std::optional<bool> tf32) {
+                                     int64_t H, bool leaky, bool tf32) {
   fusedrnn::cuda::PlanInput in;
   in.pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
-  in.storage = storage_named(dtype);
-  // as dtype_on in cuda/recurrence_cuda.h does
-  if (in.storage == fusedrnn::Storage::bf16 && on.architecture < 80)
-    in.storage = fusedrnn::Storage::f32;
-  in.tf32 = in.storage == fusedrnn::Storage::f32 &&
-            (tf32 ? *tf32 : at::globalContext().allowTF32CuBLAS());
+  in.storage = on.computed_as(storage_named(dtype));
+  in.tf32 = in.storage == fusedrnn::Storage::f32 && tf32;
   in.T = T;
   in.B = B;
   in.I = I;
@@ -157,10 +106,9 @@ fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjo
 // The CUDA planner's decision. `device` is an index, or a dict of device properties, which needs no
 // GPU.
 py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
-                   int64_t H, bool leaky, std::optional<bool> tf32,
-                   const std::optional<std::string>& regime, std::optional<int> tile,
-                   std::optional<int> split, std::optional<bool> fuse_input,
-                   const py::object& device) {
+                   int64_t H, bool leaky, bool tf32, const std::optional<std::string>& regime,
+                   std::optional<int> tile, std::optional<int> split,
+                   std::optional<bool> fuse_input, const py::object& device) {
   const fusedrnn::cuda::Device on = cuda_device(device);
   const fusedrnn::cuda::PlanInput in = plan_input(on, adjoint, dtype, T, B, I, H, leaky, tf32);
   const fusedrnn::cuda::Plan plan =
@@ -238,14 +186,10 @@ py::dict build_info() {
   return info;
 }
 
-// Whether tensors may have tangents. torch.autograd.forward_ad cannot be used for this, because
-// compiled code enters forward mode without updating it.
-bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("forward_mode", &forward_mode);
+  m.def("forward_mode", &fusedrnn::forward_mode);
   m.def("build_info", &build_info);
   py::set saving_z;
   for (int i = 0; i < fusedrnn::kNonlinearities; ++i)
@@ -259,7 +203,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_tiles", &cuda_tiles);
   m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("adjoint") = false,
         py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("leaky") = false, py::arg("tf32") = py::none(), py::arg("regime") = py::none(),
+        py::arg("leaky") = false, py::arg("tf32") = false, py::arg("regime") = py::none(),
         py::arg("tile") = py::none(), py::arg("split") = py::none(),
         py::arg("fuse_input") = py::none(), py::arg("device"));
 #ifdef FUSEDRNN_CUDA

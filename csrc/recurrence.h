@@ -20,8 +20,9 @@ constexpr int kPasses = 3;
 // What the state is, and where the leak acts (epilogues.h).
 enum class Form { rate, potential, inside };
 constexpr int kForms = 3;
+constexpr const char* kFormNames[kForms] = {"rate", "potential", "inside"};
 
-// In the order of kNonlinearityNames (checks.h) and of the list in epilogues.h.
+// In the order of the list in epilogues.h.
 enum class Nonlinearity {
   tanh,
   relu,
@@ -34,6 +35,8 @@ enum class Nonlinearity {
   elu
 };
 constexpr int kNonlinearities = 9;
+constexpr const char* kNonlinearityNames[kNonlinearities] = {
+    "tanh", "relu", "identity", "sigmoid", "softplus", "retanh", "hardtanh", "leaky_relu", "elu"};
 
 // How tensors are stored. bf16 and f16 are widened on load: arithmetic and carries are f32.
 enum class Storage { f32, f64, bf16, f16 };

@@ -127,6 +127,7 @@ def _plan_cuda(call: _Call, adjoint: bool, device: int | dict[str, Any]) -> dict
         I=0 if adjoint else call.I,
         H=call.H,
         leaky=call.leaky,
+        tf32=torch.backends.cuda.matmul.allow_tf32,
         device=device,
     )
 

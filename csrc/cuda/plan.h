@@ -31,6 +31,11 @@ struct Device {
   // it does not support the size.
   int clusters[5];
   bool cooperative = true;  // supports cooperative launches
+
+  // Below 8.0, neither tensor cores nor ordinary arithmetic support bf16: f32 takes its place.
+  Storage computed_as(Storage storage) const {
+    return storage == Storage::bf16 && architecture < 80 ? Storage::f32 : storage;
+  }
 };
 
 struct PlanInput {

@@ -16,9 +16,10 @@
 
 namespace fusedrnn::cuda {
 
-// Before architecture 80, neither tensor cores nor ordinary arithmetic support bf16.
+// The dtype in which the device computes tensors of this type.
 inline at::ScalarType dtype_on(const Device& device, at::ScalarType type) {
-  return type == at::kBFloat16 && device.architecture < 80 ? at::kFloat : type;
+  const std::optional<Storage> storage = storage_of(type);
+  return storage && device.computed_as(*storage) == Storage::f32 ? at::kFloat : type;
 }
 
 inline PlanInput plan_input(const Call& call) {

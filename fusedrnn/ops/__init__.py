@@ -1,6 +1,6 @@
 """Everything that torch applies to the engine's ops. This file loads them.
 
-The schemas are in ``csrc/bindings.cpp``, the kernels in ``csrc/cpu`` and ``csrc/cuda``. The other
+The schemas are in ``csrc/schemas.cpp``, the kernels in ``csrc/cpu`` and ``csrc/cuda``. The other
 files of this folder register the rest with torch, each when it is imported.
 """
 

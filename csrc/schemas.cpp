@@ -1,0 +1,46 @@
+// The schemas of all ops. The kernels are registered next to their code (bptt.cpp, cpu/, cuda/);
+// fake kernels and derivatives are in fusedrnn/ops.
+#include <torch/library.h>
+
+// T time steps, B batch rows, H hidden units; [T, B, *] is [N, *] if batch_sizes [T] is given.
+//   activation: x [T, B, I] (without w_ih: u [T, B, H])      -> h [T, B, H], last [B, H], saved
+//   tangent:    w, q, r [T, B, H], s0, v0 [B, H]             -> e [T, B, H], last [B, H], m, s
+//   adjoint:    g, d, f [T, B, H], g_n [B, H], all optional  -> δ [T, B, H], ∂h0, ∂v0 [B, H], a, y
+// epilogues.h has the formulas and defines `saved`: [T, B, H], or empty where saves_z is false for
+// the nonlinearity and h is φ. Tangent and adjoint take, as `saved`, what the slope is computed
+// from: φ, or its argument where saves_z is true. alpha is [H], or [T, B, H] with
+// a value for each step and row. The state before the first step is h0; with the form potential it
+// is v0, and h0 is φ(v0). r, f, s and y are not used with the form rate, v0 only with potential.
+// m, s, a and y are empty unless `full`, ∂h0 and ∂v0 unless `to_h0`.
+TORCH_LIBRARY(fusedrnn, m) {
+  m.def(
+      "activation(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor? v0, "
+      "Tensor w_hh, Tensor? alpha, Tensor? q, Tensor? reset, Tensor? batch_sizes, "
+      "str nonlinearity, str form, bool reverse) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "tangent(Tensor? w, Tensor? q, Tensor? r, Tensor? s0, Tensor? v0, Tensor saved, "
+      "Tensor w_hh, Tensor? alpha, Tensor? reset, Tensor? batch_sizes, str nonlinearity, "
+      "str form, bool reverse, bool full) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "adjoint(Tensor? g, Tensor? d, Tensor? f, Tensor? g_n, Tensor saved, Tensor w_hh, "
+      "Tensor? alpha, Tensor? reset, Tensor? batch_sizes, str nonlinearity, str form, "
+      "bool reverse, bool to_h0, bool full) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // The parts of the derivatives outside the recurrences (bptt.cpp).
+  m.def(
+      "bptt(Tensor? g, Tensor? d, Tensor? f, Tensor? g_n, Tensor x, Tensor? w_ih, Tensor? b_ih, "
+      "Tensor? b_hh, Tensor? h0, Tensor? v0, Tensor w_hh, Tensor? alpha, Tensor? reset, "
+      "Tensor? batch_sizes, Tensor h, Tensor? saved, str nonlinearity, str form, bool reverse, "
+      "bool[9] wanted) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "previous(Tensor series, Tensor? first, Tensor? reset, Tensor? batch_sizes, bool reverse) "
+      "-> Tensor");
+  m.def("following(Tensor series, Tensor? reset, Tensor? batch_sizes, bool reverse) -> Tensor");
+  m.def(
+      "following_first(Tensor series, Tensor? reset, Tensor? batch_sizes, bool reverse, "
+      "SymInt batch) -> Tensor");
+  m.def(
+      "recurrent_product(Tensor delta, Tensor series, Tensor? first, Tensor? reset, "
+      "Tensor? batch_sizes, bool reverse) -> Tensor");
+}
