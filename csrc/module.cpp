@@ -56,6 +56,7 @@ py::dict plan_cpu(bool adjoint, const std::string& dtype, int64_t T, int64_t B, 
   result["pack"] = plan.pack;
   result["project_ahead"] = plan.project_ahead;
   result["chunk"] = plan.chunk;
+  result["cycles"] = plan.cycles;
   return result;
 }
 

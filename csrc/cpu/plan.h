@@ -54,6 +54,7 @@ struct Plan {
   bool pack = true;            // copy the weights into panels first
   bool project_ahead = false;  // multiply the inputs of several steps in one GEMM, ahead of them
   int64_t chunk = 1;           // project_ahead: the number of steps
+  double cycles = 0;           // predicted
 
   int threads() const { return batch_groups * hidden_groups + idle; }
 };
@@ -62,13 +63,22 @@ struct Plan {
 // only have to rank plans, not to predict times. They were fitted on AVX-512 machines with 1 and
 // 2 MB of L2.
 struct CostModel {
-  static constexpr double kRegion = 12000;   // waking the thread pool and joining it
-  static constexpr double kBarrier = 800;    // one synchronisation of threads,
-  static constexpr double kImbalance = 1.1;  // and waiting for the slowest thread, as a factor
-  static constexpr double kCall = 60;        // one tile: two calls through pointers
-  static constexpr double kEpilogue = 12;    // nonlinearity, loads and stores of one vector
+  static constexpr double kRegion = 12000;   // waking the thread pool of two threads and joining it
+  static constexpr double kBarrier = 800;    // two threads synchronising,
+  static constexpr double kImbalance = 1.1;  // and waiting for the slower one, as a factor
+  // Every thread that arrives moves the counter's cache line to its core. That takes some 17 ns
+  // between cores that share an L3 cache, which are 8 in common servers, and 80 ns between others.
+  static constexpr int kNear = 8;
+  static constexpr double kArriveNear = 60, kArriveFar = 300;
+  static constexpr double kCall = 60;      // one tile: two calls through pointers
+  static constexpr double kEpilogue = 12;  // nonlinearity, loads and stores of one vector
   static constexpr double kL1 = 32 << 10, kL2 = 768 << 10;
   static constexpr double kL2Bytes = 40, kL3Bytes = 20;  // per cycle and core
+
+  static double more_threads(int threads) {  // than two
+    return kArriveNear * std::max(std::min(threads, kNear) - 2, 0) +
+           kArriveFar * std::max(threads - kNear, 0);
+  }
 
   static double step(const PlanInput& in, int batch_groups, int hidden_groups) {
     const auto parts = [](int64_t n, int64_t d) { return double((n + d - 1) / d); };
@@ -85,26 +95,28 @@ struct CostModel {
                                           : blocks * bytes / kL3Bytes;
     const double alone = std::max({multiplications, loads, weights}) + rows * vectors * kEpilogue +
                          blocks * panels * kCall;
-    return hidden_groups > 1 ? alone * kImbalance + kBarrier : alone;
+    if (hidden_groups == 1) return alone;
+    return alone * kImbalance + kBarrier + more_threads(hidden_groups);
   }
 
   static double total(const PlanInput& in, int batch_groups, int hidden_groups, int idle) {
     const int threads = batch_groups * hidden_groups + idle;
     const double rows = double(in.T) * double(in.B);
-    return (threads > 1 ? kRegion : 0) + double(in.T) * step(in, batch_groups, hidden_groups) +
+    return (threads > 1 ? kRegion + more_threads(threads) : 0) +
+           double(in.T) * step(in, batch_groups, hidden_groups) +
            rows * double(in.gemms) / (2 * in.lanes * threads);
   }
 };
 
 inline Plan make_plan(const PlanInput& in) {
   Plan plan;
-  double best = CostModel::total(in, 1, 1, 0);
+  plan.cycles = CostModel::total(in, 1, 1, 0);
   const auto consider = [&](int64_t batch_groups, int64_t hidden_groups) {
     const int64_t busy = batch_groups * hidden_groups;
     for (const int64_t idle : {int64_t(0), in.gemms ? in.threads - busy : 0}) {
       const double cost = CostModel::total(in, int(batch_groups), int(hidden_groups), int(idle));
-      if (cost < best) {
-        best = cost;
+      if (cost < plan.cycles) {
+        plan.cycles = cost;
         plan.batch_groups = int(batch_groups);
         plan.hidden_groups = int(hidden_groups);
         plan.idle = int(idle);
@@ -112,11 +124,12 @@ inline Plan make_plan(const PlanInput& in) {
     }
   };
   const int64_t vectors = (in.H + in.lanes - 1) / in.lanes;
-  for (int64_t batch_groups = 1; batch_groups <= std::min<int64_t>(in.threads, in.B);
-       ++batch_groups) {
-    consider(batch_groups, 1);
-    consider(batch_groups, std::min(in.threads / batch_groups, vectors));
-  }
+  // Halving is fine enough, and on a machine with many cores much shorter than trying every number.
+  for (int64_t batch_groups = std::min<int64_t>(in.threads, in.B); batch_groups > 0;
+       batch_groups /= 2)
+    for (int64_t hidden_groups = std::min(in.threads / batch_groups, vectors); hidden_groups > 0;
+         hidden_groups /= 2)
+      consider(batch_groups, hidden_groups);
 
   plan.pack = in.T * in.B > in.rows_to_pack();
 
