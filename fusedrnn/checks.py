@@ -146,7 +146,9 @@ def no_lengths(padding_value: Any) -> ValueError:
     return ValueError(f"fusedrnn: padding_value must be 0.0 without lengths, got {padding_value}")
 
 
-def check_ragged(input: Any, lengths: Any, batch_first: bool, padding_value: Any) -> None:
+def check_ragged(
+    input: Any, lengths: Any, batch_first: bool, padding_value: Any, name: str = "input"
+) -> None:
     """Check a padded input with ``lengths``, or a jagged one without, but no values of lengths."""
     if lengths is None:
         if padding_value != 0.0:
@@ -166,12 +168,12 @@ def check_ragged(input: Any, lengths: Any, batch_first: bool, padding_value: Any
         raise TypeError(f"fusedrnn: lengths must be integers, got {lengths.dtype}")
     if mapped(lengths):
         raise NotImplementedError(
-            "fusedrnn: lengths must be the same for all samples of a vmap; map over input alone"
+            f"fusedrnn: lengths must be the same for all samples of a vmap; map over {name} alone"
         )
     if not isinstance(input, Tensor) or input.is_nested or input.dim() != 3:
         got = _shape(input) if isinstance(input, Tensor) else type(input).__name__
         wanted = "[B, T, I]" if batch_first else "[T, B, I]"
-        raise ValueError(f"fusedrnn: input must be {wanted} with lengths, got {got}")
+        raise ValueError(f"fusedrnn: {name} must be {wanted} with lengths, got {got}")
     batch = input.size(0 if batch_first else 1)
     if lengths.shape != (batch,):
         raise ValueError(f"fusedrnn: lengths must be [{batch}], got {list(lengths.shape)}")

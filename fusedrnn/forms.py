@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .reference import NONLINEARITIES
+from .torch_state import equal_sizes
 
 FORMS = ("rate", "potential", "inside")
 _NOT_ZERO_AT_ZERO = ("sigmoid", "softplus")
@@ -107,7 +108,7 @@ def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
 def _for_every_row(states: Tensor, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
     """Expand ``states``, ``[B, H]``, to the rows of x, unless it broadcasts or has them already."""
     rows = x.size(0)
-    if batch_sizes is None or states.dim() == 1 or states.size(0) == rows:
+    if batch_sizes is None or states.dim() == 1 or equal_sizes(states.size(0), rows):
         return states
     sizes = batch_sizes.to(x.device)
     starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=rows)
@@ -147,7 +148,7 @@ def translate(
             v0, h0 = h0, sent(h0)
     if reset_to is not None:
         here = check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes).unsqueeze(-1)
-        if reset_to.dim() == x.dim() and reset_to.shape[:-1] == x.shape[:-1]:
+        if reset_to.dim() == x.dim() and all(map(equal_sizes, reset_to.shape[:-1], x.shape[:-1])):
             reset_to = torch.where(here, reset_to, 0)  # otherwise the product would spread a NaN
         product = _for_every_row(sent(reset_to) @ w_hh.mT, x, batch_sizes)
         x = drive(x, w_ih, b_ih, b_hh) + torch.where(here, product, 0)

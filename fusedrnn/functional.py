@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks, forms, ops, reference
 from .ops import autocast, expanded_weights, fake, onnx, vmap  # noqa: F401  (each registers rules)
 from .ops.autograd import FusedRNN
+from .ragged import Ragged
 from .torch_state import (
     any_autocast,
     compiling,
@@ -60,6 +61,8 @@ class _Options(TypedDict, total=False):
     reset_to: Tensor | None
     alpha: Tensor | float | None
     state_input: Tensor | None
+    lengths: Tensor | None
+    padding_value: float
 
 
 @overload
@@ -107,6 +110,8 @@ def rnn(
     alpha: Tensor | float | None = None,
     state_input: Tensor | None = None,
     return_potential: bool = False,
+    lengths: Tensor | None = None,
+    padding_value: float = 0.0,
 ) -> tuple[Tensor, ...]:
     r"""Run one layer of an RNN in one direction, with one call of the engine.
 
@@ -153,6 +158,11 @@ def rnn(
         state_input: Added to the state of each step, in the shape of the output: noise, for
             example.
         return_potential: In the form "potential", return v of every step as a third result.
+        lengths: Number of steps of each row of a padded ``x``, ``[B]``, integers in any order, 0
+            allowed. What is in the padding is not read, and the last state of a row is that after
+            its own last step. A tensor on the CPU spares waiting for the GPU. With lengths of
+            zeros, T may be 0: the last state is then ``h0``.
+        padding_value: Value of the results in the padding; only with ``lengths``.
 
     Returns:
         ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``; the last state of each row,
@@ -169,9 +179,20 @@ def rnn(
         TypeError: An argument has the wrong type, a tensor is not dense, ``x`` has an integer
             dtype, or ``alpha`` is complex.
         ValueError: The nonlinearity or the form is unknown, ``alpha`` has a wrong shape or values
-            outside its range, ``reset_to`` has a wrong shape or comes without ``reset``, or
-            ``return_potential`` comes with another form.
+            outside its range, ``reset_to`` has a wrong shape or comes without ``reset``,
+            ``return_potential`` comes with another form, ``lengths`` has a wrong shape, a value
+            outside [0, T], or comes with ``batch_sizes``, or ``padding_value`` comes without
+            ``lengths``.
+        NotImplementedError: ``lengths`` differs between the samples of ``torch.vmap``.
     """
+    if lengths is not None:
+        return _padded(
+            lengths, padding_value, x, w_ih, w_hh, b_ih, b_hh, h0=h0, nonlinearity=nonlinearity,
+            form=form, reverse=reverse, batch_sizes=batch_sizes, reset=reset, reset_to=reset_to,
+            alpha=alpha, state_input=state_input, return_potential=return_potential,
+        )  # fmt: skip
+    if padding_value != 0.0:
+        raise checks.no_lengths(padding_value)
     try:
         device = x.device.type
     except AttributeError:  # not a tensor: a list or a NumPy array
@@ -256,6 +277,61 @@ def recurrence(u: Tensor, h0: Tensor | None, w_hh: Tensor, **options: Any) -> tu
     it is None. For the options, the results and the errors see :func:`rnn`.
     """
     return rnn(u, None, w_hh, None, None, h0, **options)
+
+
+def _padded(
+    lengths: Tensor,
+    padding_value: float,
+    x: Tensor,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    *biases: Tensor | None,
+    h0: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Run :func:`rnn` with its series packed."""
+    if options["batch_sizes"] is not None:
+        raise ValueError("fusedrnn: batch_sizes must be None with lengths, got a tensor")
+    ragged = Ragged(x, lengths, False, padding_value, "x")
+
+    def some(name: str, states: Tensor) -> Tensor:
+        """Return the rows that are not empty, in the order in which they are packed."""
+        if not isinstance(states, Tensor):
+            raise TypeError(f"fusedrnn: {name} must be a tensor, got {type(states).__name__}")
+        if states.dim() != 2 or states.size(0) != ragged.batch:
+            raise RuntimeError(
+                f"fusedrnn: {name} must be [{ragged.batch}, H], got {list(states.shape)}"
+            )
+        return states.index_select(0, ragged.order)
+
+    # Tensors of fewer dimensions are the same at every step. The call below checks the rest.
+    for name, least in (("reset", 2), ("reset_to", 3), ("alpha", 2), ("state_input", 2)):
+        series = options[name]
+        if not isinstance(series, Tensor):
+            continue
+        if series.dim() >= least:
+            if series.shape[:2] != x.shape[:2]:
+                wanted = ", ".join(map(str, x.shape[:2]))
+                raise RuntimeError(
+                    f"fusedrnn: {name} must be [{wanted}, ...] with lengths, got "
+                    f"{list(series.shape)}"
+                )
+            series = ragged.pack(series).data
+            if name == "alpha" and series.dim() == 1:  # [N] could be taken for [H]
+                series = series.unsqueeze(-1)
+        elif name == "reset_to" and series.dim() == 2:
+            series = some(name, series)
+        options[name] = series
+    packed = ragged.pack(x)
+    before = x.new_zeros(ragged.batch, w_hh.size(0)) if h0 is None else h0
+    if not compiling() and ragged.count == 0:  # no step to run
+        h = x.new_full((*x.shape[:2], w_hh.size(0)), padding_value)
+        return (h, before.clone(), *[h.clone()] * options["return_potential"])
+    options["batch_sizes"] = packed.batch_sizes
+    run: Any = rnn
+    h, last, *potential = run(packed.data, w_ih, w_hh, *biases, some("h0", before), **options)
+    h, *potential = (ragged.unpack(packed._replace(data=t)) for t in (h, *potential))
+    return (h, before.to(last.dtype).index_copy(0, ragged.order, last), *potential)
 
 
 def _loop(

@@ -25,8 +25,15 @@ class Ragged:
     the number of their steps.
     """
 
-    def __init__(self, input: Any, lengths: Any, batch_first: bool, padding_value: float) -> None:
-        checks.check_ragged(input, lengths, batch_first, padding_value)
+    def __init__(
+        self,
+        input: Any,
+        lengths: Any,
+        batch_first: bool,
+        padding_value: float,
+        name: str = "input",
+    ) -> None:
+        checks.check_ragged(input, lengths, batch_first, padding_value, name)
         self.padding_value = padding_value
         self.jagged = lengths is None
         if self.jagged:

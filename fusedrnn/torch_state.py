@@ -90,6 +90,15 @@ _FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", None)
 mapped: Callable[[Tensor], bool] = _private("_C._functorch.is_batchedtensor", lambda _: False)
 
 
+def equal_sizes(a: int, b: int) -> bool:
+    """Return whether two sizes are equal, and False when compiling if that depends on data."""
+    if not compiling():
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy: 1 s
+
+    return guard_or_false(a == b)
+
+
 def transformed() -> bool:
     """Return whether a transform of torch.func is active, at any level."""
     return _innermost_transform() is not None

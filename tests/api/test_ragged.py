@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.testing import assert_close
 
 import fusedrnn
+from fusedrnn import reference
 
 T, B, I, H = 7, 5, 4, 6
 LENGTHS = [3, 6, 1, 6, 4]  # unsorted, with a tie, and none of T steps
@@ -239,6 +240,164 @@ def test_second_derivatives(kind):
     inputs = (x, hx, *module.parameters())
     assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+# ---- the functions
+
+FORMS = ["rate", "potential", "inside"]
+SERIES_OF_A_FUNCTION: list[dict[str, tuple[int, ...]]] = [
+    {},
+    {"alpha": (), "reset_to": (H,)},
+    {"alpha": (H,), "reset_to": (B, H), "state_input": (T, B, H)},
+    {"alpha": (T, B), "reset_to": (T, B, H)},
+    {"alpha": (T, B, 1)},
+    {"alpha": (T, B, H), "state_input": (T, B, H)},
+]
+
+
+def arguments_of_a_function(sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return random arguments, with NaN in the padding of series."""
+    found: dict[str, Any] = {name: torch.rand(size, **WIDE) for name, size in sizes.items()}
+    found["h0"] = torch.rand(B, H, **WIDE)
+    if "reset_to" in found:
+        found["reset"] = torch.rand(T, B) < 0.4
+    past = torch.arange(T)[:, None] >= torch.tensor(LENGTHS)
+    for name, series in found.items():
+        if series.shape[:2] == (T, B) and name != "reset":
+            series[past] = torch.nan
+        if name != "reset":
+            series.requires_grad_()
+    return found
+
+
+def of_row(name: str, argument: Tensor, row: int, length: int) -> Tensor:
+    if argument.shape[:2] == (T, B):
+        part = argument[:length, row : row + 1]
+        return part.unsqueeze(-1) if name == "alpha" and part.dim() == 2 else part
+    return argument[row : row + 1] if argument.shape == (B, H) else argument
+
+
+@pytest.mark.parametrize("sizes", SERIES_OF_A_FUNCTION, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_functions_run_each_row_as_if_alone(form, reverse, sizes):
+    weights = [torch.randn(*shape, **WIDE) for shape in ((H, I), (H, H), (H,), (H,))]
+    weights = [weight.requires_grad_() for weight in weights]
+    x = padded(build("RNN")).requires_grad_()
+    arguments = arguments_of_a_function(sizes)
+    options = {"form": form, "reverse": reverse, "return_potential": form == "potential"}
+    lengths = torch.tensor(LENGTHS)
+    results = fusedrnn.rnn(
+        x, *weights, **arguments, **options, lengths=lengths, padding_value=-7.5
+    )  # fmt: skip
+    want = [torch.full_like(result, -7.5) for result in results]
+    for row, length in enumerate(LENGTHS):
+        parts = {name: of_row(name, value, row, length) for name, value in arguments.items()}
+        of_rows = reference.rnn(x[:length, row : row + 1], *weights, **parts, **options)
+        for i, part in enumerate(of_rows):
+            if i == 1:
+                want[1][row] = part[0]
+            else:
+                want[i][:length, row] = part[:, 0]
+    assert_close(list(results), want)
+    leaves = [x, *weights, *(a for name, a in arguments.items() if name != "reset")]
+    found, wanted = (
+        torch.autograd.grad(sum(r.sin().sum() for r in each), leaves, allow_unused=True)
+        for each in (results, want)
+    )
+    assert_close(
+        [g for g in found if g is not None],
+        [torch.zeros_like(f) if w is None else w for f, w in zip(found, wanted) if f is not None],
+    )
+
+
+def test_recurrence_takes_lengths(engine):
+    w_hh, u = torch.randn(H, H, **WIDE), torch.randn(T, B, H, **WIDE)
+    lengths = torch.tensor([0, 4, 0, 2, 7])
+    h0 = torch.randn(B, H, **WIDE)
+    for start in (h0, None):
+        h, last = fusedrnn.recurrence(u, start, w_hh, nonlinearity="relu", lengths=lengths)
+        for row, length in enumerate(lengths):
+            first = (torch.zeros_like(h0) if start is None else h0)[row : row + 1]
+            want = first
+            if length:
+                part = u[:length, row : row + 1]
+                steps, want = reference.recurrence(part, first, w_hh, nonlinearity="relu")
+                assert_close(h[:length, row], steps[:, 0])
+            assert (h[length:, row] == 0).all()
+            assert_close(last[row], want[0])
+
+
+@pytest.mark.parametrize("steps", [T, 0])
+def test_a_function_without_a_step(steps):
+    w_hh, u = torch.randn(H, H, **WIDE), torch.randn(steps, B, H, **WIDE)
+    h0 = torch.randn(B, H, **WIDE, requires_grad=True)
+    options = {"form": "potential", "return_potential": True, "padding_value": 2.0}
+    lengths = torch.zeros(B, dtype=torch.int64)
+    h, last, v = fusedrnn.recurrence(u, h0, w_hh, lengths=lengths, **options)
+    assert_close((h, v), (torch.full((steps, B, H), 2.0, **WIDE),) * 2)
+    assert_close(last, h0)
+    assert last.data_ptr() != h0.data_ptr()
+    assert_close(torch.autograd.grad(last.sum(), h0)[0], torch.ones_like(h0))
+    assert_close(fusedrnn.recurrence(u, None, w_hh, lengths=lengths)[1], torch.zeros_like(h0))
+
+
+FUNCTION_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "of T": ({"lengths": torch.ones(T).long()}, ValueError, "lengths must be [5], got [7]"),
+    "packed": (
+        {"batch_sizes": torch.tensor([B] * T)}, ValueError,
+        "batch_sizes must be None with lengths, got a tensor"),
+    "unbatched": (
+        {"x": torch.zeros(T, H)}, ValueError,
+        "x must be [T, B, I] with lengths, got [7, 6]"),
+    "a list": ({"x": [1.0]}, ValueError, "x must be [T, B, I] with lengths, got list"),
+    "reset": (
+        {"reset": torch.zeros(B, T).bool()}, RuntimeError,
+        "reset must be [7, 5, ...] with lengths, got [5, 7]"),
+    "alpha": (
+        {"alpha": torch.ones(B, T)}, RuntimeError,
+        "alpha must be [7, 5, ...] with lengths, got [5, 7]"),
+    "state_input": (
+        {"state_input": torch.ones(T, B - 1, H)}, RuntimeError,
+        "state_input must be [7, 5, ...] with lengths, got [7, 4, 6]"),
+    "h0": ({"h0": torch.ones(B - 1, H)}, RuntimeError, "h0 must be [5, H], got [4, 6]"),
+    "h0 a list": ({"h0": [1.0]}, TypeError, "h0 must be a tensor, got list"),
+    "reset_to": (
+        {"reset": torch.zeros(T, B).bool(), "reset_to": torch.ones(B - 1, H)}, RuntimeError,
+        "reset_to must be [5, H], got [4, 6]"),
+    "padding without lengths": (
+        {"lengths": None, "padding_value": 1.0}, ValueError,
+        "padding_value must be 0.0 without lengths, got 1.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUNCTION_ERRORS)
+def test_errors_of_a_function(case):
+    changes, error, message = FUNCTION_ERRORS[case]
+    arguments = {
+        "x": torch.zeros(T, B, H), "w_ih": None, "w_hh": torch.zeros(H, H),
+        "lengths": torch.tensor(LENGTHS), **changes,
+    }  # fmt: skip
+    with pytest.raises(error) as info:
+        fusedrnn.rnn(**arguments)
+    assert str(info.value) == f"fusedrnn: {message}"
+
+
+def test_functions_compile_and_map():
+    torch._dynamo.reset()
+    w_hh, lengths = torch.randn(H, H, **WIDE), torch.tensor(LENGTHS)
+    u, h0 = torch.randn(3, T, B, H, **WIDE), torch.randn(3, B, H, **WIDE)
+    reset, alpha = torch.rand(T, B) < 0.4, torch.rand(T, B, **WIDE)
+
+    def run(u: Tensor, h0: Tensor, lengths: Tensor = lengths) -> tuple[Tensor, ...]:
+        return fusedrnn.recurrence(
+            u, h0, w_hh, reset=reset, reset_to=h0, alpha=alpha, lengths=lengths
+        )
+
+    want = [run(*sample) for sample in zip(u, h0)]
+    assert_close(torch.vmap(run)(u, h0), tuple(map(torch.stack, zip(*want))))
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(u[0], h0[0], lengths), want[0])
 
 
 # ---- nested
