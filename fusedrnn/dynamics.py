@@ -31,6 +31,7 @@ class _Step:
                     "fusedrnn: cell must be one layer in one direction, got "
                     f"num_layers={cell.num_layers}, {directions} direction(s)"
                 )
+            cell._check_no_rates("for a Jacobian", ("zoneout",))
             names = cell._all_weights[0]
         elif not isinstance(cell, (nn.RNNCell, LeakyRNNCell)):
             raise TypeError(
@@ -117,7 +118,8 @@ def jacobian(cell: nn.Module, x: Tensor, h: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``cell`` is another module, or ``x`` or ``h`` is not a tensor.
-        ValueError: ``x`` or ``h`` has a wrong shape, or ``cell`` more than one layer or direction.
+        ValueError: ``x`` or ``h`` has a wrong shape, or ``cell`` more than one layer or direction,
+            or ``zoneout``.
         RuntimeError: ``x`` or ``h`` has another dtype or device than the weights, or another B.
 
     Example::

@@ -204,7 +204,9 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
         data.requires_grad or any(p.requires_grad for p in module.parameters())
     )
     lines = [f"{module}, {data.dtype} on {data.device}"]
-    for where, call in _different(calls, 2 if getattr(module, "bidirectional", False) else 1):
+    layers = getattr(module, "num_layers", 1)
+    bidirectional = bool(getattr(module, "bidirectional", False))
+    for where, call in _different(calls, len(calls) // layers, bidirectional):
         if call.instead:
             lines.append(f"{where}: {call.instead}")
             continue
@@ -221,13 +223,15 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
     return "\n".join(lines)
 
 
-def _different(calls: Sequence[_Call], directions: int) -> Iterator[tuple[str, _Call]]:
+def _different(
+    calls: Sequence[_Call], of_a_layer: int, bidirectional: bool
+) -> Iterator[tuple[str, _Call]]:
     """Yield neighbouring calls with the same problem once, with the names of their layers."""
     for _, group in groupby(enumerate(calls), lambda pair: pair[1].problem):
         numbers, equal = zip(*group)
-        first, last = numbers[0] // directions, numbers[-1] // directions
+        first, last = numbers[0] // of_a_layer, numbers[-1] // of_a_layer
         name = f"layer {first}" if first == last else f"each of layers {first} to {last}"
-        yield name + ", in each direction" * (directions == 2), equal[0]
+        yield name + ", in each direction" * bidirectional, equal[0]
 
 
 # What a step waits for in each regime of the CUDA engine.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, ops
+from . import checks, dropout, ops
 from .forms import FORMS
 from .functional import rnn
 from .modules import Layers, _tensors
@@ -170,6 +170,7 @@ class _Leaky(nn.Module):
         x: Tensor,
         *weights: Tensor,
         generator: torch.Generator | None = None,
+        rates: dropout.Rates | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, ...]:
         """Run one layer in one direction, and draw its noise, first that of the drive."""
@@ -179,15 +180,17 @@ class _Leaky(nn.Module):
         sizes = (*x.shape[:-1], self.hidden_size)
 
         def draw(deviation: float) -> Tensor:
-            values = torch.randn(sizes, generator=generator, device=x.device, dtype=x.dtype)
-            return values * deviation
+            return dropout.draw(torch.randn, sizes, x.device, x.dtype, generator) * deviation
 
         if self.training and self.noise:
             x = F.linear(x, weights[0], b_ih) + draw(self.noise)
             w_ih = b_ih = None
         if self.training and self.state_noise:
             arguments["state_input"] = draw(self.state_noise)
-        return rnn(x, w_ih, w_hh, b_ih, b_hh, form=self.form, **arguments)
+        arguments["form"] = self.form
+        if rates is None:
+            return rnn(x, w_ih, w_hh, b_ih, b_hh, **arguments)
+        return dropout.rnn(rates, generator, x, w_ih, w_hh, b_ih, b_hh, **arguments)
 
     def _load_from_state_dict(
         self,
@@ -271,6 +274,10 @@ class LeakyRNN(_Leaky, Layers):
             then 2, otherwise 1.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        recurrent_dropout, zoneout, weight_drop: As in :class:`fusedrnn.RNN`. In the form
+            ``"potential"``, ``recurrent_dropout`` zeroes the :math:`\phi(v)` that a unit sends, and
+            ``zoneout`` keeps v. ``recurrent_dropout`` costs a second pass of the engine if there is
+            a leak.
 
     Inputs:
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, a
@@ -284,8 +291,8 @@ class LeakyRNN(_Leaky, Layers):
             ``[T, B, 1]`` or ``[T, B, H]``, with ``batch_first`` ``[B, T, ...]``, unbatched ``[T]``,
             ``[T, 1]`` or ``[T, H]``, packed ``[N]``, ``[N, 1]`` or ``[N, H]`` or a
             ``PackedSequence``; nested with a nested input. Values must be in [0, 1].
-        generator: Source of the noise, a ``torch.Generator`` on the device of the input; None means
-            torch's default one.
+        generator: Source of the noise and of the masks of dropout inside the recurrence, a
+            ``torch.Generator`` on the device of the input; None means torch's default one.
         return_potential: Return v as well; only in the form ``"potential"``.
         lengths: As in :class:`fusedrnn.RNN`.
         padding_value, return_all_layers, last_only: As in :class:`fusedrnn.RNN`, for ``output`` and
@@ -302,10 +309,10 @@ class LeakyRNN(_Leaky, Layers):
     Noise is drawn in training only: ``eval()`` turns it off. To evaluate a model with noise, call
     ``train()`` of this module alone. Two runs on one device from the same state of the
     generator give the same bits. Layers draw in order, forward before reverse, and drive noise
-    before state noise. ``torch.utils.checkpoint`` repeats the draws only of torch's default
-    generator, and ``torch.compile`` breaks the graph at any other one. For noise of the form
-    :math:`\sqrt{2 \alpha} \sigma \zeta`, as the Euler-Maruyama method adds to the state, pass
-    ``state_noise=(2 * alpha) ** 0.5 * sigma``.
+    before state noise before the masks of dropout inside the recurrence. ``torch.utils.checkpoint``
+    repeats the draws only of torch's default generator, and ``torch.compile`` breaks the graph at
+    any other one. For noise of the form :math:`\sqrt{2 \alpha} \sigma \zeta`, as the
+    Euler-Maruyama method adds to the state, pass ``state_noise=(2 * alpha) ** 0.5 * sigma``.
 
     Parameters are named, shaped and initialised as in :class:`fusedrnn.RNN`, with the same values
     for the same seed, and a ``state_dict`` of ``nn.RNN`` can be loaded: it leaves alpha as it is.
@@ -320,7 +327,8 @@ class LeakyRNN(_Leaky, Layers):
 
     Raises in a call:
         ValueError: As in :class:`fusedrnn.RNN`, or ``return_potential`` is given for another form
-            than ``"potential"``, or a value of ``alpha`` is outside [0, 1] (not checked on a GPU).
+            than ``"potential"``, a value of ``alpha`` is outside [0, 1] (not checked on a GPU), or
+            ``alpha`` is given in the form ``"inside"`` with ``zoneout`` or ``recurrent_dropout``.
         RuntimeError: As in :class:`fusedrnn.RNN`, or ``alpha`` does not match ``input``.
         TypeError: As in :class:`fusedrnn.RNN`, or ``alpha`` is not a tensor.
 
@@ -352,6 +360,9 @@ class LeakyRNN(_Leaky, Layers):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        weight_drop: float = 0.0,
     ) -> None:
         self._set_options(nonlinearity, form, noise, state_noise)
         leak = _leak(alpha, tau, dt, hidden_size, learn_alpha)
@@ -366,6 +377,9 @@ class LeakyRNN(_Leaky, Layers):
             bidirectional,
             device=device,
             dtype=dtype,
+        )
+        self._set_rates(
+            recurrent_dropout=recurrent_dropout, zoneout=zoneout, weight_drop=weight_drop
         )
         logit_names = [names[0].replace("weight_ih", "alpha_logit") for names in self._all_weights]
         self._set_leak(leak, learn_alpha, logit_names, device, dtype)
@@ -484,7 +498,7 @@ class LeakyRNN(_Leaky, Layers):
         return NONLINEARITIES[self.nonlinearity](states) if self.form == "potential" else states
 
     def _draws(self) -> bool:
-        return self.training and (self.dropout > 0 or self.noise > 0 or self.state_noise > 0)
+        return super()._draws() or (self.training and (self.noise > 0 or self.state_noise > 0))
 
     def _step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         x, states = x.unsqueeze(0), []

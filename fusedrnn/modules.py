@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, directions, ops
+from . import checks, directions, dropout, ops
 from .functional import rnn, rnn_cell, rows_of
 from .ragged import Ragged
-from .torch_state import compiling
+from .torch_state import compiling, equal_sizes
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
+_RATES = ("recurrent_dropout", "zoneout", "weight_drop")
 
 
 def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
@@ -38,6 +39,38 @@ class Layers(nn.RNNBase):
 
     A subclass defines ``forward``, which calls :meth:`_forward`.
     """
+
+    # Class attributes: modules that torch created, or an earlier version saved, have no others.
+    recurrent_dropout: float = 0.0
+    zoneout: float = 0.0
+    weight_drop: float = 0.0
+
+    def _set_rates(self, **rates: float) -> None:
+        """Check and set the rates of dropout inside the recurrence, except those that are 0."""
+        for name, rate in rates.items():
+            dropout.check_rate(name, rate)
+            if rate:
+                setattr(self, name, rate)
+
+    def _rates(self) -> dict[str, Any]:
+        """Return the option ``rates`` of :meth:`_rnn`, or none if nothing is dropped."""
+        training = self.training
+        rates = dropout.Rates(
+            self.recurrent_dropout if training else 0.0,
+            self.zoneout,
+            self.weight_drop if training else 0.0,
+            training,
+        )
+        return {"rates": rates} if any(rates[:3]) else {}
+
+    def _check_no_rates(self, where: str, names: Sequence[str]) -> None:
+        for name in names:
+            if rate := getattr(self, name):
+                raise ValueError(f"fusedrnn: {name} must be 0 {where}, got {rate}")
+
+    def extra_repr(self) -> str:
+        rates = [f"{name}={rate}" for name in _RATES if (rate := getattr(self, name))]
+        return ", ".join([super().extra_repr(), *rates])
 
     @property  # type: ignore[override]
     def _flat_weights(self) -> tuple[Tensor | None, ...]:
@@ -98,7 +131,9 @@ class Layers(nn.RNNBase):
             no memory with the old one.
 
         Raises:
-            ValueError: The module is bidirectional, or ``x`` has a wrong number of dimensions.
+            ValueError: The module is bidirectional, ``x`` has a wrong number of dimensions, or
+                the module drops, in training, with masks that last for a whole call:
+                ``recurrent_dropout`` or ``weight_drop``.
             RuntimeError: Sizes, dtypes or devices do not match.
 
         Example::
@@ -113,11 +148,13 @@ class Layers(nn.RNNBase):
             raise _no_stream()
         # Wrong arguments, and tensors that have no kernel, raise an error in _step; the module then
         # raises its own, or runs a plain loop.
-        if not (torch.is_grad_enabled() or self._draws() or compiling()):
+        if not (torch.is_grad_enabled() or self.zoneout or self._draws() or compiling()):
             try:
                 return self._step(x, state)
             except (RuntimeError, TypeError, ValueError):
                 pass
+        if self.training:
+            self._check_no_rates("for a step in training", ("recurrent_dropout", "weight_drop"))
         if x.dim() not in (1, 2):
             raise ValueError(f"fusedrnn: x must be [B, I] or [I], got {list(x.shape)}")
         time = 1 if self.batch_first and x.dim() == 2 else 0
@@ -130,7 +167,9 @@ class Layers(nn.RNNBase):
 
     def _draws(self) -> bool:
         """Return whether a step draws random numbers."""
-        return self.training and self.dropout > 0
+        return self.training and (
+            self.dropout > 0 or self.recurrent_dropout > 0 or self.weight_drop > 0
+        )
 
     def _forward(
         self,
@@ -153,7 +192,7 @@ class Layers(nn.RNNBase):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 sizes = hx.size()
-                if len(sizes) == 1 or _is_one(sizes[1]):
+                if len(sizes) == 1 or equal_sizes(sizes[1], 1):
                     hx = self._for_every_row(hx, _batch_of(input))
                 hx = self.permute_hidden(hx, sorted_indices)
             elif compiling():
@@ -354,9 +393,13 @@ class Layers(nn.RNNBase):
             return output, torch.stack(h_n), potentials if all_layers else potentials[-1]
         return output, torch.stack(h_n)
 
-    def _rnn(self, x: Tensor, *weights: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    def _rnn(
+        self, x: Tensor, *weights: Tensor, rates: dropout.Rates | None = None, **arguments: Any
+    ) -> tuple[Tensor, ...]:
         """Run one layer in one direction, with the options of :meth:`_forward`."""
-        return rnn(x, *weights, **arguments)
+        if rates is None:
+            return rnn(x, *weights, **arguments)
+        return dropout.rnn(rates, None, x, *weights, **arguments)
 
     def _check(
         self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor
@@ -384,11 +427,12 @@ class Layers(nn.RNNBase):
     def _reset_options(
         self, input: Tensor | PackedSequence, reset: Any, reset_to: Tensor | None
     ) -> list[dict[str, Any]]:
-        """Return the arguments of :func:`fusedrnn.rnn` for resets, for each layer and direction."""
+        """Return the options of :meth:`_forward` for resets and dropout."""
+        rates = self._rates()
         if reset is None:
             if reset_to is not None:
                 raise ValueError("fusedrnn: reset must be a tensor if reset_to is given, got None")
-            return [{} for _ in self._all_weights]
+            return [{**rates} for _ in self._all_weights]
         reset = self._series(input, reset, "reset")
         if reset.dtype != torch.bool:
             raise RuntimeError(f"fusedrnn: reset must be torch.bool, got {reset.dtype}")
@@ -400,7 +444,8 @@ class Layers(nn.RNNBase):
         if reset_to is not None:
             targets = self._reset_targets(input, reset_to)
         return [
-            {"reset": masks[i % len(masks)], "reset_to": target} for i, target in enumerate(targets)
+            {"reset": masks[i % len(masks)], "reset_to": target, **rates}
+            for i, target in enumerate(targets)
         ]
 
     def _reset_targets(
@@ -465,15 +510,6 @@ def _no_stream() -> ValueError:
         "fusedrnn: bidirectional must be False for a stream, got True: the reverse direction "
         "starts at the end"
     )
-
-
-def _is_one(size: int) -> bool:
-    """Return whether a size is 1, and False when compiling if that depends on data."""
-    if not compiling():
-        return size == 1
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy: 1 s
-
-    return guard_or_false(size == 1)
 
 
 def _batch_of(packed: PackedSequence) -> int | None:
@@ -556,6 +592,15 @@ class RNN(Layers):
             are 128 steps or more and no resets.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        recurrent_dropout: Probability, in training, that what a unit sends to ``W_hh`` is zeroed:
+            with one mask m for each row and unit of a layer and direction, :math:`(m \odot h_{t-1})
+            W_{hh}^T / (1 - p)` replaces :math:`h_{t-1} W_{hh}^T` (Gal and Ghahramani, 2016). The
+            output is not masked.
+        zoneout: Probability, in training, that a unit keeps its state: with a mask z for each step,
+            row and unit, the new state is :math:`z \odot k + (1 - z) \odot h_t`, where k is the
+            state that the step starts from (Krueger et al., 2017). In evaluation, z is p.
+        weight_drop: Probability, in training, that an element of ``W_hh`` is zeroed; the others are
+            divided by 1 - p (DropConnect; Merity et al., 2018).
 
     Inputs:
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, a
@@ -574,7 +619,8 @@ class RNN(Layers):
             ``[L*D, B, H]`` (not unbatched); may be learned. None means zeros.
         lengths: Number of steps of each row of a padded input, ``[B]``, integers in any order, 0
             allowed. What is in the padding is not read, and every state of a row ends with its
-            last step, as with a packed input. A tensor on the CPU spares waiting for the GPU.
+            last step, as with a packed input. A tensor on the CPU spares waiting for the GPU. With
+            lengths of zeros, T may be 0: ``h_n`` is then ``hx``.
         padding_value: Value of ``output`` in the padding; only with ``lengths``.
         return_all_layers: Return a list in place of ``output``, with the output of each layer,
             before the dropout that follows it.
@@ -593,11 +639,20 @@ class RNN(Layers):
     ``[H, H]``, ``bias_ih_l{k}`` and ``bias_hh_l{k}`` ``[H]``. All are initialised from
     :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, with the same values as in ``nn.RNN`` for the same seed.
 
+    Dropout inside the recurrence costs nothing when it is off. The masks of ``recurrent_dropout``
+    and ``weight_drop`` last for a whole call, and are the same for all steps and episodes. They are
+    drawn from torch's default generator in training only: layers in order, forward before reverse,
+    and in each ``weight_drop``, then ``recurrent_dropout``, then ``zoneout``. ``weight_drop`` costs
+    one copy of ``W_hh``. ``zoneout`` costs a tensor in the shape of the output, and the leak of
+    the engine. ``recurrent_dropout`` costs another GEMM and two such tensors, and together with
+    ``zoneout`` a second pass of the engine.
+
     Raises in the constructor:
         ValueError: A size is not positive, the nonlinearity is unknown, ``dropout`` is outside
-            [0, 1], or ``proj_size`` is given.
-        TypeError: A size is not an int, ``bias`` or ``batch_first`` is not a bool, or an argument
-            is unknown or missing.
+            [0, 1], a rate of dropout inside the recurrence is outside [0, 1), or ``proj_size`` is
+            given.
+        TypeError: A size is not an int, a rate not a number, ``bias`` or ``batch_first`` is not a
+            bool, or an argument is unknown or missing.
 
     Raises in a call:
         ValueError: ``input`` is neither 2-D nor 3-D, its dtype is not that of the weights,
@@ -654,6 +709,10 @@ class RNN(Layers):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        weight_drop: float = 0.0,
         **unknown: NoReturn,  # nn.RNNBase rejects them with nn.RNN's message
     ) -> None:
         if "proj_size" in unknown:
@@ -675,6 +734,9 @@ class RNN(Layers):
             device=device,
             dtype=dtype,
             **unknown,
+        )
+        self._set_rates(
+            recurrent_dropout=recurrent_dropout, zoneout=zoneout, weight_drop=weight_drop
         )
 
     @overload
@@ -745,7 +807,8 @@ class RNN(Layers):
         if padding_value != 0.0:
             raise checks.no_lengths(padding_value)
         options = None
-        if reset is not None or reset_to is not None:
+        dropping = self.training and (self.recurrent_dropout or self.weight_drop)
+        if reset is not None or reset_to is not None or self.zoneout or dropping:
             options = self._reset_options(input, reset, reset_to)
         results = self._forward(input, hx, _NONLINEARITIES[self.mode], options, return_all_layers)
         return self._only_last(results) if last_only else results  # type: ignore[return-value]
@@ -887,10 +950,19 @@ def restore(model: _Module) -> _Module:
     Returns:
         ``model``.
 
+    Raises:
+        ValueError: A module has dropout inside the recurrence, which ``nn.RNN`` does not have.
+            Nothing is changed then.
+
     Example::
 
         >>> scripted = torch.jit.script(fusedrnn.restore(model))
     """
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            ours = parametrize.type_before_parametrizations(module) is RNN
+            if ours and isinstance(module, RNN):
+                module._check_no_rates("to restore a module", _RATES)
     return _change_classes(model, _TORCHS)
 
 

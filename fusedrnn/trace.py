@@ -361,8 +361,9 @@ def trace(
     Raises:
         TypeError: ``rnn`` is not an RNN or a cell of this package, ``loss`` is not callable or does
             not return a tensor, or ``output_grad`` is not a tensor.
-        ValueError: Both ``loss`` and ``output_grad`` are given, or the loss is not a scalar or does
-            not depend on the output.
+        ValueError: Both ``loss`` and ``output_grad`` are given, the loss is not a scalar or does
+            not depend on the output, or ``rnn`` has ``recurrent_dropout`` or ``zoneout`` and is in
+            training.
         RuntimeError: ``output_grad`` does not match the output, or the engine has no kernel for
             the dtype or the device.
 
@@ -379,6 +380,8 @@ def trace(
             f"fusedrnn: rnn must be an RNN or a cell of fusedrnn, got {type(rnn).__name__}; "
             "fusedrnn.replace converts the modules of torch"
         )
+    if rnn.training and isinstance(rnn, Layers):
+        rnn._check_no_rates("for a trace in training", ("recurrent_dropout", "zoneout"))
     if loss is not None and output_grad is not None:
         raise ValueError("fusedrnn: output_grad must be None if loss is given, got both")
     if loss is not None and not callable(loss):
