@@ -64,6 +64,7 @@ class Layers(nn.RNNBase):
         return {"rates": rates} if any(rates[:3]) else {}
 
     def _check_no_rates(self, where: str, names: Sequence[str]) -> None:
+        """Raise an error if one of these rates is on, for code that cannot take it into account."""
         for name in names:
             if rate := getattr(self, name):
                 raise ValueError(f"fusedrnn: {name} must be 0 {where}, got {rate}")
@@ -589,7 +590,7 @@ class RNN(Layers):
             training.
         bidirectional: Whether a second set of weights runs from the last step to the first. D is
             then 2, otherwise 1. On CUDA, both directions run concurrently, on two streams, if there
-            are 128 steps or more and no resets.
+            are 128 steps or more, no resets and no dropout inside the recurrence.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         recurrent_dropout: Probability, in training, that what a unit sends to ``W_hh`` is zeroed:
