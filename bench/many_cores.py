@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from fusedrnn import _C
+from fusedrnn.ops import _C
 
 SHAPES = (
     (256, 1, 64, 64),
