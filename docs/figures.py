@@ -2,7 +2,7 @@
 
     python docs/figures.py
 
-Trains the character model of fusedrnn/charlm.py and the variations of examples/variations.py; two
+Trains the character model of examples/charlm.py and the variations of examples/variations.py; two
 minutes on two cores. Needs matplotlib.
 """
 
@@ -21,12 +21,14 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import fusedrnn
-from fusedrnn import charlm, plots
+from fusedrnn import plots
+from fusedrnn.unmask.model import Vocabulary, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
 sys.path.insert(0, str(ROOT / "examples"))
 
+import charlm  # noqa: E402
 import variations  # noqa: E402
 
 SENTENCE = "The value of the expression is a "
@@ -38,20 +40,20 @@ def save(name: str, figure: Figure) -> None:
     pyplot.close(figure)
 
 
-def trained_model(text: str) -> tuple[charlm.CharSequenceModel, charlm.Vocabulary]:
+def trained_model(text: str) -> tuple[charlm.CharSequenceModel, Vocabulary]:
     """Train the sequence form of the post's model, small enough to draw every unit."""
     torch.manual_seed(0)
-    vocabulary = charlm.Vocabulary.of(text)
+    vocabulary = Vocabulary.of(text)
     model = charlm.CharSequenceModel(len(vocabulary.characters), 32, 48, fusedrnn.RNN)
-    run = charlm.Run("", model, lr=2e-3)
+    run = charlm.Run(model, lr=2e-3)
     for batch in charlm.sequence_batches(vocabulary.encode(text), 64, 8):
-        run.gradient(charlm.sequence_loss, batch)
+        run.gradient(*batch)
         run.optimizer.step()
     return model, vocabulary
 
 
 def trace_of(
-    model: charlm.CharSequenceModel, vocabulary: charlm.Vocabulary, text: str
+    model: charlm.CharSequenceModel, vocabulary: Vocabulary, text: str
 ) -> fusedrnn.LayerTrace:
     """Trace the prediction of the last character of ``text`` from those before it."""
     *read, target = vocabulary.encode(text)
@@ -103,7 +105,7 @@ def gradients(layers: list[tuple[str, fusedrnn.LayerTrace]]) -> Figure:
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     torch.set_num_threads(1)  # threads that share such small steps mostly wait
-    model, vocabulary = trained_model(charlm.read_text(None, 400_000))
+    model, vocabulary = trained_model(read_text(None, 400_000))
     short = trace_of(model, vocabulary, SENTENCE[:9])
     long = trace_of(model, vocabulary, SENTENCE)
     runs = variations.main([])

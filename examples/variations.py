@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from charlm import sequence_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusedrnn
-from fusedrnn.charlm import Vocabulary, read_text, sequence_batches
+from fusedrnn.unmask.model import Vocabulary, read_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """Show a character model at work in one HTML page: ``python -m fusedrnn unmask``.
 
-The page holds the weights of the blog post's model (`fusedrnn.charlm.CharLoopModel`) and runs it in
-JavaScript (``page.js``). A reader types a text, follows every value of the forward pass, and then
+The page holds the weights of the blog post's model (`CharLoopModel`) and runs it in JavaScript
+(``page.js``). A reader types a text, follows every value of the forward pass, and then
 the gradient of one prediction through time. The page loads nothing else and works offline.
 """
 
@@ -16,22 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..charlm import (
-    Batch,
-    CharlmError,
-    CharLoopModel,
-    Progress,
-    Run,
-    Vocabulary,
-    read_text,
-    say,
-    train_epoch,
-    window_batches,
-)
 from ..functional import recurrence
+from .model import CharLoopModel, UserError, Vocabulary, read_text, window_batches
 
 CHARS = 400_000
 EMBEDDING, HIDDEN = 16, 64  # squares, because the page draws a vector as a square
@@ -59,7 +48,7 @@ def write_page(s: Settings) -> None:
         model, vocabulary = load(s.checkpoint)
     html = page(model, vocabulary, examples(text, vocabulary)).encode()
     if len(html) > LARGEST_PAGE:
-        raise CharlmError(
+        raise UserError(
             f"the page would have {len(html) / 1e6:.1f} MB, and {LARGEST_PAGE / 1e6:g} MB are the "
             f"limit: the model has {len(vocabulary.characters):,} different characters and "
             f"{model.h:,} hidden units"
@@ -70,12 +59,17 @@ def write_page(s: Settings) -> None:
     say(f"{s.out}: {len(html) / 1000:.0f} kB. Open it in a browser.")
 
 
+def say(line: str) -> None:
+    """Print and flush, so that a pipe also receives the line immediately."""
+    print(line, flush=True)
+
+
 def write(path: str, content: bytes) -> None:
     """Write a file; an error is one sentence."""
     try:
         Path(path).write_bytes(content)
     except OSError as error:
-        raise CharlmError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -85,30 +79,26 @@ def log_probabilities(model: CharLoopModel, cs: Tensor) -> Tensor:
     """Map characters [T, B] to the log probabilities of each next one, [T, B, V].
 
     The last step is ``model(*cs)``, which predicts only the character after the window. The
-    recurrence runs in one call, as in `fusedrnn.charlm.CharFusedModel`.
+    recurrence runs in one call, as in `CharFusedModel` of examples/charlm.py.
     """
     u = model.l_hidden(F.relu(model.l_in(model.e.weight)))  # [V, H], once for each character
     h, _ = recurrence(F.embedding(cs, u), None, model.l_hidden.weight)
     return F.log_softmax(model.l_out(h), dim=-1)
 
 
-def every_step_loss(
-    model: nn.Module, batch: Batch, hidden: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def every_step_loss(model: CharLoopModel, cs: Tensor, following: Tensor) -> Tensor:
     """Compute the mean negative log likelihood of every next character of a window.
 
     Each window starts from a hidden state of zeros, as the page does.
     """
-    assert isinstance(model, CharLoopModel)
-    cs, following = batch
     targets = torch.cat([cs[1:], following.unsqueeze(0)])
-    return F.nll_loss(log_probabilities(model, cs).flatten(0, 1), targets.flatten()), None
+    return F.nll_loss(log_probabilities(model, cs).flatten(0, 1), targets.flatten())
 
 
 def train(text: str) -> tuple[CharLoopModel, Vocabulary]:
     """Train a small model on ``text``, and print the loss of each epoch."""
     if len(text) < 2 * CONTEXT:
-        raise CharlmError(
+        raise UserError(
             f"the text is too short: {len(text):,} characters, and {2 * CONTEXT} are needed"
         )
     torch.set_num_threads(1)  # a second thread would wait more than it computes
@@ -116,14 +106,17 @@ def train(text: str) -> tuple[CharLoopModel, Vocabulary]:
     vocabulary = Vocabulary.of(text)
     numbers = vocabulary.encode(text)
     model = CharLoopModel(len(vocabulary.characters), EMBEDDING, HIDDEN)
-    run = Run("unmask", model, LR)
-    epochs = [window_batches(numbers, CONTEXT, BATCH, seed) for seed in range(EPOCHS)]
-    progress = Progress("training", sum(map(len, epochs)))
-    for epoch, batches in enumerate(epochs):
-        run.optimizer.param_groups[0]["lr"] = LR * (1 - epoch / EPOCHS)
-        train_epoch([run], batches, every_step_loss, progress)
-        progress.clear()
-        say(f"  epoch {epoch + 1} of {EPOCHS}: mean loss {run.losses[-1]:.3f}")
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for epoch in range(EPOCHS):
+        optimizer.param_groups[0]["lr"] = LR * (1 - epoch / EPOCHS)
+        losses = []
+        for cs, following in window_batches(numbers, CONTEXT, BATCH, seed=epoch):
+            loss = every_step_loss(model, cs, following)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        say(f"  epoch {epoch + 1} of {EPOCHS}: mean loss {sum(losses) / len(losses):.3f}")
     return model, vocabulary
 
 
@@ -147,11 +140,11 @@ def load(path: str) -> tuple[CharLoopModel, Vocabulary]:
         vocabulary, weights = Vocabulary("".join(saved["vocabulary"])), saved["model"]
         (v, n_in), (h, _) = weights["e.weight"].shape, weights["l_hidden.weight"].shape
     except OSError as error:
-        raise CharlmError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch.load raises many types, depending on what the file holds
-        raise CharlmError(f"{path} does not fit: {expected}") from error
+        raise UserError(f"{path} does not fit: {expected}") from error
     if v != len(vocabulary.characters):
-        raise CharlmError(
+        raise UserError(
             f"{path} does not fit: its vocabulary has {len(vocabulary.characters):,} characters, "
             f"and its embedding {v:,}"
         )
@@ -160,7 +153,7 @@ def load(path: str) -> tuple[CharLoopModel, Vocabulary]:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise CharlmError(f"{path} does not fit the model of the blog post: {reason}") from error
+        raise UserError(f"{path} does not fit the model of the blog post: {reason}") from error
     return model, vocabulary
 
 

@@ -56,7 +56,6 @@ TESTS = {
     "fusedrnn/ops/vmap.py": "vmap func ops",
     "fusedrnn/ops/*": "ops gradients compile export",
     "fusedrnn/__main__.py": "cli",
-    "fusedrnn/charlm.py": "charlm cli",
     "fusedrnn/checks.py": "arguments ops modules ragged",
     "fusedrnn/dropout.py": "recurrent_dropout",
     "fusedrnn/directions.py": "directions modules",

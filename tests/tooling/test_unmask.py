@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from charlm import CharFusedModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedrnn import charlm, unmask
+from fusedrnn import unmask
 from fusedrnn.__main__ import main
-from fusedrnn.charlm import CharFusedModel, CharlmError, CharLoopModel, Vocabulary
+from fusedrnn.unmask.model import (
+    CharLoopModel,
+    UserError,
+    Vocabulary,
+    language_reference,
+    read_text,
+    window_batches,
+)
 
-TEXT = charlm.language_reference()[:12_000]
+TEXT = language_reference()[:12_000]
 EXAMPLE = "The import statement"
 
 
@@ -46,10 +55,9 @@ def test_log_probabilities_are_the_models_after_each_character() -> None:
 def test_loss_is_the_mean_over_all_characters_of_a_window() -> None:
     model = random_model(11, 4, 9).double()
     text = torch.randint(11, (8, 3))
-    found, hidden = unmask.every_step_loss(model, (text[:-1], text[-1]), None)
+    found = unmask.every_step_loss(model, text[:-1], text[-1])
     each = [F.nll_loss(model(*text[: t + 1]), text[t + 1]) for t in range(7)]
     torch.testing.assert_close(found, torch.stack(each).mean(), rtol=0, atol=1e-12)
-    assert hidden is None
 
 
 def test_training_prints_its_progress_and_lowers_the_loss(capsys: Any) -> None:
@@ -69,8 +77,60 @@ def test_training_gives_the_same_model_again() -> None:
 
 def test_shortest_text() -> None:
     unmask.train("ab" * 32)
-    with pytest.raises(CharlmError, match="the text is too short: 63 characters, and 64 are"):
+    with pytest.raises(UserError, match="the text is too short: 63 characters, and 64 are"):
         unmask.train("ab" * 31 + "a")
+
+
+# --- The text and its batches -------------------------------------------------------------------
+
+
+def test_language_reference_is_long_text() -> None:
+    text = language_reference()
+    assert isinstance(text, str)
+    assert len(text) >= unmask.CHARS
+    assert "while_stmt" in text
+    assert read_text(None, 100) == text[:100]
+
+
+def test_text_file_is_read_as_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_bytes("\ufeffcafé\r\n日本\n".encode())
+    assert read_text(str(file), 100) == "café\n日本\n"
+    assert read_text(str(file), 4) == "café"
+
+
+def test_missing_reference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UserError, match="--text FILE"):
+        language_reference()
+
+
+def test_vocabulary_numbers_characters_in_order() -> None:
+    vocabulary = Vocabulary.of("banana é")
+    assert vocabulary.characters == " abné"
+    numbers = vocabulary.encode("nab")
+    assert numbers.tolist() == [3, 1, 2]
+    assert vocabulary.decode(numbers.tolist()) == "nab"
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_windows_read_the_text_once(seed: int) -> None:
+    text = torch.arange(50)  # each character is its own position
+    batches = window_batches(text, context=4, batch=5, seed=seed)
+    windows = torch.cat([torch.cat([cs, following[None]]) for cs, following in batches], 1).T
+    first = windows[:, 0].sort().values
+    assert torch.equal(first, torch.arange(seed, 46, 4))
+    assert torch.equal(windows - windows[:, :1], torch.arange(5).expand_as(windows))
+    assert [following.numel() for _, following in batches[:-1]] == [5] * (len(batches) - 1)
+
+
+def test_windows_come_in_an_order_that_the_seed_decides() -> None:
+    def order(seed: int) -> Tensor:
+        return torch.cat([f for _, f in window_batches(torch.arange(400), 4, 8, seed)])
+
+    assert torch.equal(order(1), order(1))
+    assert not torch.equal(order(0) % 400, order(4) % 400)  # the same windows in another order
+    assert torch.equal(order(0).sort().values, order(4).sort().values)
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -124,7 +184,7 @@ def test_checkpoint_that_does_not_fit(case: str, tmp_path: Path) -> None:
     content, message = WRONG_CHECKPOINTS[case]
     file = tmp_path / "model.pt"
     torch.save(content, file)
-    with pytest.raises(CharlmError, match=f"^{re.escape(str(file))} .*{message}") as raised:
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))} .*{message}") as raised:
         unmask.load(str(file))
     assert "\n" not in str(raised.value)
 
@@ -133,12 +193,12 @@ def test_checkpoint_that_does_not_fit(case: str, tmp_path: Path) -> None:
 def test_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     file.write_bytes(content)
-    with pytest.raises(CharlmError, match=f"does not fit: a checkpoint {SHAPE}"):
+    with pytest.raises(UserError, match=f"does not fit: a checkpoint {SHAPE}"):
         unmask.load(str(file))
 
 
 def test_missing_checkpoint() -> None:
-    with pytest.raises(CharlmError, match="^cannot read /none: No such file or directory$"):
+    with pytest.raises(UserError, match="^cannot read /none: No such file or directory$"):
         unmask.load("/none")
 
 
