@@ -15,11 +15,14 @@ from typing import Any
 
 import bench_loops
 import bench_rnn
+import bench_software
 import measure
 import peers
 import pytest
 import torch
 from paths import BENCH
+
+import fusedrnn
 
 TINY = ["--seconds", "0.01", "--threads", "1", "--peers", "fusedrnn,loop,RNNCell loop"]
 
@@ -167,6 +170,34 @@ def test_unknown_recipes_are_named() -> None:
     ran = run("--recipes", "nn4n", "GRU", program="bench_loops.py")
     assert ran.returncode == 2
     assert "error: unknown recipes ['GRU']" in ran.stderr
+
+
+# ---- bench_software.py
+
+
+def test_a_program_trains_with_both_classes() -> None:
+    program = bench_software.Program("model", bench_software.PROGRAMS[0].train, 2)
+    found = bench_software.compare(program, rounds=1)
+    assert found.same
+    assert min(found.torchs, found.fused, found.speed_up) > 0
+    assert found.losses[1] < found.losses[0]
+    assert bench_software.row(found)[:2] == ["model", "2"]
+
+
+def test_a_program_with_other_losses_is_marked() -> None:
+    classes = []
+
+    def train(updates: int) -> list[float]:
+        classes.append(torch.nn.RNN)
+        return [1.0] * (updates - 1) + [1.0 + 0.01 * (torch.nn.RNN is fusedrnn.RNN)]
+
+    before = torch.nn.RNN
+    found = bench_software.compare(bench_software.Program("model", train, 3), rounds=2)
+    assert torch.nn.RNN is before
+    assert classes == [before, fusedrnn.RNN] * 3
+    assert not found.same
+    assert found.difference == pytest.approx(0.01)
+    assert "DIFFERENT" in bench_software.row(found)[-2]
 
 
 def test_busy_machines_are_timed_under_every_condition() -> None:
