@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import Neighbours, available_cores, environment, layout, number
+from report import Neighbours, available_cores, environment, number
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -281,6 +281,10 @@ def row(c: Comparison) -> list[str]:
     return [c.program, str(c.updates), *times, difference, loss]
 
 
+def line(cells: list[str]) -> str:
+    return cells[0].ljust(32) + "".join(cell.rjust(13) for cell in cells[1:-1]) + "   " + cells[-1]
+
+
 def describe(threads: int) -> list[str]:
     setting = environment(threads, "float32", 0)
     packages = {**setting["versions"]}
@@ -327,14 +331,15 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
-    neighbours = Neighbours()
-    found = [compare(program) for program in PROGRAMS if options.programs in program.name]
-    busy = neighbours.cores()
-    lines = describe(options.threads)
-    if busy > 0.05:
-        lines.append(f"NOT ALONE: other processes kept {busy:g} cores busy meanwhile")
-    print("\n".join([*lines, "", layout(HEADER, [row(c) for c in found], markdown=False)]))
-    return 0 if all(c.same for c in found) else 1
+    print("\n".join([*describe(options.threads), "", line(HEADER)]), flush=True)
+    neighbours, same = Neighbours(), True
+    for program in PROGRAMS:
+        if options.programs in program.name:
+            found = compare(program)
+            same &= found.same
+            print(line(row(found)), flush=True)
+    print(f"\nOther processes kept {neighbours.cores():g} cores busy meanwhile.")
+    return 0 if same else 1
 
 
 if __name__ == "__main__":
