@@ -73,17 +73,16 @@ def word_language_model(nonlinearity: str, updates: int) -> list[float]:
     text = torch.tensor([numbers[word] for word in words])
     columns = text[: len(text) // 20 * 20].view(20, -1).T.contiguous()
     model = LanguageModel(len(numbers), nonlinearity)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
     hidden, losses = torch.zeros(2, 20, 200), []
     for i in range(updates):
         x, y = columns[35 * i : 35 * i + 35], columns[35 * i + 1 : 35 * i + 36]
-        model.zero_grad()
+        optimizer.zero_grad()
         log_p, hidden = model(x, hidden.detach())
         loss = F.nll_loss(log_p, y.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.25)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= LR * parameter.grad
+        optimizer.step()
         losses.append(loss.item())
     return losses
 
@@ -295,7 +294,7 @@ def describe(threads: int) -> list[str]:
         f"{setting['cpu']}, {setting['cores']} cores, torch uses {setting['instruction_set']}",
         f"{setting['os']}; " + ", ".join(f"{k} {v}" for k, v in packages.items()),
         f"{threads} threads, {setting['date']}, commit {setting['commit']}: "
-        "python bench/bench_software.py",
+        + setting["command"].replace(" --inside", ""),
         f"ms of an update of the whole program, medians of {ROUNDS} trainings in turns; "
         "×: times as fast with fusedrnn; difference: largest of all losses, relative",
     ]
@@ -310,7 +309,7 @@ def install() -> Path:
     if not done.exists():
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         torch_version = torch.__version__.partition("+")[0]  # that fusedrnn was built with
-        command = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
+        command = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
         subprocess.run([*command, f"torch=={torch_version}", *PACKAGES], check=True)
         done.touch()
     return python
@@ -326,7 +325,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.inside:
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        command = [install(), __file__, "--inside", *sys.argv[1:]]
+        command = [str(install()), __file__, "--inside", *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
