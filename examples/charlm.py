@@ -186,9 +186,8 @@ def main(words: list[str] | None = None) -> tuple[dict[str, Run], dict[str, Run]
     sequences = runs(loop=loop, nn_RNN=layer, fusedrnn_RNN=fused)
     compete(sequences, [sequence_batches(numbers, CHUNK, STREAMS)] * options.epochs)
 
-    prompt = numbers[:CONTEXT]
     print("\nThe last model continues the text:\n")
-    print(vocabulary.decode([*prompt, *write(fused, prompt, 400)]))
+    print(vocabulary.decode([*numbers[:CONTEXT], *write(fused, numbers[:CONTEXT], 400)]))
     return windows, sequences
 
 
