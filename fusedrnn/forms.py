@@ -1,7 +1,7 @@
-"""Translation of the options for the state into inputs of the engine.
+"""Translate the options of the state (form, ``reset_to``) into inputs of the engine.
 
-The engine resets to 0 and, with the form "potential", takes both the state before the first step
-and what that state sends to other units. Everything here is differentiable torch code.
+The engine can reset only to 0. With the form "potential", it takes both the potential ``v0`` before
+the first step and ``h0 = phi(v0)``. Everything here is differentiable torch code.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from .reference import NONLINEARITIES
 from .torch_state import equal_sizes
 
 FORMS = ("rate", "potential", "inside")
+# With the form "potential", units at 0 add phi(0) W_hh.T to the next step.
 _NOT_ZERO_AT_ZERO = ("sigmoid", "softplus")
 
 
 def drive(x: Tensor, w_ih: Tensor | None, *biases: Tensor | None) -> Tensor:
-    """Return ``u``, the input product with the biases; without ``w_ih``, x is the product."""
+    """Return ``u = x @ w_ih.T`` plus the biases; without ``w_ih``, x is the product already."""
     u = x if w_ih is None else x @ w_ih.mT
     for bias in biases:
         u = u if bias is None else u + bias
@@ -35,18 +36,19 @@ def checked_alpha(
     size = w_hh.size(0)
     if not isinstance(alpha, Tensor):
         try:
-            inside, number = 0 < alpha <= 1, float(alpha)
-        except (TypeError, ValueError):  # a string, a complex number, a longer array
+            in_range, number = 0 < alpha <= 1, float(alpha)
+        except (TypeError, ValueError):  # a string, a complex number, an array of several elements
             raise TypeError(
                 f"fusedrnn: alpha must be a number or a tensor, got {type(alpha).__name__}"
             ) from None
-        if not inside:
+        if not in_range:
             raise ValueError(f"fusedrnn: alpha must be in (0, 1], got {alpha}")
         if number < 1e-7:
             info = torch.finfo(w_hh.dtype)
-            if number <= info.tiny * info.eps / 2:  # half of the smallest number above 0
+            if number <= info.tiny * info.eps / 2:  # half of the smallest subnormal
                 raise ValueError(
-                    f"fusedrnn: alpha must be in (0, 1], got {alpha}, which is 0 in {w_hh.dtype}"
+                    f"fusedrnn: alpha must be in (0, 1], got {alpha}, which rounds to 0 in "
+                    f"{w_hh.dtype}"
                 )
         return torch.full((), number, dtype=w_hh.dtype, device=w_hh.device).expand(size)
     if alpha.is_complex():
@@ -76,9 +78,9 @@ def check_reset_to(
     h0: Tensor | None,
     batch_sizes: Tensor | None,
 ) -> Tensor:
-    """Check ``reset_to``, which the op does not receive, and ``reset``. Return ``reset``."""
+    """Check ``reset`` and ``reset_to``, which the op does not receive. Return ``reset``."""
     if reset is None:
-        raise ValueError("fusedrnn: reset_to must come with reset, got reset=None")
+        raise ValueError("fusedrnn: reset must be given with reset_to, got None")
     rows, size = x.shape[:-1], w_hh.size(0)
     if reset.dtype != torch.bool:
         raise RuntimeError(f"fusedrnn: reset must be bool, got {reset.dtype}")
@@ -93,8 +95,8 @@ def check_reset_to(
     if reset_to.shape not in ((size,), (batch, size), (*rows, size)):
         name = "[T, B, H]" if batch_sizes is None else "[N, H]"
         raise ValueError(
-            f"fusedrnn: reset_to must be [H], [B, H] or {name}, here [{size}], [{batch}, {size}] "
-            f"or {[*rows, size]}, got {list(reset_to.shape)}"
+            f"fusedrnn: reset_to must be [H], [B, H] or {name} ([{size}], "
+            f"[{batch}, {size}] or {[*rows, size]}), got {list(reset_to.shape)}"
         )
     return reset
 
@@ -106,7 +108,7 @@ def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
 
 
 def _for_every_row(states: Tensor, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
-    """Expand ``states``, ``[B, H]``, to the rows of x, unless it broadcasts or has them already."""
+    """Repeat ``states [B, H]`` for every row of x, unless it broadcasts or has them already."""
     rows = x.size(0)
     if batch_sizes is None or states.dim() == 1 or equal_sizes(states.size(0), rows):
         return states
@@ -132,12 +134,12 @@ def translate(
 ) -> Any:
     """Return x, w_ih, b_ih, b_hh, h0, v0 and q for the op ``activation``.
 
-    What a step that starts from ``reset_to`` computes beyond one that starts from 0 does not depend
-    on other steps: ``sent(reset_to) @ W_hh.T`` is added to ``u``, ``(1 - alpha) reset_to`` to
-    ``q``. ``sent`` is phi with the form "potential", else the identity.
+    A step that starts from ``reset_to`` instead of 0 has two more terms, which do not depend on
+    other steps: ``output_of(reset_to) @ W_hh.T`` in ``u`` and ``(1 - alpha) reset_to`` in ``q``.
+    ``output_of`` is phi with the form "potential", else the identity.
     """
     v0 = None
-    sent = NONLINEARITIES[nonlinearity if form == "potential" else "identity"]
+    output_of = NONLINEARITIES[nonlinearity if form == "potential" else "identity"]
     if form == "potential":
         if nonlinearity in _NOT_ZERO_AT_ZERO:
             if h0 is None:
@@ -145,16 +147,16 @@ def translate(
             if reset is not None and reset_to is None:
                 reset_to = x.new_zeros(w_hh.size(0))
         if h0 is not None:
-            v0, h0 = h0, sent(h0)
+            v0, h0 = h0, output_of(h0)
     if reset_to is not None:
-        here = check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes).unsqueeze(-1)
+        resets = check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes).unsqueeze(-1)
         if reset_to.dim() == x.dim() and all(map(equal_sizes, reset_to.shape[:-1], x.shape[:-1])):
-            reset_to = torch.where(here, reset_to, 0)  # otherwise the product would spread a NaN
-        product = _for_every_row(sent(reset_to) @ w_hh.mT, x, batch_sizes)
-        x = drive(x, w_ih, b_ih, b_hh) + torch.where(here, product, 0)
+            reset_to = torch.where(resets, reset_to, 0)  # a NaN elsewhere would spread
+        product = _for_every_row(output_of(reset_to) @ w_hh.mT, x, batch_sizes)
+        x = drive(x, w_ih, b_ih, b_hh) + torch.where(resets, product, 0)
         w_ih = b_ih = b_hh = None
         if alpha is not None:
-            left = (1 - alpha) * _for_every_row(reset_to, x, batch_sizes)
-            left = torch.where(here, left, 0)
-            q = left if q is None else q + left
+            leaked = (1 - alpha) * _for_every_row(reset_to, x, batch_sizes)
+            leaked = torch.where(resets, leaked, 0)
+            q = leaked if q is None else q + leaked
     return x, w_ih, b_ih, b_hh, h0, v0, q

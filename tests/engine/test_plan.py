@@ -19,31 +19,31 @@ plan_cpu = functools.partial(_C.plan_cpu, isa="avx512")
 @pytest.mark.parametrize(
     ("shape", "threads", "groups"),
     [
-        # (T, B, I, H), threads -> groups that split the batch, groups that split the units
-        ((256, 1, 64, 64), 2, (1, 1)),  # a step is shorter than a barrier
+        # (T, B, I, H), threads -> (batch_groups, hidden_groups)
+        ((256, 1, 64, 64), 2, (1, 1)),  # a step takes less time than a barrier
         ((256, 16, 128, 256), 2, (2, 1)),  # rows of the batch are independent
         ((100, 32, 256, 512), 2, (2, 1)),
         ((100, 32, 256, 512), 8, (8, 1)),
         ((256, 1, 64, 1024), 2, (1, 2)),  # one row: only its units can be split
         ((256, 1, 64, 1024), 8, (1, 8)),
         ((1, 1, 10, 20), 8, (1, 1)),  # not worth waking another thread
-        ((8, 0, 10, 20), 8, (1, 1)),
+        ((8, 0, 10, 20), 8, (1, 1)),  # an empty batch
     ],
 )
-def test_how_work_is_divided(shape, threads, groups):
+def test_common_shapes_are_split_as_listed(shape, threads, groups):
     T, B, I, H = shape
     plan = plan_cpu(T=T, B=B, I=I, H=H, threads=threads)
     assert (plan["batch_groups"], plan["hidden_groups"]) == groups
 
 
-def test_few_rows_are_multiplied_with_the_weights_as_they_lie():
+def test_weights_are_not_packed_for_few_rows():
     assert not plan_cpu(T=1, B=1, I=64, H=64, threads=1)["pack"]
     assert _C.plan_cpu(adjoint=True, dtype="bfloat16", T=1, B=1, I=64, H=64, threads=1)["pack"]
     assert not plan_cpu(T=12, B=1, I=64, H=64, threads=1)["pack"]
     assert plan_cpu(T=13, B=1, I=64, H=64, threads=1)["pack"]
 
 
-def test_threads_that_idle_in_the_recurrence_join_for_the_gemms():
+def test_idle_threads_help_with_the_gradient_gemms():
     shape = {"T": 100, "B": 1, "I": 64, "H": 64, "threads": 2}
     assert plan_cpu(**shape)["threads"] == 1
     plan = plan_cpu(adjoint=True, **shape)
@@ -52,7 +52,7 @@ def test_threads_that_idle_in_the_recurrence_join_for_the_gemms():
     assert plan["batch_groups"] * plan["hidden_groups"] == 1
 
 
-def test_large_gemms_are_those_of_torch_with_avx2():
+def test_torch_runs_large_gemms_on_avx2():
     large = {"adjoint": True, "T": 9, "B": 9, "I": 256, "H": 512, "threads": 2}
     assert plan_cpu(**large)["gemms"]
     assert not _C.plan_cpu(isa="avx2", **large)["gemms"]
@@ -60,14 +60,14 @@ def test_large_gemms_are_those_of_torch_with_avx2():
     assert _C.plan_cpu(isa="avx2", **{**large, "H": 64})["gemms"]
 
 
-def test_the_input_of_small_batches_is_multiplied_ahead():
+def test_input_products_of_small_batches_are_computed_ahead():
     assert plan_cpu(T=100, B=1, I=64, H=64, threads=1)["project_ahead"]
     assert not plan_cpu(T=100, B=16, I=64, H=64, threads=1)["project_ahead"]
     assert plan_cpu(T=100, B=1, I=1, H=64, threads=1)["project_ahead"]
     assert not plan_cpu(T=100, B=1, I=0, H=64, threads=1)["project_ahead"]
 
 
-def test_a_step_larger_than_a_chunk_is_multiplied_by_itself():
+def test_a_large_step_is_a_chunk_of_its_own():
     assert plan_cpu(T=100, B=16, I=1, H=2048, threads=2)["chunk"] == 1
 
 
@@ -85,14 +85,14 @@ def test_no_plan_exceeds_a_limit(T, B, I, H, threads):
     assert 1 <= plan["chunk"] <= T
 
 
-# ---- all details, which change whenever the model is tuned ----
+# ---- the full table, which changes whenever the cost model is tuned ----
 
 TABLE_FILE = Path(__file__).with_name("plan_cpu.txt")
 HEAD = """\
-The CPU planner's decisions for B = 1 to 256 (rows) and H = 8 to 2048 (columns): groups of the batch
-x groups of the units; "-": the weights are not packed; "+n": the inputs of n steps are multiplied
-at once. A test compares this table, so that every change of the planner or of its cost model
-shows; `python tests/engine/test_plan.py` rewrites it.
+The CPU planner's decisions for B = 1 to 256 (rows) and H = 8 to 2048 (columns): batch groups x
+hidden groups; "-": the weights are not packed; "+n": the input products of n steps in one GEMM. A
+test compares this table, so that every change of the planner or its cost model is visible;
+`python tests/engine/test_plan.py` rewrites it.
 """
 BATCHES = (1, 2, 4, 7, 16, 64, 256)
 UNITS = (8, 17, 64, 200, 449, 800, 2048)
@@ -125,9 +125,9 @@ def table() -> str:
     return "\n".join([HEAD, *(details(*each) for each in EVERY)])
 
 
-def test_details_are_those_of_the_table():
+def test_decisions_match_the_table_file():
     assert table() == TABLE_FILE.read_text(), (
-        "`python tests/engine/test_plan.py` writes the table anew"
+        "the plans differ from plan_cpu.txt; if intended, run `python tests/engine/test_plan.py`"
     )
 
 
