@@ -142,6 +142,17 @@ def check_for_loop(
                 raise ValueError(f"fusedrnn: alpha must be in [0, 1], got {value}")
 
 
+def steps(name: str, value: Any) -> int | None:
+    """Return a number of steps, or None, that the constructor of a module received."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"fusedrnn: {name} must be an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"fusedrnn: {name} must be at least 1, got {value}")
+    return value
+
+
 def no_lengths(padding_value: Any) -> ValueError:
     return ValueError(f"fusedrnn: padding_value must be 0.0 without lengths, got {padding_value}")
 

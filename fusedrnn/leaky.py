@@ -274,6 +274,7 @@ class LeakyRNN(_Leaky, Layers):
             then 2, otherwise 1.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        checkpoint_every, truncate: As in :class:`fusedrnn.RNN`.
         recurrent_dropout, zoneout, weight_drop: As in :class:`fusedrnn.RNN`. In the form
             ``"potential"``, ``recurrent_dropout`` zeroes the :math:`\phi(v)` that a unit sends, and
             ``zoneout`` keeps v. ``recurrent_dropout`` costs a second pass of the engine if there is
@@ -360,11 +361,14 @@ class LeakyRNN(_Leaky, Layers):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        checkpoint_every: int | None = None,
+        truncate: int | None = None,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         weight_drop: float = 0.0,
     ) -> None:
         self._set_options(nonlinearity, form, noise, state_noise)
+        self._set_gradient_options(checkpoint_every, truncate)
         leak = _leak(alpha, tau, dt, hidden_size, learn_alpha)
         super().__init__(
             "RNN_RELU" if nonlinearity == "relu" else "RNN_TANH",  # required by nn.RNNBase; unused
@@ -476,9 +480,9 @@ class LeakyRNN(_Leaky, Layers):
             )
         if lengths is not None or getattr(input, "is_nested", False):
             return self._forward_ragged(
-                input, lengths, padding_value, hx, last_only, reset=reset, reset_to=reset_to,
-                alpha=alpha, generator=generator, return_potential=return_potential,
-                return_all_layers=return_all_layers,
+                input, lengths, padding_value, hx, reset=reset, reset_to=reset_to, alpha=alpha,
+                generator=generator, return_potential=return_potential,
+                return_all_layers=return_all_layers, last_only=last_only,
             )  # fmt: skip
         if padding_value != 0.0:
             raise checks.no_lengths(padding_value)
@@ -491,7 +495,7 @@ class LeakyRNN(_Leaky, Layers):
             first = 0 if return_all_layers else -2 if self.bidirectional else -1
             for option in options[first:]:
                 option["return_potential"] = True
-        results = self._forward(input, hx, self.nonlinearity, options, return_all_layers)
+        results = self._forward(input, hx, self.nonlinearity, options, return_all_layers, last_only)
         return self._only_last(results) if last_only else results
 
     def _sent(self, states: Tensor) -> Tensor:

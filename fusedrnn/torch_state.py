@@ -58,6 +58,9 @@ exporting_onnx = torch.onnx.is_in_onnx_export
 # compiled code enters forward mode without updating it; the engine reads torch's C++ state.
 forward_mode: Callable[[], bool] = _C.forward_mode
 
+# Whether torch.export traces. Public.
+exporting = torch.compiler.is_exporting
+
 # The state of torch.jit.trace, or None. If gone: a public function, 0.1 us slower.
 _tracing_state = _private("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
 

@@ -362,8 +362,8 @@ def trace(
         TypeError: ``rnn`` is not an RNN or a cell of this package, ``loss`` is not callable or does
             not return a tensor, or ``output_grad`` is not a tensor.
         ValueError: Both ``loss`` and ``output_grad`` are given, the loss is not a scalar or does
-            not depend on the output, or ``rnn`` has ``recurrent_dropout`` or ``zoneout`` and is in
-            training.
+            not depend on the output, one of them is given and ``rnn`` has ``checkpoint_every`` or
+            ``truncate``, or ``rnn`` has ``recurrent_dropout`` or ``zoneout`` and is in training.
         RuntimeError: ``output_grad`` does not match the output, or the engine has no kernel for
             the dtype or the device.
 
@@ -389,6 +389,10 @@ def trace(
             f"fusedrnn: loss must be a function of the output, got {type(loss).__name__}"
         )
     wanted = loss is not None or output_grad is not None
+    for name in ("checkpoint_every", "truncate"):
+        steps = getattr(rnn, name, None)
+        if wanted and steps is not None:
+            raise ValueError(f"fusedrnn: {name} must be None to trace gradients, got {steps}")
     recorder = _Recorder()
     with torch.inference_mode(False), torch.set_grad_enabled(wanted):
         with recorder:

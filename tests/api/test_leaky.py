@@ -298,8 +298,8 @@ def test_layers_and_directions_have_noise_of_their_own():
 def test_signature():
     names = (
         "input_size hidden_size num_layers nonlinearity form alpha tau dt learn_alpha noise "
-        "state_noise bias batch_first dropout bidirectional device dtype recurrent_dropout "
-        "zoneout weight_drop"
+        "state_noise bias batch_first dropout bidirectional device dtype checkpoint_every truncate "
+        "recurrent_dropout zoneout weight_drop"
     )
     assert list(inspect.signature(fusedrnn.LeakyRNN).parameters) == names.split()
     names = (

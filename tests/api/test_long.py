@@ -1,0 +1,391 @@
+"""Long sequences: states recomputed in backward, gradients cut every k steps."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from module_oracle import data_of, pack, state_for
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedrnn
+
+T, B, I, H = 9, 3, 4, 6
+LENGTHS = [4, 9, 1]
+WIDE: dict[str, Any] = {"dtype": torch.float64}
+MODULES: dict[str, tuple[type, dict[str, Any]]] = {
+    "RNN": (fusedrnn.RNN, {}),
+    "learned leak": (fusedrnn.LeakyRNN, {"alpha": 0.3, "learn_alpha": True}),
+    "potential": (
+        fusedrnn.LeakyRNN, {"alpha": 0.3, "form": "potential", "nonlinearity": "softplus"}),
+}  # fmt: skip
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one layer": {},
+    "two layers": {"num_layers": 2, "batch_first": True},
+    "bidirectional": {"num_layers": 2, "bidirectional": True},
+}
+INPUTS = ("padded", "unbatched", "packed", "unsorted", "lengths")
+CALLS: dict[str, dict[str, Any]] = {
+    "output": {},
+    "last_only": {"last_only": True},
+    "all layers": {"return_all_layers": True},
+}
+every_module = pytest.mark.parametrize("kind", MODULES)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_input = pytest.mark.parametrize("x", INPUTS)
+
+
+def build(kind: str, **options: Any) -> Any:
+    cls, usual = MODULES[kind]
+    return cls(I, H, **usual, **options, **WIDE)
+
+
+def arguments(module: Any, x: str) -> tuple[Any, dict[str, Any]]:
+    """Return an input, and a state, resets and the states after them that fit it."""
+    shape = (B, T) if module.batch_first and x != "packed" and x != "unsorted" else (T, B)
+    values = torch.randn(*shape, I, **WIDE)
+    options: dict[str, Any] = {}
+    if x == "unbatched":
+        values = values[:, 0] if not module.batch_first else values[0]
+    elif x in ("packed", "unsorted"):
+        values = pack(values, LENGTHS, x == "packed")
+    elif x == "lengths":
+        options["lengths"] = torch.tensor([4, 9, 0])
+    options["hx"] = state_for(module, values, **WIDE).requires_grad_()
+    options["reset"] = torch.rand(data_of(values).shape[:-1]) < 0.2
+    target = (options["hx"].size(0), H) if x == "unbatched" else options["hx"].shape
+    options["reset_to"] = torch.randn(*target, **WIDE).requires_grad_()
+    if module.__class__ is fusedrnn.LeakyRNN and module.form == "potential":
+        options["return_potential"] = True
+    return values, options
+
+
+def tensors_of(results: Any) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for result in results:
+        flat += [data_of(r) for r in (result if isinstance(result, list) else [result])]
+    return flat
+
+
+def with_gradients(module: Any, x: Any, options: dict[str, Any]) -> tuple[list[Tensor], Any]:
+    """Return the results and the gradients of every input and parameter."""
+    data = data_of(x).detach().requires_grad_()
+    results = tensors_of(module(x._replace(data=data) if data_of(x) is not x else data, **options))
+    inputs = [data, options["hx"], options["reset_to"], *module.parameters()]
+    loss = sum(
+        (r * torch.linspace(1, 2, r.numel(), **WIDE).view_as(r)).sin().sum() for r in results
+    )
+    return results, torch.autograd.grad(loss, inputs)
+
+
+# ---- checkpoint_every
+
+
+@pytest.mark.parametrize("call", CALLS)
+@every_input
+@every_layout
+@every_module
+@pytest.mark.slow_emulated
+def test_recomputed_states_change_no_result_and_no_gradient(kind, layout, x, call, engine):
+    module = build(kind, **LAYOUTS[layout])
+    x, options = arguments(module, x)
+    options.update(CALLS[call])
+    want = with_gradients(module, x, options)
+    for module.checkpoint_every in (1, 2, 4, T, 100):
+        assert_close(with_gradients(module, x, options), want)
+
+
+class Calls(TorchDispatchMode):
+    """Records the number of steps of each forward recurrence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.fusedrnn.activation.default:
+            self.steps.append(args[0].size(0))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_block_but_the_last_runs_again_in_backward():
+    module = fusedrnn.RNN(I, H, 2, checkpoint_every=4)
+    with Calls() as forward:
+        _, h_n = module(torch.randn(T, B, I), last_only=True)
+    with Calls() as backward:
+        h_n.sum().backward()
+    assert forward.steps == [4, 4, 4, 4, 1, 1]  # two layers in each block
+    assert backward.steps == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("steps", [4, 3])
+def test_a_sequence_of_one_block_is_not_recomputed(steps):
+    module = fusedrnn.RNN(I, H, checkpoint_every=4)
+    _, h_n = module(torch.randn(steps, B, I))
+    with Calls() as backward:
+        h_n.sum().backward()
+    assert not backward.steps
+
+
+MEMORY = """
+import resource, torch, fusedrnn
+torch.set_num_threads(1)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+x = torch.randn(200_000, 1, 1)
+rnn = fusedrnn.RNN(1, 64, 2, checkpoint_every=500)
+def grow(steps):
+    before = peak()
+    rnn(x[:steps], last_only=True)[0].sum().backward()
+    return peak() - before
+grow(2000)
+print(grow(len(x)))
+rnn.checkpoint_every = None
+print(grow(len(x)))
+"""
+
+
+def test_memory_is_that_of_the_kept_states_and_one_block():
+    # Otherwise glibc 2.36 does not reuse the memory of a block for the next one.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEMORY]
+    words = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    with_option, without = map(float, words.split())
+    assert with_option < 20  # MiB
+    assert without > 95  # two layers of 49 MiB
+
+
+def test_derivatives_of_second_order(engine):
+    module = build("RNN", num_layers=2, checkpoint_every=2)
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(x: Tensor, *weights: Tensor) -> Any:
+        return torch.func.functional_call(module, dict(zip(names, weights)), (x,))
+
+    weights = [p.detach().requires_grad_() for p in module.parameters()]
+    x = torch.randn(5, 2, I, **WIDE, requires_grad=True)
+    module.checkpoint_every = None
+    want = torch.autograd.functional.hvp(lambda x: run(x, *weights)[0].sin().sum(), x, x.detach())
+    module.checkpoint_every = 2
+    got = torch.autograd.functional.hvp(lambda x: run(x, *weights)[0].sin().sum(), x, x.detach())
+    assert_close(got, want)
+    assert torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, *weights), fast_mode=True)
+
+
+def test_weights_that_were_swapped_for_the_forward_are_used_in_backward():
+    module = build("RNN", checkpoint_every=4)
+    x = torch.randn(T, B, I, **WIDE)
+    others = {n: torch.randn_like(p).requires_grad_() for n, p in module.named_parameters()}
+
+    def gradients() -> Any:
+        output, _ = torch.func.functional_call(module, others, (x,))
+        return torch.autograd.grad(output.sum(), list(others.values()))
+
+    got = gradients()
+    module.checkpoint_every = None
+    assert_close(got, gradients())
+
+
+def test_a_parametrized_weight():
+    module = build("RNN", checkpoint_every=4)
+    parametrizations.weight_norm(module, "weight_hh_l0")
+    x, options = arguments(module, "padded")
+    got = with_gradients(module, x, options)
+    module.checkpoint_every = None
+    assert_close(got, with_gradients(module, x, options))
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_random_numbers_are_the_same_in_both_runs_of_a_block(seeded):
+    module = fusedrnn.LeakyRNN(
+        I, H, 2, alpha=0.3, noise=0.5, state_noise=0.5, dropout=0.5, checkpoint_every=4, **WIDE
+    )
+    x = torch.randn(T, B, I, **WIDE)
+    options = {"generator": torch.Generator() if seeded else None}
+
+    def seed() -> None:
+        torch.manual_seed(1)
+        if seeded:
+            options["generator"].manual_seed(2)
+
+    seed()
+    output, h_n = module(x, **options)
+    loss = output.sin().sum() + h_n.sum()
+    seed()
+    module.checkpoint_every = None
+    outputs, state = [], None
+    for block in x.split(4):
+        part, state = module(block, state, **options)
+        outputs.append(part)
+    want = torch.cat(outputs)
+    assert_close(output, want)
+    parameters = list(module.parameters())
+    wanted = torch.autograd.grad(want.sin().sum() + state.sum(), parameters)
+    for retain in (True, False):  # a second backward repeats the draws once more
+        assert_close(torch.autograd.grad(loss, parameters, retain_graph=retain), wanted)
+
+
+# ---- truncate
+
+
+def cut_loop(module: Any, x: Tensor, k: int) -> Any:
+    """Run one direction of one layer in chunks, as one writes truncated BPTT."""
+    outputs, state = [], None
+    for start in range(0, x.size(0), k):
+        output, state = module(x[start : start + k], state)
+        outputs.append(output)
+        state = state.detach()
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+@pytest.mark.parametrize("k", [1, 3, 4, T, 20])
+@every_module
+@pytest.mark.slow_emulated
+def test_truncate_is_a_loop_over_chunks_with_detached_states(kind, k, checkpoint_every, engine):
+    module = build(kind, num_layers=2)
+    x = torch.randn(T, B, I, **WIDE, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    whole = module(x)[0]
+    want = cut_loop(module, x, k)
+    wanted = torch.autograd.grad(want.sin().sum(), inputs)
+    module.truncate, module.checkpoint_every = k, checkpoint_every
+    got = module(x)[0]
+    assert_close(got, whole)
+    assert_close(torch.autograd.grad(got.sin().sum(), inputs), wanted)
+
+
+def test_truncate_counts_each_direction_from_its_own_first_step():
+    module = build("RNN", bidirectional=True)
+    one = build("RNN")
+    x = torch.randn(T, B, I, **WIDE, requires_grad=True)
+    with torch.no_grad():
+        for name, weight in one.named_parameters():
+            weight.copy_(getattr(module, name + "_reverse"))
+    want = cut_loop(one, x.flip(0), 4).flip(0)
+    module.truncate = 4
+    got = module(x)[0][..., H:]
+    assert_close(got, want)
+    assert_close(torch.autograd.grad(got.sin().sum(), x), torch.autograd.grad(want.sin().sum(), x))
+
+
+def test_truncate_of_a_packed_sequence_cuts_every_row_at_the_same_steps():
+    module = build("RNN", truncate=3)
+    x = torch.randn(T, B, I, **WIDE, requires_grad=True)
+    got = module(x, lengths=torch.tensor(LENGTHS))[0]
+    rows = [module(x[:n, b])[0] for b, n in enumerate(LENGTHS)]
+    want = nn.utils.rnn.pad_sequence(rows)
+    assert_close(got, want)
+    assert_close(torch.autograd.grad(got.sin().sum(), x), torch.autograd.grad(want.sin().sum(), x))
+
+
+def test_tangents_are_cut_like_gradients():
+    module = build("RNN", truncate=4)
+    x, v, g = torch.randn(3, T, B, I, **WIDE)
+    g = torch.randn(T, B, H, **WIDE)
+    _, tangent = torch.func.jvp(lambda x: module(x)[0], (x,), (v,))
+    _, vjp = torch.func.vjp(lambda x: module(x)[0], x)
+    assert_close((tangent * g).sum(), (vjp(g)[0] * v).sum())
+
+
+# ---- both
+
+BOTH = pytest.mark.parametrize("option", [{"checkpoint_every": 4}, {"truncate": 4}], ids=str)
+
+
+@BOTH
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_to_one_graph(option, backend):
+    module = build("RNN", num_layers=2, **option)
+    x = torch.randn(T, B, I, **WIDE)
+    parameters = list(module.parameters())
+
+    def gradients(run: Any) -> Any:
+        output, h_n = run(x)
+        loss = output.sin().sum() + h_n.sum()
+        return output, torch.autograd.grad(loss, parameters)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    assert_close(gradients(compiled), gradients(module))
+
+
+@BOTH
+def test_packed_input_cannot_be_compiled(option):
+    module = fusedrnn.RNN(I, H, **option)
+    x = pack(torch.randn(T, B, I), LENGTHS, False)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="must be None for packed or ragged input"):
+        torch.compile(module, backend="eager", fullgraph=True)(x)
+
+
+@BOTH
+def test_transforms_of_torch_func(option):
+    module = build("RNN", **option)
+    x = torch.randn(2, T, B, I, **WIDE)
+    want = [torch.autograd.functional.jacobian(lambda x: module(x)[0].sum(), s) for s in x]
+    got = torch.vmap(torch.func.grad(lambda x: module(x)[0].sum()))(x)
+    assert_close(got, torch.stack(want))
+
+
+@pytest.mark.parametrize("option", ["checkpoint_every", "truncate"])
+def test_export_keeps_time_dynamic(option):
+    module = fusedrnn.RNN(I, H, **{option: 4}).eval()
+    steps = torch.export.Dim("steps", min=2)
+    with torch.set_grad_enabled(option == "checkpoint_every"):  # truncate: only if off
+        program = torch.export.export(module, (torch.randn(T, B, I),), dynamic_shapes=({0: steps},))
+    x = torch.randn(2 * T, B, I)
+    assert_close(program.module()(x), module(x))
+
+
+def test_no_block_is_made_where_nothing_needs_one():
+    module = fusedrnn.RNN(I, H, checkpoint_every=4, truncate=3)
+    with torch.no_grad(), Calls() as calls:
+        module(torch.randn(T, B, I))
+    assert calls.steps == [T]
+    module.truncate = None
+    with torch.no_grad(), Calls() as calls:
+        module(torch.randn(T, B, I), last_only=True)
+    assert calls.steps == [4, 4, 1]  # so the whole output is never stored
+
+
+@BOTH
+def test_gradients_are_traced_without_blocks_only(option):
+    module, x = fusedrnn.RNN(I, H, **option), torch.randn(T, B, I)
+    assert fusedrnn.trace(module, x)[0].h.shape == (T, B, H)
+    with pytest.raises(ValueError, match="must be None to trace gradients, got 4"):
+        fusedrnn.trace(module, x, loss=torch.sum)
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.RNN, fusedrnn.LeakyRNN])
+@pytest.mark.parametrize("name", ["checkpoint_every", "truncate"])
+def test_bad_values(cls, name):
+    for value, error in ((0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=rf"fusedrnn: {name} must be .*, got "):
+            cls(I, H, **{name: value})
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.RNN, fusedrnn.LeakyRNN])
+def test_repr_copies_and_modules_from_before_these_options(cls):
+    module = cls(I, H, checkpoint_every=4, truncate=8)
+    assert "checkpoint_every=4, truncate=8" in repr(module)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert (other.checkpoint_every, other.truncate) == (4, 8)
+    del module.__dict__["checkpoint_every"], module.__dict__["truncate"]
+    old = pickle.loads(pickle.dumps(module))
+    assert old.checkpoint_every is None
+    assert "checkpoint_every" not in repr(old)
+    old(torch.randn(T, B, I))
+    converted = fusedrnn.replace(nn.RNN(I, H))
+    converted.truncate = 3
+    converted(torch.randn(T, B, I))
