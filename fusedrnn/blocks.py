@@ -103,13 +103,15 @@ class Blocks:
         ]
         first, results, ended = state, [], []
         for i, (start, stop) in enumerate(times):
-            if rows is not None and reverse:
-                state = _with_new_rows(state if i else None, first, rows[stop], rows[start], xs[i])
-            if i > 0 and self.truncate and borders[i] % self.truncate == 0:
-                assert state is not None
+            if state is not None and i > 0 and self.truncate and borders[i] % self.truncate == 0:
                 state = state.detach()
+            if rows is not None and reverse:
+                state = _with_new_rows(state if i > 0 else None, first, rows[stop], rows[start])
             block_options = options and [
-                {**_for_rows(option, rows and rows[start]), **{n: s[i] for n, s in part.items()}}
+                {
+                    **_for_rows(option, rows[start] if rows else None),
+                    **{n: s[i] for n, s in part.items()},
+                }
                 for option, part in zip(options, parts)
             ]
             block_sizes = None if batch_sizes is None else batch_sizes[start:stop]
@@ -133,12 +135,12 @@ class Blocks:
         """Run a block now without keeping its series, and again in backward."""
         options: Any = args[-1]
         generator = options[0].get("generator") if options and self.draws else None
-        more = {} if generator is None else {"context_fn": lambda: _same_draws(generator)}
+        more: Any = {} if generator is None else {"context_fn": lambda: _same_draws(generator)}
         return checkpoint(layers, *args, use_reentrant=False, preserve_rng_state=self.draws, **more)
 
 
 def _with_new_rows(
-    state: Tensor | None, first: Tensor | None, before: int, now: int, like: Tensor
+    state: Tensor | None, first: Tensor | None, before: int, now: int
 ) -> Tensor | None:
     """Append the rows of a packed sequence that begin in this block of the reverse direction."""
     if state is None:

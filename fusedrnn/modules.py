@@ -372,7 +372,8 @@ class Layers(nn.RNNBase):
                 f"got {len(weights)}"
             )
         if blocks:
-            blocks = Blocks(self.checkpoint_every, self.truncate, last_only, self._draws())
+            draws = self.zoneout > 0 or self._draws()
+            blocks = Blocks(self.checkpoint_every, self.truncate, last_only, draws)
         if blocks and self.training:  # their masks last for the whole sequence
             self._check_no_rates(
                 "in training with checkpoint_every or truncate",
@@ -415,8 +416,8 @@ class Layers(nn.RNNBase):
             else:
                 for direction in range(num_directions):
                     place = i + direction
-                    which = (weights[place], nonlinearity, direction == 1)
-                    arguments = (x, h0s[place], batch_sizes, options and [options[place]])
+                    which: Any = (weights[place], nonlinearity, direction == 1)
+                    arguments: Any = (x, h0s[place], batch_sizes, options and [options[place]])
                     if blocks:
                         results = blocks.run(
                             functools.partial(self._run_direction, *which),
@@ -712,14 +713,15 @@ class RNN(Layers):
         h_n: The last state of every layer and direction, ``[L*D, B, H]``, unbatched ``[L*D, H]``.
             A row of length 0 keeps the state ``hx``.
 
-    With ``checkpoint_every`` or ``truncate``, the layers run in blocks of k steps (with both, at the
-    borders of both). Each block takes about 0.1 ms of Python, and as much again in backward. The
-    output is bitwise that of one piece under the conditions of :meth:`step`, otherwise it agrees to
-    rounding. Random numbers are drawn block by block, and again in backward, from a ``generator``
-    too. Do not change between forward and backward whether the module is in training. Compiled code
-    has a copy of the layers for each block and is compiled again for another T. ``torch.func``,
-    ``torch.vmap`` and ``torch.export`` keep all states, whatever ``checkpoint_every`` is. To export
-    a module with ``truncate`` for any T, export it under ``torch.no_grad()``.
+    With ``checkpoint_every`` or ``truncate``, the layers run in blocks of k steps (with both, the
+    borders of both apply). Each block costs a few hundred microseconds of overhead, so k should be
+    some hundreds at least. The output is bitwise that without blocks under the conditions of
+    :meth:`step`, otherwise it agrees to rounding. Random numbers are drawn block by block, and the
+    same ones again in backward, also from a ``generator``. Do not switch between ``train()`` and
+    ``eval()`` between forward and backward. ``torch.compile`` unrolls the blocks, and compiles
+    again for another T. ``torch.func`` and ``torch.export`` keep all states, whatever
+    ``checkpoint_every`` is. To export a module with ``truncate`` for any T, export it under
+    ``torch.no_grad()``.
 
     Parameters for each layer k, and again with the suffix ``_reverse`` for the second direction:
     ``weight_ih_l{k}`` ``[H, I]`` (above the first layer ``[H, D*H]``), ``weight_hh_l{k}``

@@ -289,6 +289,18 @@ def test_truncate_of_a_packed_sequence_cuts_every_row_at_the_same_steps():
     assert_close(torch.autograd.grad(got.sin().sum(), x), torch.autograd.grad(want.sin().sum(), x))
 
 
+def test_a_row_that_begins_at_a_border_keeps_the_gradient_of_its_state():
+    module = build("RNN", bidirectional=True, truncate=3)
+    x, hx = torch.randn(6, 2, I, **WIDE), torch.randn(2, 2, H, **WIDE, requires_grad=True)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(module(x, hx, lengths=torch.tensor([6, 3]))[0].sum(), hx)[0]
+
+    cut = gradient()
+    module.truncate = None
+    assert_close(cut[:, 1], gradient()[:, 1])
+
+
 def test_tangents_are_cut_like_gradients():
     module = build("RNN", truncate=4)
     x, v, g = torch.randn(3, T, B, I, **WIDE)
