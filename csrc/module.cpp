@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+
 #include "cpu/engine.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
@@ -187,9 +189,29 @@ py::dict build_info() {
   return info;
 }
 
+unsigned long main_thread;
+
+// Runs the handlers of signals that have arrived, such as Ctrl-C, and returns the exception if one
+// raises it. Python runs them on its main thread only. At most ten times a second, because another
+// thread may hold the GIL for 5 ms.
+std::exception_ptr exception_of_signals() {
+  if (PyThread_get_thread_ident() != main_thread) return nullptr;
+  using Clock = std::chrono::steady_clock;
+  static Clock::time_point last;
+  const Clock::time_point now = Clock::now();
+  if (now - last < std::chrono::milliseconds(100)) return nullptr;
+  last = now;
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return nullptr;
+  return std::make_exception_ptr(py::error_already_set());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  main_thread =
+      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  fusedrnn::cpu::use_interruption(&exception_of_signals);
   m.def("forward_mode", &fusedrnn::forward_mode);
   m.def("build_info", &build_info);
   py::set saving_z;

@@ -38,6 +38,7 @@ const InstructionSet* const kBestFirst[] = {
 
 std::atomic<const InstructionSet*> in_use{nullptr};
 std::atomic<bool> gemms_allowed{true};
+std::atomic<std::exception_ptr (*)()> interruption_in_use{nullptr};
 
 }  // namespace
 
@@ -70,6 +71,13 @@ bool multiplies_as_fast(const InstructionSet& set, Storage storage, int64_t weig
   // more.
   constexpr int64_t kLargeWeights = 1 << 17;
   return set.name == std::string("avx512") || weights <= kLargeWeights;
+}
+
+void use_interruption(std::exception_ptr (*interruption)()) { interruption_in_use = interruption; }
+
+std::exception_ptr interruption() {
+  const auto function = interruption_in_use.load();
+  return function ? function() : nullptr;
 }
 
 void run(const Problem& p, int threads) { run(p, nullptr, threads); }

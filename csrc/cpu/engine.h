@@ -1,6 +1,7 @@
 // The CPU engine. Torch-free.
 #pragma once
 
+#include <exception>
 #include <string>
 
 #include "../recurrence.h"
@@ -46,6 +47,13 @@ bool multiplies_as_fast(const InstructionSet& set, Storage storage, int64_t weig
 // Allows or forbids that BPTT is one call of this engine. Tests forbid it where another engine
 // takes the place of the adjoint op.
 void allow_gemms(bool allowed);
+
+// Sets a function that a long call calls on its own thread, about every 10 ms. If it returns an
+// exception, the call ends early and throws it.
+void use_interruption(std::exception_ptr (*interruption)());
+
+// What that function returns now; null if there is none.
+std::exception_ptr interruption();
 
 // Runs a problem on at most `threads` threads and returns when it is done. B, T and H must be at
 // least 1.

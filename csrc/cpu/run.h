@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -37,8 +38,12 @@ class Run {
         width_(vectors_ * k_.lanes),
         state_row_(spread(width_, sizeof(C))) {
     const bool adjoint = p_.pass == Pass::adjoint, potential = p_.form == Form::potential;
-    plan_ = make_plan({k_, p_.pass, p_.storage, p_.T, p_.B, p_.I, p_.H, threads,
-                       gradients ? gradients->multiplications(p_.H) : 0});
+    const PlanInput in(k_, p_.pass, p_.storage, p_.T, p_.B, p_.I, p_.H, threads,
+                       gradients ? gradients->multiplications(p_.H) : 0);
+    plan_ = make_plan(in);
+    const double cycles =
+        CostModel::total(in, plan_.batch_groups, plan_.hidden_groups, plan_.idle) / double(p_.T);
+    steps_uninterrupted_ = std::max<int64_t>(1, int64_t(kCyclesUninterrupted / cycles));
 
     if (plan_.pack || adjoint) w_state_ = scratch_.template take<C>(width_ * p_.H);
     if (plan_.pack && p_.I) w_input_ = scratch_.template take<C>(width_ * p_.I);
@@ -63,27 +68,31 @@ class Run {
   // Returns false, without doing anything, if the runtime provides fewer threads than planned.
   bool run() {
     const int threads = plan_.threads();
+    bool complete = true;
     if (threads == 1) {
       workers_[0].run();
-      return true;
-    }
+    } else {
 #ifdef _OPENMP
-    bool complete = true;
 #pragma omp parallel num_threads(threads)
-    {
-      if (omp_get_num_threads() == threads) {
-        workers_[size_t(omp_get_thread_num())].run();
-      } else if (omp_get_thread_num() == 0) {
-        complete = false;
+      {
+        if (omp_get_num_threads() == threads) {
+          workers_[size_t(omp_get_thread_num())].run();
+        } else if (omp_get_thread_num() == 0) {
+          complete = false;
+        }
       }
-    }
-    return complete;
 #else
-    return false;
+      complete = false;
 #endif
+    }
+    if (interruption_) std::rethrow_exception(interruption_);
+    return complete;
   }
 
  private:
+  // About 10 ms. On a busy machine, threads that synchronise every step may take 50 times as long.
+  static constexpr double kCyclesUninterrupted = 3e7;
+
   void load_states(const States& from, C* to) {
     if (!from.data) return;
     for (int64_t b = 0; b < p_.B; ++b)
@@ -161,7 +170,8 @@ class Run {
       if (steps()) pack();
       if (gemms) gemms->pack_weights(index_);
       synchronise_all();
-      const int64_t length = gemms ? gemms->steps() : p_.T;
+      const int64_t length = gemms ? gemms->steps() : std::min(p_.T, r_.steps_uninterrupted_);
+      int64_t uninterrupted = 0;
       for (int64_t s0 = 0; s0 < p_.T; s0 += length) {
         const int64_t s1 = std::min(s0 + length, p_.T);
         t0_ = p_.descending ? p_.T - s1 : s0;
@@ -170,12 +180,17 @@ class Run {
             if (p_.I && s % plan_.chunk == 0) prepare_inputs(s);
             step(s);
           }
-        if (!gemms) continue;
-        const int64_t t1 = t0_ + (s1 - s0);
-        synchronise_all();
-        gemms->prepare(index_, t0_, t1);
-        synchronise_all();
-        gemms->add_to_weights(index_, t0_, t1, s0 > 0);
+        if (gemms) {
+          const int64_t t1 = t0_ + (s1 - s0);
+          synchronise_all();
+          gemms->prepare(index_, t0_, t1);
+          synchronise_all();
+          gemms->add_to_weights(index_, t0_, t1, s0 > 0);
+        }
+        uninterrupted += s1 - s0;
+        if (uninterrupted < r_.steps_uninterrupted_ || s1 == p_.T) continue;
+        uninterrupted = 0;
+        if (interrupted()) return;
       }
       if (steps()) finish();
       if (!gemms) return;
@@ -389,6 +404,15 @@ class Run {
 
     void synchronise_all() { r_.all_.wait(plan_.threads(), all_visitor_); }
 
+    // Whether this call must end. All threads call this after the same step. The first one, which
+    // is the caller's, writes the result after all have read the previous one.
+    bool interrupted() {
+      synchronise_all();
+      if (index_ == 0) r_.interruption_ = interruption();
+      synchronise_all();
+      return r_.interruption_ != nullptr;
+    }
+
     // Waits for the threads that own other hidden units of these rows.
     void synchronise_group() { r_.groups_[group_].wait(plan_.hidden_groups, group_visitor_); }
 
@@ -478,6 +502,8 @@ class Run {
   C* state_[2];         // what a step multiplies and what it writes; swapped every step
   C* carry_ = nullptr;  // what a row carries, where that is not what is multiplied
   std::optional<GradientGemms<C>> gemms_;
+  int64_t steps_uninterrupted_;
+  std::exception_ptr interruption_;
   std::vector<Worker> workers_;
   SpinBarrier all_;                        // all threads
   std::unique_ptr<SpinBarrier[]> groups_;  // the threads of each batch group
