@@ -4,7 +4,7 @@ Each line is a process of its own: a short call, then the measured one. peak MiB
 resident set grew in the latter, which includes everything but the input. The states of a layer take
 4 T B H bytes.
 
-    flock /tmp/quiet.lock quiet python bench/bench_long.py > bench/results/long.txt
+    python bench/bench_long.py --cases 5 > bench/results/long.txt    # a minute
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ CASES = (
     (1, True, None, False),
     (1, True, 1000, False),
     (1, True, 1000, True),
-    (1, True, 100, True),
-    (1, True, 10_000, True),
-    (1, False, None, False),
-    (1, False, 1000, True),
     (3, True, None, False),
     (3, True, 1000, True),
+    (1, False, None, False),
+    (1, False, 1000, True),
+    (1, True, 10_000, True),
+    (1, True, 100, True),
 )
 
 
-def measure(T: int, layers: int, every: int | None, last_only: bool, hidden: int) -> None:
+def measure(
+    T: int, layers: int, every: int | None, last_only: bool, hidden: int, threads: int
+) -> None:
     """Run one line in this process and print it as JSON."""
+    torch.set_num_threads(threads)
 
     def peak() -> float:  # MiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -57,22 +60,24 @@ def measure(T: int, layers: int, every: int | None, last_only: bool, hidden: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first ones")
     parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         measure(**json.loads(args.child))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    print(f"torch {torch.__version__}, threads: {args.threads}, float32")
     print(f"B = 1, I = 8, H = {args.hidden}; load average at the start {os.getloadavg()[0]:.1f}")
     print("mmap: with MALLOC_MMAP_THRESHOLD_=65536\n")
     names = ("T", "layers", "last_only", "every", "mmap", "states MiB", "peak MiB", "s", "us/step")
     print("".join(name.rjust(11) for name in names))
     for T in args.steps:
-        for layers, last_only, every, mmap in CASES:
+        for layers, last_only, every, mmap in CASES[: args.cases]:
             case = {
                 "T": T, "layers": layers, "every": every, "last_only": last_only,
-                "hidden": args.hidden,
+                "hidden": args.hidden, "threads": args.threads,
             }  # fmt: skip
             command = [sys.executable, __file__, "--child", json.dumps(case)]
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} if mmap else None
