@@ -235,6 +235,32 @@ def test_random_numbers_are_the_same_in_both_runs_of_a_block(seeded):
         assert_close(torch.autograd.grad(loss, parameters, retain_graph=retain), wanted)
 
 
+def test_zoneout_draws_the_same_numbers_in_both_runs():
+    module = build("RNN", zoneout=0.5, checkpoint_every=4)
+    x = torch.randn(T, B, I, **WIDE)
+    torch.manual_seed(1)
+    loss = module(x)[0].sin().sum()
+    module.checkpoint_every = None
+    torch.manual_seed(1)
+    outputs, state = [], None
+    for block in x.split(4):
+        part, state = module(block, state)
+        outputs.append(part)
+    want = torch.cat(outputs).sin().sum()
+    parameters = list(module.parameters())
+    torch.manual_seed(3)
+    got = torch.autograd.grad(loss, parameters)
+    assert_close(got, torch.autograd.grad(want, parameters))
+
+
+@pytest.mark.parametrize("name", ["recurrent_dropout", "weight_drop"])
+def test_masks_of_a_whole_sequence_exclude_blocks_in_training(name):
+    module = fusedrnn.RNN(I, H, checkpoint_every=4, **{name: 0.5})
+    with pytest.raises(ValueError, match=f"{name} must be 0 in training with checkpoint_every or"):
+        module(torch.randn(T, B, I))
+    module.eval()(torch.randn(T, B, I))
+
+
 # ---- truncate
 
 
