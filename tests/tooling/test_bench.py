@@ -208,3 +208,14 @@ def test_busy_machines_are_timed_under_every_condition() -> None:
     for row in rows:
         times = [float(word) for word in row.split()[-3:]]
         assert all(time > 0 for time in times)
+
+
+def test_long_sequences_are_measured_in_every_case() -> None:
+    ran = run("--steps", "50", "--cases", "3", program="bench_long.py")
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split() for line in ran.stdout.splitlines()[-3:]]
+    assert [row[:5] for row in rows] == [
+        ["50", "1", "True", "None", "False"],
+        ["50", "1", "True", "1000", "False"],
+        ["50", "1", "True", "1000", "True"],
+    ]
