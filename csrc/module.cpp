@@ -5,6 +5,7 @@
 
 #include <chrono>
 
+#include "cpu/cores.h"
 #include "cpu/engine.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
@@ -219,6 +220,9 @@ PYBIND11_MODULE(_C, m) {
     if (fusedrnn::saves_z(fusedrnn::Nonlinearity(i))) saving_z.add(fusedrnn::kNonlinearityNames[i]);
   m.attr("saving_z") = py::frozenset(saving_z);
   m.def("allow_gemms", &fusedrnn::cpu::allow_gemms, py::arg("allowed"));
+  m.def("cpu_threads", &fusedrnn::cpu::num_threads);
+  m.def("use_cores", &fusedrnn::cpu::use_cores, py::arg("cores"));
+  m.def("cores_in_quota", &fusedrnn::cpu::cores_in_quota, py::arg("root"));
   m.def("use_isa", &fusedrnn::cpu::use_instruction_set, py::arg("name"));
   m.def("plan_cpu", &plan_cpu, py::kw_only(), py::arg("adjoint") = false,
         py::arg("dtype") = "float32", py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),

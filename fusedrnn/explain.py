@@ -140,11 +140,15 @@ def _plan_cpu(call: _Call, adjoint: bool) -> dict[str, Any]:
         B=call.B,
         I=call.I,
         H=call.H,
-        threads=torch.get_num_threads(),
+        threads=_C.cpu_threads(),
     )
     batch_groups, hidden_groups = plan["batch_groups"], plan["hidden_groups"]
     threads = plan["threads"]
     words = [f"{plan['isa']} kernel, {threads} thread{'s' * (threads > 1)}"]
+    if (most := _C.cpu_threads()) < torch.get_num_threads():
+        words.append(
+            f"at most {most} of torch's {torch.get_num_threads()}: one for each usable core"
+        )
     if batch_groups > 1:
         words.append(f"the batch split among {batch_groups} groups, which need no synchronisation")
     if hidden_groups > 1:

@@ -14,6 +14,8 @@ import torch
 from engines import ENGINES, OLD, Engine
 from hypothesis import settings
 
+from fusedrnn import _C
+
 # No deadline: a first call compiles, and the machine may be shared. CI uses the same examples each
 # time, so that a failure there can be reproduced locally.
 settings.register_profile("local", deadline=None)
@@ -25,10 +27,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 def one_seed_one_thread() -> Iterator[None]:
     """Reset the seed, and use one thread, because pytest-xdist workers already fill the cores.
 
-    A test of threads sets its own number.
+    A test of threads sets its own number, which may exceed the number of cores.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    _C.use_cores(1024)
     yield
     torch.set_default_dtype(torch.float32)  # a test may have changed it
 

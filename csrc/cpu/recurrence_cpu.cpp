@@ -4,6 +4,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
+#include "cores.h"
 #include "engine.h"
 
 namespace fusedrnn::cpu {
@@ -11,10 +14,15 @@ namespace {
 
 struct Engine {
   static at::ScalarType dtype(const Tensor& like) { return like.scalar_type(); }
-  static void run(Call& call) { cpu::run(call.problem, at::get_num_threads()); }
+  static void run(Call& call) { cpu::run(call.problem, num_threads()); }
 };
 
 }  // namespace
+
+int num_threads() {
+  const int threads = at::get_num_threads();
+  return threads > 1 ? std::min(threads, usable_cores()) : threads;
+}
 
 BackwardResults backward(const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& f,
                          const OptionalTensor& g_n, const Tensor& slope_of, const Tensor& x,
@@ -58,7 +66,7 @@ BackwardResults backward(const OptionalTensor& g, const OptionalTensor& d, const
   results.h0 = call.to(p.last, wanted.h0 || wanted.v0);
   results.v0 = call.to(p.last_carry, wanted.v0 && p.form == Form::potential);
   results.a = call.to(p.out[1], wanted.a);
-  if (!call.is_empty()) cpu::run(p, gradients, at::get_num_threads());
+  if (!call.is_empty()) cpu::run(p, gradients, num_threads());
   return results;
 }
 

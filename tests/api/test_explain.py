@@ -123,6 +123,13 @@ def test_threads_and_instruction_set(isa: str) -> None:
     assert f"{isa} kernel, 2 threads; the batch split among 2 groups" in text
 
 
+def test_threads_that_would_exceed_the_cores() -> None:
+    torch.set_num_threads(3)
+    _C.use_cores(2)
+    text = fusedrnn.explain(fusedrnn.RNN(128, 1024), torch.zeros(100, 1, 128))
+    assert "kernel, 2 threads; at most 2 of torch's 3: one for each usable core; the units" in text
+
+
 def test_packed_and_low_precision() -> None:
     rnn = fusedrnn.RNN(8, 10).bfloat16()
     x = pack_sequence([torch.zeros(5, 8).bfloat16(), torch.zeros(3, 8).bfloat16()])

@@ -97,8 +97,82 @@ def test_set_num_threads_is_obeyed():
     alone = count.split("\n")[0] + "\n" + count.split("\n")[2]
     found = [subprocess.check_output([sys.executable, "-c", code]) for code in (alone, count)]
     assert found[0] == found[1]
-    more = count.replace("set_num_threads(1)", "set_num_threads(3)")
+    more = count.replace("set_num_threads(1)", "set_num_threads(3); fusedrnn._C.use_cores(3)")
     assert int(subprocess.check_output([sys.executable, "-c", more])) > int(found[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the affinity")
+def test_threads_do_not_exceed_the_cores_that_the_process_may_use():
+    """In a process of its own: torch creates threads once, for the number of cores at that time."""
+    code = textwrap.dedent("""
+        import os, time, torch, fusedrnn
+
+        def threads():
+            return fusedrnn._C.cpu_threads(), len(os.listdir("/proc/self/task"))
+
+        torch.set_num_threads(1)
+        arguments = torch.zeros(40, 64, 20), torch.zeros(200, 20), torch.zeros(200, 200)
+        cores = os.sched_getaffinity(0)
+        torch.set_num_threads(len(cores) + 2)
+        before = threads()[1]
+        os.sched_setaffinity(0, {min(cores)})
+        time.sleep(0.02)  # until the affinity is read again
+        fusedrnn.rnn(*arguments)
+        limit, after = threads()
+        os.sched_setaffinity(0, cores)
+        time.sleep(0.02)
+        print(limit, after - before, threads()[0] == len(cores))
+    """)
+    found = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert found == "1 0 True\n"
+
+
+def test_neither_torch_s_threads_nor_the_cores_are_exceeded():
+    torch.set_num_threads(3)
+    _C.use_cores(2)
+    assert _C.cpu_threads() == 2
+    _C.use_cores(4)
+    assert _C.cpu_threads() == 3
+
+
+NO_QUOTA = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2),
+        ("0::/a", {"a/cpu.max": "300000 100000", "cpu.max": "400000 100000"}, 3),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),  # half a core
+        ("0::/", {"cpu.max": "max 100000"}, NO_QUOTA),
+        (
+            "3:cpuset:/z\n4:cpu,cpuacct:/a\n0::/",
+            {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (
+            "4:cpuacct,cpu:/docker/of/the/host",  # in a container, whose own group is the mount
+            {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        (
+            "4:cpu:/",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            NO_QUOTA,
+        ),
+        ("3:cpuset:/", {"cpu.max": "100000 100000"}, NO_QUOTA),
+        (None, {}, NO_QUOTA),  # not Linux
+    ],
+)
+def test_the_quota_of_a_cgroup_in_whole_cores(tmp_path, groups, files, cores):
+    if groups is not None:
+        files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+        files["proc/self/cgroup"] = groups
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert _C.cores_in_quota(str(tmp_path)) == cores
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

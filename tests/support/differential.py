@@ -570,6 +570,7 @@ def main() -> int:
     )
     parser.add_argument("--engine", choices=[*map(str, ENGINES)])
     args = parser.parse_args()
+    _C.use_cores(1024)  # several threads even on one core
     engines = available(args.engine)
     if args.case is not None:
         return replay(args.case, engines[args.case % len(engines)])
