@@ -47,14 +47,18 @@ def conditions(cores: int) -> list[Condition]:
     ]
 
 
-def compute_all_the_time() -> None:
-    while True:
-        pass
+def compute_all_the_time(parent: int) -> None:
+    while os.getppid() == parent:  # also ends if the parent is killed
+        for _ in range(1_000_000):
+            pass
 
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    processes = [PROCESSES.Process(target=compute_all_the_time, daemon=True) for _ in range(count)]
+    processes = [
+        PROCESSES.Process(target=compute_all_the_time, args=(os.getpid(),), daemon=True)
+        for _ in range(count)
+    ]
     for process in processes:
         process.start()
     try:

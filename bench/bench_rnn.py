@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from measure import Judge, kept_bytes, peak_growth, take_turns
+from floor import floor
+from measure import Judge, kept_bytes, peak_growth, take_cold_turns, take_turns
 from peers import (
     BACKWARD,
     CELL_PEERS,
@@ -41,6 +42,7 @@ DTYPES = {
 # For a checkout that is built but not installed; an installed fusedrnn takes precedence.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+SIZES = (16, 32, 64, 128, 256, 512, 1024)
 # Sets of shapes. `wide` has shapes from public code (the comment names the use) and corner cases.
 SETS: dict[str, list[Shape]] = {
     "main": [
@@ -79,13 +81,16 @@ SETS: dict[str, list[Shape]] = {
         Shape(8, 1024, 16, 16),
         Shape(32, 1024, 64, 256),  # simulated robots
     ],
+    "grid": [Shape(50, B, H, H) for B in (1, 4, 16, 64, 256) for H in SIZES],
+    "long": [Shape(T, 16, 128, 256) for T in (16, 64, 256, 1024, 4096)],  # for --memory
     "cell": [
         Shape(1, B, H, H)
         for H in (16, 64, 256, 1024)
         for B in (1, 16, 256)
     ],
 }  # fmt: skip
-SECONDS = {"main": 6.0, "wide": 4.0, "cell": 1.5}  # time box per shape and mode
+# The time box per shape and mode.
+SECONDS = {"main": 6.0, "wide": 4.0, "grid": 1.5, "long": 1.0, "cell": 1.5}
 
 
 def prepared(
@@ -93,7 +98,10 @@ def prepared(
 ) -> list[Peer]:
     ready = []
     for kind in kinds:
-        if reason := kind.declines(problem, mode):
+        reason = kind.declines(problem, mode)
+        if problem.batch_sizes is not None and not kind.packs:
+            reason = "it takes no packed batches"
+        if reason:
             report.skipped.setdefault(f"{kind.name}, {mode}", reason)
             continue
         peer = kind()
@@ -118,10 +126,15 @@ def measure(
     results = {p.name: Result(mode, exact.shape, p.name, judge.check(p), flops) for p in ready}
     right = [peer for peer in ready if results[peer.name].check.passed]
 
-    times = take_turns({peer.name: peer.call(mode) for peer in right}, options.seconds)
+    calls = {peer.name: peer.call(mode) for peer in right}
+    times = take_turns(calls, options.seconds)
+    cold = take_cold_turns(calls, options.seconds) if options.cold else {}
+    least = floor(problem, mode) if options.floor else None
     for peer in right:
         result = results[peer.name]
         result.times = times[peer.name]
+        result.cold = cold.get(peer.name, [])
+        result.floor = least
         if mode == BACKWARD and isinstance(peer, TorchPeer):
             if not isinstance(peer, CompiledLoop):  # hooks do not see what it saves
                 result.kept_bytes = kept_bytes(peer)
@@ -134,7 +147,8 @@ def peak_growth_in_child(peer: type[Peer], shape: Shape, options: argparse.Names
     command = [
         sys.executable, __file__, "--peak-of", peer.name, "--shapes", str(shape),
         "--threads", str(options.threads), "--dtype", options.dtype,
-        *(["--grad-input"] if options.grad_input else []),
+        "--grad-input" if options.grad_input else "--no-grad-input",
+        *(["--packed"] if options.packed else []),
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(run.stdout) if run.returncode == 0 else None
@@ -153,7 +167,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--threads", type=int, default=available_cores(), help="of each peer (default: %(default)s)"
     )
     add("--dtype", choices=DTYPES, default="float32")
-    add("--grad-input", action="store_true", help="the backward asks for x's gradient, too")
+    add(
+        "--grad-input",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether x requires a gradient, too (default: yes)",
+    )
+    add("--packed", action="store_true", help="packed sequences, with as many rows as the shape")
+    add("--cold", action="store_true", help="time calls after the caches were overwritten, too")
+    add("--floor", action="store_true", help="add the share of a floor that each call reaches")
     add("--seconds", type=float, help="time box of a shape and mode (default: the set's)")
     add("--memory", action="store_true", help="peak memory of torch's peers, a process each")
     add("--markdown", action="store_true", help="tables in Markdown")
@@ -182,6 +204,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--shapes takes four positive sizes each, such as 256,1,64,64")
     if options.set == "cell" and any(shape.T != 1 for shape in shapes):
         parser.error("--set cell runs a single step: its shapes have T = 1")
+    if options.set == "cell" and options.packed:
+        parser.error("--packed has no meaning for cells")
     options.shapes = shapes or SETS[options.set]
     options.seconds = options.seconds or SECONDS[options.set]
     if options.threads < 1 or options.seconds <= 0:
@@ -196,6 +220,7 @@ def problem_for(shape: Shape, options: argparse.Namespace) -> Problem:
         cell=options.set == "cell",
         grad_input=options.grad_input,
         threads=options.threads,
+        packed=options.packed,
     )
 
 
@@ -204,6 +229,7 @@ def run(options: argparse.Namespace) -> Report:
     kinds = options.kinds
     all_kinds = CELL_PEERS if options.set == "cell" else LAYER_PEERS
     setting = environment(options.threads, options.dtype, options.seconds)
+    setting |= {"grad_input": options.grad_input, "packed": options.packed}
     report = Report(setting, all_kinds[0].name, all_kinds[1].name)
     report.skipped = {kind.name: why for kind in kinds if (why := kind.missing())}
     installed = [kind for kind in kinds if kind.name not in report.skipped]

@@ -1,8 +1,11 @@
-"""Draw the chart of README.md from the results, and print its tables and those of docs/.
+"""Draw the chart of README.md and three plots from the results, and print the tables of documents.
 
     python bench/charts.py
 
 Reads ``results/main.json`` and ``results/gpu-h200/speed-bench.json``; writes ``results/speed.svg``.
+The plots need matplotlib. They are written as PNG and SVG: ``steps`` (the time of a step against H)
+and ``heat`` (the speed-up over nn.RNN for each B and H) from ``results/grid.json``, and ``memory``
+(against T) from ``results/memory.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import gpu_report
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from peers import BACKWARD, FORWARD
 from report import layout, number
 
@@ -166,9 +172,121 @@ def table(cpu: dict[str, Any], mode: str, document: str) -> str:
     return layout(["T, B, I, H", *peers, "×"], cells, markdown=True)
 
 
+def by_sizes(data: dict[str, Any], mode: str) -> dict[tuple[int, int, int], dict[str, Any]]:
+    """Return the results of each (T, B, H), by peer."""
+    found: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for result in data["results"]:
+        if result["mode"] == mode and "us_per_step" in result:
+            T, B, _, H = result["shape"].values()
+            found.setdefault((T, B, H), {})[result["peer"]] = result
+    return found
+
+
+def conditions(data: dict[str, Any]) -> str:
+    env = data["environment"]
+    instructions = env["instruction_set"]
+    return f"{env['dtype']}, {env['threads']} threads, {env['cpu'].split(' (')[0]} ({instructions})"
+
+
+def plot_steps(data: dict[str, Any]) -> Figure:
+    """Plot the time of a step against H = I: a panel for each batch size, a line for each peer."""
+    found = by_sizes(data, BACKWARD)
+    batches = (1, 16, 256)
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(11, 4), layout="constrained")
+    for axis, batch in zip(axes, batches):
+        rows = {H: row for (_, B, H), row in found.items() if B == batch}
+        for peer in (BASELINE, "loop", "JAX scan", OURS):
+            times = {H: row[peer]["us_per_step"] for H, row in rows.items() if peer in row}
+            if times:
+                colour = MARKERS[peer][0] if peer in MARKERS else "black"
+                axis.plot(list(times), list(times.values()), "o-", label=peer, color=colour)
+        floors = {
+            H: 1e6 * row[OURS]["floor_seconds"] / T
+            for (T, B, H), row in found.items()
+            if B == batch
+        }
+        axis.plot(list(floors), list(floors.values()), ":", label="floor (estimated)", color="grey")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(list(rows), list(map(str, rows)))
+        axis.set_xlabel("H = I")
+        axis.set_title(f"B = {batch}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("µs a step, forward + backward")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(conditions(data), fontsize=9)
+    return figure
+
+
+def plot_heat(data: dict[str, Any]) -> Figure:
+    """Colour the speed-up over nn.RNN for each B and H = I; cells that lose have a red frame."""
+    found = by_sizes(data, BACKWARD)
+    batches, units = (sorted({sizes[i] for sizes in found}) for i in (1, 2))
+    ratios = {(B, H): row[OURS]["ratio"]["median"] for (_, B, H), row in found.items()}
+    logs = [[math.log2(ratios[B, H]) for H in units] for B in batches]
+    figure, axis = pyplot.subplots(figsize=(7.5, 4), layout="constrained")
+    most = max(abs(log) for row in logs for log in row)
+    axis.imshow(logs, cmap="RdYlGn", vmin=-most, vmax=most, alpha=0.7, aspect="auto")
+    for y, B in enumerate(batches):
+        for x, H in enumerate(units):
+            axis.text(x, y, f"{ratios[B, H]:.2g}", ha="center", va="center")
+            if ratios[B, H] < 1:
+                axis.add_patch(
+                    Rectangle(
+                        (x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=2.5
+                    )
+                )
+    axis.set_xticks(range(len(units)), list(map(str, units)))
+    axis.set_yticks(range(len(batches)), list(map(str, batches)))
+    axis.set_xlabel("H = I")
+    axis.set_ylabel("B")
+    axis.set_title(
+        f"Times as fast as nn.RNN, forward + backward\n{conditions(data)}; red: slower", fontsize=9
+    )
+    return figure
+
+
+def plot_memory(data: dict[str, Any]) -> Figure:
+    """Plot the memory of forward + backward against T: the peak, and what is kept in between."""
+    found = by_sizes(data, BACKWARD)
+    figure, axis = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for key, style, name in (("peak_bytes", "o-", "peak"), ("kept_bytes", "x:", "kept")):
+        for peer in (BASELINE, OURS):
+            sizes = {T: row[peer][key] / 2**20 for (T, _, _), row in found.items()}
+            colour = MARKERS[peer][0] if peer in MARKERS else "black"
+            axis.plot(
+                list(sizes), list(sizes.values()), style, label=f"{peer}, {name}", color=colour
+            )
+    shape = data["results"][0]["shape"]
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    steps = [T for T, _, _ in found]
+    axis.set_xticks(steps, list(map(str, steps)))
+    axis.set_xlabel(f"T (B = {shape['B']}, I = {shape['I']}, H = {shape['H']})")
+    axis.set_ylabel("MiB, forward + backward")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    axis.set_title(conditions(data), fontsize=9)
+    return figure
+
+
+PLOTS = {
+    "steps": (plot_steps, "grid"),
+    "heat": (plot_heat, "grid"),
+    "memory": (plot_memory, "memory"),
+}
+
+
 def main() -> None:
     cpu, gpu = load("main.json"), load("gpu-h200/speed-bench.json")
     CHART.write_text(draw(cpu, gpu))
+    pyplot.rcParams["svg.hashsalt"] = "fusedrnn"  # the same file every time
+    for name, (plot, source) in PLOTS.items():
+        if not (RESULTS / f"{source}.json").exists():
+            continue
+        figure = plot(load(f"{source}.json"))
+        figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(RESULTS / f"{name}.png", dpi=120)
     for document in TABLES:
         for mode in MODES:
             print(f"{document}, {mode}:\n\n{table(cpu, mode, document)}\n")

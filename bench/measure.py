@@ -22,6 +22,7 @@ FLOOR = 8.0
 
 MIN_ROUNDS = 5  # fewer give no meaningful quartiles
 TURNS = 16  # rounds that a time box is divided into, if a single call is short enough
+OVERWRITTEN = 128 << 20  # bytes: more than the caches of most machines
 PAUSE = 0.001  # seconds between turns: thread pools spin for a while after their last task
 
 
@@ -147,24 +148,50 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Return the seconds per call of each, one value per round, until the time box is full."""
     slot = seconds / (TURNS * len(calls))
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        repeats[name] = max(1, round(slot / time_calls(call, 3)))
 
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    def turn_of(call: Callable[[], Any]) -> Callable[[], float]:
+        call()
+        repeats = max(1, round(slot / time_calls(call, 3)))
+
+        def turn() -> float:
+            if repeats > 1:  # a single long call is hardly affected
+                call()  # wakes its thread pool, and warms the caches
+            return time_calls(call, repeats)
+
+        return turn
+
+    return rounds({name: turn_of(call) for name, call in calls.items()}, seconds, pause)
+
+
+def take_cold_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Do the same with single calls, before each of which all cores overwrite their caches."""
+    other = torch.zeros(OVERWRITTEN // 4)
+
+    def turn_of(call: Callable[[], Any]) -> Callable[[], float]:
+        def turn() -> float:
+            other.add_(1)
+            return time_calls(call, 1)
+
+        return turn
+
+    return rounds({name: turn_of(call) for name, call in calls.items()}, seconds)
+
+
+def rounds(
+    turns: dict[str, Callable[[], float]], seconds: float, pause: float = PAUSE
+) -> dict[str, list[float]]:
+    """Return what each turn returns, one value per round, until the time box is full."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # as timeit does
     try:
         end = time.perf_counter() + seconds
-        order = list(calls)
+        order = list(turns)
         while len(times[order[0]]) < MIN_ROUNDS or time.perf_counter() < end:
             for name in order:
                 time.sleep(pause)
-                if repeats[name] > 1:  # a single long call is hardly affected
-                    calls[name]()  # wakes its thread pool, and warms the caches
-                times[name].append(time_calls(calls[name], repeats[name]))
+                times[name].append(turns[name]())
             order.append(order.pop(0))  # so that no call always follows the same one
     finally:
         if collecting:

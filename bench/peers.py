@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 MODES = (FORWARD, BACKWARD)
@@ -39,6 +40,8 @@ class Shape(NamedTuple):
 class Problem:
     """One layer's inputs, weights and the gradient of its output, in float64 unless cast.
 
+    A packed problem has as many rows as the dense one of its shape.
+
     With two directions there are twice as many weights, and `grad` has twice the features.
     """
 
@@ -47,6 +50,7 @@ class Problem:
     weights: list[Tensor]  # w_ih [H, I], w_hh [H, H], b_ih [H], b_hh [H]
     grad: Tensor  # [T, B, H], of the output
     h0: Tensor | None = None  # [B, H]; None means zero, as in nn.RNN
+    batch_sizes: Tensor | None = None  # packed: x and grad are [T*B, *], and B is a mean
     grad_input: bool = False  # whether to compute x's gradient, too
     threads: int = 1
 
@@ -61,6 +65,7 @@ class Problem:
         threads: int,
         device: torch.device = CPU,
         directions: int = 1,
+        packed: bool = False,
     ) -> Problem:
         """Draw a problem: weights as nn.RNN initialises them, all values exact in `dtype`."""
         T, B, I, H = shape
@@ -77,14 +82,16 @@ class Problem:
             numbers = torch.rand(size, generator=random, dtype=torch.float64, device=device)
             return exact((2 * numbers - 1) * bound)
 
+        rows = (T * B,) if packed else (T, B)
         return cls(
             shape,
-            x=normal(T, B, I),
+            x=normal(*rows, I),
             weights=[
                 uniform(*size) for _ in range(directions) for size in ((H, I), (H, H), (H,), (H,))
             ],
-            grad=normal(T, B, directions * H),
+            grad=normal(*rows, directions * H),
             h0=exact(normal(B, H).tanh()) if cell else None,
+            batch_sizes=ragged(T, B) if packed else None,
             grad_input=grad_input,
             threads=threads,
         )
@@ -100,8 +107,12 @@ class Problem:
 
     def first(self, steps: int) -> Problem:
         """Return the problem of the first steps; of all steps if there are fewer."""
-        x, grad = self.x[:steps], self.grad[:steps]
-        return replace(self, shape=self.shape._replace(T=x.size(0)), x=x, grad=grad)
+        shape = self.shape._replace(T=min(steps, self.shape.T))
+        if self.batch_sizes is None:
+            return replace(self, shape=shape, x=self.x[:steps], grad=self.grad[:steps])
+        sizes = self.batch_sizes[:steps]
+        rows = int(sizes.sum())
+        return replace(self, shape=shape, x=self.x[:rows], grad=self.grad[:rows], batch_sizes=sizes)
 
     def flops(self, mode: str) -> int:
         T, B, I, H = self.shape
@@ -112,6 +123,12 @@ class Problem:
         return 2 * rows * H * (2 * I + 3 * H + (I if self.grad_input else 0))
 
 
+def ragged(T: int, B: int) -> Tensor:
+    """Return the batch sizes of B sequences with lengths from 1 to 2T - 1, evenly, T on average."""
+    lengths = torch.tensor([T + int((T - 1) * (B - 1 - 2 * b) / max(B - 1, 1)) for b in range(B)])
+    return (lengths > torch.arange(int(lengths.max())).unsqueeze(1)).sum(1)
+
+
 class Peer:
     """One way to run the layer. Results may be the peer's own arrays, but must be complete."""
 
@@ -119,6 +136,7 @@ class Peer:
     eps: float = 0.0  # of a peer that computes in lower precision than the problem's
     compile_seconds: float | None = None  # of a peer that measures it
     requires: ClassVar[tuple[str, ...]] = ()  # modules to import
+    packs: ClassVar[bool] = False  # whether it takes packed batches
 
     @classmethod
     def missing(cls) -> str | None:
@@ -214,11 +232,14 @@ class ModulePeer(TorchPeer):
         return list(module.parameters())
 
     def output(self) -> Tensor:
-        return self.module(self.x)[0]
+        if self.problem.batch_sizes is None:
+            return self.module(self.x)[0]
+        return self.module(PackedSequence(self.x, self.problem.batch_sizes))[0].data
 
 
 class TorchRNN(ModulePeer):
     name = "nn.RNN"
+    packs = True
 
     def make_module(self, I: int, H: int) -> nn.Module:
         return nn.RNN(I, H, bidirectional=self.bidirectional)
@@ -226,6 +247,7 @@ class TorchRNN(ModulePeer):
 
 class FusedRNN(ModulePeer):
     name = "fusedrnn"
+    packs = True
 
     @classmethod
     def missing(cls) -> str | None:
@@ -252,8 +274,11 @@ class UnbindLoop(TorchPeer):
     """
 
     name = "loop"
+    packs = True
 
     def output(self) -> Tensor:
+        if self.problem.batch_sizes is not None:
+            return self.run_packed(self.x, self.problem.batch_sizes, *self.weights)
         output = self.run(self.x, self.h0, *self.weights[:4])
         if len(self.weights) == 4:
             return output
@@ -271,6 +296,18 @@ class UnbindLoop(TorchPeer):
             h = torch.tanh(u_t + h @ w_hh.T)
             states.append(h)
         return torch.stack(states)
+
+    @staticmethod
+    def run_packed(
+        x: Tensor, batch_sizes: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+    ) -> Tensor:
+        u = F.linear(x, w_ih, b_ih + b_hh)
+        h = u.new_zeros(int(batch_sizes[0]), u.size(-1))
+        states = []
+        for u_t in u.split(batch_sizes.tolist()):
+            h = torch.tanh(u_t + h[: u_t.size(0)] @ w_hh.T)
+            states.append(h)
+        return torch.cat(states)
 
 
 class CellLoop(ModulePeer):
@@ -290,6 +327,7 @@ class CellLoop(ModulePeer):
 
 class CompiledLoop(UnbindLoop):
     name = "torch.compile"
+    packs = False
     max_T = 32  # the graph is unrolled: compiling takes a second or more per step
 
     @classmethod

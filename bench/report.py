@@ -41,6 +41,8 @@ class Result:
     check: Check
     flops: int
     times: list[float] = field(default_factory=list)  # seconds per call, by round; [] if wrong
+    cold: list[float] = field(default_factory=list)  # the same after the caches were overwritten
+    floor: float | None = None  # seconds, of the problem
     kept_bytes: int | None = None
     peak_bytes: int | None = None
 
@@ -52,9 +54,14 @@ class Result:
     def gflops(self) -> float:
         return self.flops / statistics.median(self.times) / 1e9
 
-    def ratio_to(self, other: Result) -> Quartiles:
-        """Return how many times as fast as `other` this is, by round."""
-        return Quartiles.of([b / a for a, b in zip(self.times, other.times)])
+    def ratio_to(self, other: Result, which: str = "times") -> Quartiles:
+        """Return how many times as fast as `other` this is, by round; `which` may be "cold"."""
+        pairs = zip(getattr(self, which), getattr(other, which))
+        return Quartiles.of([b / a for a, b in pairs])
+
+    @property
+    def share_of_floor(self) -> float | None:
+        return self.floor and self.floor / statistics.median(self.times)
 
     def as_json(self, baseline: Result | None) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -73,6 +80,12 @@ class Result:
             }
             if baseline is not None:
                 row["ratio"] = asdict(self.ratio_to(baseline))
+            if self.floor is not None:
+                row |= {"floor_seconds": self.floor, "share_of_floor": self.share_of_floor}
+            if self.cold:
+                row["cold_seconds_per_call"] = self.cold
+                if baseline is not None:
+                    row["cold_ratio"] = asdict(self.ratio_to(baseline, "cold"))
         return row
 
 
@@ -253,6 +266,17 @@ def describe(report: Report) -> list[str]:
         f"Each was first held against a float64 loop: at most {SLACK:g} times {report.baseline}'s "
         f"own error plus {FLOOR:g} eps of the largest value.",
     ]
+    gradient = "" if env["grad_input"] else "no "
+    lines.append(f"With backward, x requires {gradient}gradient.")
+    if env["packed"]:
+        lines.append(
+            "Packed: B sequences with lengths from 1 to 2T - 1, T on average; µs/step is the time "
+            "of a call over T, as for a dense batch of as many rows."
+        )
+    if any(result.floor for result in report.results):
+        lines.append("floor: an estimate of the least time (bench/floor.py); share: reached of it.")
+    if any(result.cold for result in report.results):
+        lines.append("cold: single calls after all cores overwrote their caches.")
     if busy is not None and busy > 0.05:
         lines.append(f"NOT ALONE: other processes kept {busy:g} cores busy meanwhile")
     return lines + [f"skipped: {who}: {why}" for who, why in report.skipped.items()]
@@ -294,8 +318,30 @@ def rows_of(report: Report, mode: str) -> tuple[list[str], list[list[str]]]:
         count = getattr(row[peer], attribute) if peer in row else None
         return "-" if count is None else number(count / 2**20)
 
+    has_floor = any(result.floor for row in table.values() for result in row.values())
+    cold = [
+        peer for peer in report.peers if any(peer in r and r[peer].cold for r in table.values())
+    ]
+
+    def floor(row: dict[str, Result]) -> list[str]:
+        if not has_floor:
+            return []
+        if ours not in row:
+            return ["-", "-"]
+        result = row[ours]
+        seconds, share = result.floor or 0.0, result.share_of_floor or 0.0
+        return [number(1e6 * seconds / result.shape.T), f"{share:.0%}"]
+
+    def cold_speed(row: dict[str, Result], peer: str) -> str:
+        if peer not in row or base not in row:
+            return "-"
+        result = row[peer]
+        speed = number(1e6 * statistics.median(result.cold) / result.shape.T)
+        return f"{speed} ({result.ratio_to(row[base], 'cold').median:.2f})"
+
     header = ["T,B,I,H", f"{base} µs/step", f"{ours} µs/step", "GFLOP/s", "×", "[quartiles]"]
-    header += [f"{peer} (×)" for peer in others] + [title for title, _, _ in memory]
+    header += ["floor", "share"] * has_floor + [f"{peer} (×)" for peer in others]
+    header += [f"{peer} cold (×)" for peer in cold] + [title for title, _, _ in memory]
     rows = [
         [
             str(shape),
@@ -304,10 +350,12 @@ def rows_of(report: Report, mode: str) -> tuple[list[str], list[list[str]]]:
             number(row[ours].gflops) if ours in row else "-",
             ratio(row, ours),
             quartiles(row),
+            *floor(row),
             *(
                 f"{speed(row, peer)} ({ratio(row, peer)})" if peer in row else "-"
                 for peer in others
             ),
+            *(cold_speed(row, peer) for peer in cold),
             *(mebibytes(row, peer, attribute) for _, peer, attribute in memory),
         ]
         for shape, row in table.items()

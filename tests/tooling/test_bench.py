@@ -16,6 +16,8 @@ from typing import Any
 import bench_loops
 import bench_rnn
 import bench_software
+import charts
+import floor
 import measure
 import peers
 import pytest
@@ -40,7 +42,7 @@ def run(*arguments: str, program: str = "bench_rnn.py") -> subprocess.CompletedP
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """Output and JSON of a run over two shapes."""
     path = tmp_path_factory.mktemp("bench") / "out.json"
-    ran = run("--shapes", "3,2,5,7", "2,1,1,1", "--grad-input", "--json", str(path), *TINY)
+    ran = run("--shapes", "3,2,5,7", "2,1,1,1", "--json", str(path), *TINY)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout, json.loads(path.read_text())
 
@@ -131,6 +133,73 @@ def test_sets_span_what_they_promise() -> None:
     for size, span in spans.items():
         values = [getattr(shape, size) for shape in wide]
         assert (min(values), max(values)) == span
+
+
+def test_packed_cold_and_floor(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    ran = run("--shapes", "3,4,2,5", "--packed", "--cold", "--floor", "--json", str(path), *TINY)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for words in ("Packed: ", "floor  share", "nn.RNN cold (×)", "fusedrnn cold (×)"):
+        assert words in ran.stdout
+    data = json.loads(path.read_text())
+    assert data["skipped"]["RNNCell loop, forward"] == "it takes no packed batches"
+    assert len(data["results"]) == 2 * 3  # modes, peers
+    for result in data["results"]:
+        assert result["check"]["passed"]
+        assert len(result["cold_seconds_per_call"]) >= measure.MIN_ROUNDS
+        assert result["cold_ratio"]["median"] > 0
+        assert result["floor_seconds"] > 0
+        assert result["share_of_floor"] > 0
+
+
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (5, 1), (1, 4), (5, 2), (10, 16), (7, 33)])
+def test_packed_problems_have_as_many_rows_as_dense_ones(T: int, B: int) -> None:
+    sizes = peers.ragged(T, B)
+    assert sizes.sum() == T * B
+    assert sizes[0] == B
+    assert sizes[-1] > 0
+    assert (sizes.diff() <= 0).all()
+    assert len(sizes) == (2 * T - 1 if B > 1 else T)
+
+
+def test_the_gradient_of_x_is_named(tiny: tuple[str, dict[str, Any]]) -> None:
+    assert "x requires gradient." in tiny[0]
+    ran = run("--shapes", "2,1,1,1", "--no-grad-input", *TINY)
+    assert "x requires no gradient." in ran.stdout
+
+
+def test_a_floor_has_a_barrier_in_each_step_if_threads_share_the_units() -> None:
+    def floor_of(B: int, threads: int) -> float:
+        shape = peers.Shape(10, B, 64, 2048)
+        problem = peers.Problem.random(
+            shape, torch.float64, cell=False, grad_input=True, threads=threads
+        )
+        return floor.floor(problem, peers.FORWARD)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("product_rate", "copy_rate"):
+            patch.setattr(floor, name, lambda *_: 1e30)
+        patch.setattr(floor, "read_rate", lambda _: 1e9)
+        reads = 10 * 8 * 2048**2 / 1e9
+        assert floor_of(1, 1) == floor_of(2, 2) == pytest.approx(reads)
+        assert floor_of(1, 2) == pytest.approx(reads / 2 + 10 * floor.BARRIER)
+
+
+def test_plots_of_results(tmp_path: Path) -> None:
+    sizes = [f"3,{B},{H},{H}" for B in (1, 16, 256) for H in (2, 4)]
+    path = tmp_path / "out.json"
+    ran = run("--shapes", *sizes, "--floor", "--json", str(path), *TINY)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    data = json.loads(path.read_text())
+    steps, heat = charts.plot_steps(data), charts.plot_heat(data)
+    assert [axis.get_title() for axis in steps.axes] == ["B = 1", "B = 16", "B = 256"]
+    assert [len(axis.lines) for axis in steps.axes] == [4, 4, 4]  # nn.RNN, loop, fusedrnn, floor
+    assert len(heat.axes[0].texts) == 6
+    lost = sum(float(text.get_text()) < 1 for text in heat.axes[0].texts)
+    assert len(heat.axes[0].patches) == lost
+    for result in data["results"]:
+        result["peak_bytes"] = result["kept_bytes"]  # --memory would take a process each
+    assert len(charts.plot_memory(data).axes[0].lines) == 4  # two peers, peak and kept
 
 
 # ---- bench_loops.py
