@@ -1,8 +1,8 @@
 """Report which kernel will run, why, and what a step costs.
 
-No decision is reimplemented here: the module runs once, the calls of the engine's ops are
-intercepted before they start, and the planner is called with the arguments of each. On a CPU, the
-cost is measured; on a GPU, it is the planner's prediction.
+The module runs once with the engine's ops intercepted, and the planner is called with the arguments
+of each op. No decision is reimplemented here. On a CPU, the cost is measured; on a GPU, it is the
+planner's prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CELLS = (torch.rnn_tanh_cell, torch.rnn_relu_cell)
 
 @dataclass
 class _Call:
-    """The call for one layer and direction, of the engine or of what `instead` describes."""
+    """One call, for one layer and direction; ``instead`` says what runs if the engine does not."""
 
     x: Tensor
     T: int = 1
@@ -45,11 +45,11 @@ class _Call:
 
     @property
     def problem(self) -> tuple[Any, ...]:
-        """What the planner is asked; calls with the same problem are described once."""
+        """Return the planner's inputs; consecutive calls with equal inputs are described once."""
         return self.T, self.B, self.I, self.H, self.packed, self.leaky, self.instead
 
 
-class _Catcher(TorchFunctionMode):
+class _Recorder(TorchFunctionMode):
     """Record the calls of the engine and of torch's cells, and return uninitialised tensors."""
 
     def __init__(self) -> None:
@@ -86,36 +86,38 @@ class _Catcher(TorchFunctionMode):
 def _calls(module: Any, x: Tensor | PackedSequence) -> list[_Call]:
     """Return the calls that ``module(x)`` makes, in order."""
     if isinstance(module, (nn.RNN, nn.RNNCell)) and not isinstance(module, modules.RNNCell):
-        # A shallow copy; copy.copy refuses parametrized modules.
+        # Copy, because replace works in place; copy.copy refuses parametrized modules.
         original, module = module, type(module).__new__(type(module))
         module.__dict__ = original.__dict__.copy()
         module = modules.replace(module)
     if not isinstance(module, (modules.Layers, modules.RNNCell, LeakyRNNCell)):
-        raise TypeError(f"explain: expected an RNN or an RNNCell, got {type(module).__name__}")
+        raise TypeError(
+            f"fusedrnn: module must be an RNN or an RNN cell, got {type(module).__name__}"
+        )
     data = x.data if isinstance(x, PackedSequence) else x
-    catcher = _Catcher()
+    recorder = _Recorder()
 
     def loop(reason: str) -> None:
-        catcher.calls.append(_Call(data, instead=f"a plain loop over time: {reason}"))
+        recorder.calls.append(_Call(data, instead=f"a plain loop over time: {reason}"))
 
     devices = [data.device] if data.is_cuda else []
     with (
         torch.random.fork_rng(devices),  # dropout between layers draws random numbers
         mock.patch.object(functional, "_warn_slow", loop),
-        catcher,
+        recorder,
     ):
-        # Not module(x): hooks would see uninitialised results.
+        # Call forward directly: hooks must not see uninitialised results.
         module.forward(x)  # type: ignore[arg-type]
-    return catcher.calls
+    return recorder.calls
 
 
 def _plan(call: _Call, adjoint: bool) -> dict[str, Any]:
-    """Return the plan for one recurrence of a call as a dictionary, described in ``words``."""
+    """Return the plan of one pass as a dictionary; ``words`` describes it."""
     if call.x.is_cuda:
         return _plan_cuda(call, adjoint, call.x.device.index)
     if call.x.device.type == "cpu":
         return _plan_cpu(call, adjoint)
-    return {"words": f"nothing: tensors on {call.x.device} have no values"}
+    return {"words": f"no kernel: tensors on {call.x.device} hold no data"}
 
 
 def _plan_cuda(call: _Call, adjoint: bool, device: int | dict[str, Any]) -> dict[str, Any]:
@@ -150,15 +152,19 @@ def _plan_cpu(call: _Call, adjoint: bool) -> dict[str, Any]:
             f"at most {most} of torch's {torch.get_num_threads()}: one for each usable core"
         )
     if batch_groups > 1:
-        words.append(f"the batch split among {batch_groups} groups, which need no synchronisation")
+        words.append(f"batch split among {batch_groups} groups, without synchronisation")
     if hidden_groups > 1:
-        words.append(f"the units split among {hidden_groups} threads, which synchronise every step")
+        words.append(
+            f"hidden units split among {hidden_groups} threads, which synchronise every step"
+        )
     if plan["gemms"]:
-        words.append("with the GEMMs of the gradients, a chunk of steps at a time")
-    words.append("weights packed first" if plan["pack"] else "weights read in place: few rows")
+        words.append("gradient GEMMs included, one chunk of steps at a time")
+    words.append("weights packed first" if plan["pack"] else "weights not packed: few rows")
     if call.I and not adjoint:
-        ahead = f"for {plan['chunk']} steps ahead" if plan["project_ahead"] else "in each step"
-        words.append(f"the input multiplied {ahead}")
+        ahead = f"{plan['chunk']} steps at a time, ahead of the recurrence"
+        words.append(
+            f"input products computed {ahead if plan['project_ahead'] else 'in each step'}"
+        )
     if call.x.element_size() < 4:
         words.append("computed in float32")
     return {**plan, "words": "; ".join(words)}
@@ -167,8 +173,8 @@ def _plan_cpu(call: _Call, adjoint: bool) -> dict[str, Any]:
 def plans(module: nn.Module, x: Tensor | PackedSequence) -> list[dict[str, Any]]:
     """Return the plans for the forward and backward pass of each layer and direction.
 
-    Each element is ``{"forward": plan, "backward": plan}``, or ``{"instead": reason}`` where the
-    engine does not run. A plan has the fields of ``csrc/cpu/plan.h`` or ``csrc/cuda/plan.h``, and
+    Each element is ``{"forward": plan, "backward": plan}``, or ``{"instead": reason}`` if the
+    engine does not run. A plan has the fields of ``_C.plan_cpu`` or ``_C.plan_cuda``, and
     ``words``.
     """
     return [
@@ -182,9 +188,8 @@ def plans(module: nn.Module, x: Tensor | PackedSequence) -> list[dict[str, Any]]
 def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
     """Describe which kernel ``module(x)`` will run, why, and what a step costs.
 
-    Equal layers are described once. On a CPU, the forward pass of each different layer is run
-    several times to measure a step, which takes at least 0.1 s each. On a GPU, the cost is the
-    planner's prediction.
+    Consecutive equal layers are described once. On a CPU, the forward pass of each distinct layer
+    is timed for at least 0.1 s. On a GPU, the cost is the planner's prediction.
 
     Args:
         module: An RNN or a cell of this package. A ``torch.nn.RNN`` or ``torch.nn.RNNCell`` is
@@ -210,7 +215,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
     lines = [f"{module}, {data.dtype} on {data.device}"]
     layers = getattr(module, "num_layers", 1)
     bidirectional = bool(getattr(module, "bidirectional", False))
-    for where, call in _different(calls, len(calls) // layers, bidirectional):
+    for where, call in _distinct(calls, len(calls) // layers, bidirectional):
         if call.instead:
             lines.append(f"{where}: {call.instead}")
             continue
@@ -222,15 +227,15 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> str:
             backward = _plan(call, True)
             lines.append(f"  backward: {backward['words']}")
             if not backward.get("gemms"):
-                lines.append("            then one GEMM of torch's for each gradient of a weight")
+                lines.append("            then one torch GEMM for each weight gradient")
         lines += [f"  {line}" for line in _cost(call, plan)]
     return "\n".join(lines)
 
 
-def _different(
+def _distinct(
     calls: Sequence[_Call], of_a_layer: int, bidirectional: bool
 ) -> Iterator[tuple[str, _Call]]:
-    """Yield neighbouring calls with the same problem once, with the names of their layers."""
+    """Yield one call of each run of equal consecutive calls, with the name of its layers."""
     for _, group in groupby(enumerate(calls), lambda pair: pair[1].problem):
         numbers, equal = zip(*group)
         first, last = numbers[0] // of_a_layer, numbers[-1] // of_a_layer
@@ -241,28 +246,28 @@ def _different(
 # What a step waits for in each regime of the CUDA engine.
 _WAITS = {
     "block": "the chain of product, sum and nonlinearity within one SM",
-    "cluster": "that chain and the exchange of the states between the blocks of a cluster",
-    "grid": "that chain and a barrier of all blocks after every step",
+    "cluster": "the chain of product, sum and nonlinearity, and the exchange of states",
+    "grid": "the chain of product, sum and nonlinearity, and a barrier of all blocks in every step",
     "step": "one launch and the weights, read from L2 or memory in every step",
 }
 
 
 def _cost(call: _Call, plan: dict[str, Any]) -> list[str]:
-    """Return what a step of the forward pass costs, and what bounds it."""
+    """Return lines with the cost of a forward step and its likely bound."""
     multiplications = call.B * call.H * (call.I + call.H)
     step = f"a step:   {multiplications:,} multiplications"
     if "regime" in plan:
         microseconds = plan["microseconds"] + plan["input_microseconds"]
         waits = _WAITS[plan["regime"]]
         return [f"{step}; predicted, not measured: {_short(microseconds)} µs, mostly for {waits}"]
-    if "hidden_groups" not in plan:  # no kernel: there are only sizes
+    if "hidden_groups" not in plan:  # meta tensors: nothing to measure
         return []
     size = 8 if call.x.dtype == torch.float64 else 4
     weights = size * call.H * (call.I + call.H)
     part = weights // plan["hidden_groups"]
-    share = "of each thread " * (plan["hidden_groups"] > 1)
+    share = " per thread" * (plan["hidden_groups"] > 1)
     cache = next((name for name, holds in _caches() if part <= holds), None)
-    place = f"fit in {cache}" if cache else "fit in no cache, and are read from memory"
+    place = f"fit in {cache}" if cache else "too large for any cache"
     microseconds = _measured(call)
     rate = multiplications / microseconds / _gemm_rate(call.x.dtype, torch.get_num_threads())
     if rate >= 0.5:
@@ -272,7 +277,7 @@ def _cost(call: _Call, plan: dict[str, Any]) -> list[str]:
     else:
         bound = "reading the weights in every step"
     return [
-        f"weights:  {_short(part / 1024)} KB {share}{place}",
+        f"weights:  {_short(part / 1024)} KB{share}, {place}",
         f"{step}; measured now: {_short(microseconds)} µs, {rate:.0%} of the rate of a large GEMM; "
         f"likely bound by {bound}",
     ]
@@ -283,7 +288,7 @@ def _short(number: float) -> str:
 
 
 def _caches() -> list[tuple[str, int]]:
-    """Return the data caches of the first core, by size, as Linux describes them."""
+    """Return the data caches of the first core, smallest first, as Linux reports them."""
     found = []
     for path in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind, level, size = (
@@ -295,7 +300,7 @@ def _caches() -> list[tuple[str, int]]:
 
 
 def _best(run: Callable[[], Any]) -> float:
-    """Return the shortest of several times of a call, in microseconds; it takes 0.1 s or more."""
+    """Time ``run`` for at least 0.1 s and return the shortest time, in microseconds."""
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - begin < 0.1:
@@ -309,7 +314,7 @@ def _best(run: Callable[[], Any]) -> float:
 def _measured(call: _Call) -> float:
     """Return the time of a step, in microseconds."""
     x, *others = call.args
-    zeros = torch.zeros_like(x)  # above the first layer, x was never computed
+    zeros = torch.zeros_like(x)  # above the first layer, x is uninitialised
     return _best(lambda: ops.activation(zeros, *others)) / call.T
 
 
