@@ -18,8 +18,8 @@
 namespace fusedrnn::cpu {
 
 // A barrier for threads that should all arrive within a microsecond. They spin first, and then
-// sleep: another thread may need the core to arrive. They do not yield instead, because then a busy
-// process would run for milliseconds before they check again.
+// sleep, because another thread may need the core in order to arrive. Yielding would be worse: a
+// busy process could then run for milliseconds before they check again.
 class SpinBarrier {
  public:
   // The state of one thread, kept between its waits. A thread that had to sleep may share its core,
@@ -49,8 +49,8 @@ class SpinBarrier {
 #endif
     }
     visitor.spins_ = std::max(visitor.spins_ / 2, Visitor::kMinSpins);
-    // The last thread to arrive changes rounds_ before it reads asleep_. So either it sees this
-    // thread, or this thread sees its change.
+    // The last thread to arrive changes rounds_ before it reads asleep_. So either it sees that
+    // this thread sleeps, or this thread sees the new round.
     ++asleep_;
     while (rounds_.load() == round) sleep_while(round);
     --asleep_;

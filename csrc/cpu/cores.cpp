@@ -15,9 +15,9 @@ namespace {
 
 std::atomic<int> overridden{0};
 
-// The quota of one group, in cores.
+// The quota of one group, in cores; INT_MAX if it has none.
 double quota_of(const std::string& group, bool version2) {
-  // A number that is not there, or "max", is read as 0.
+  // A missing value, or "max", is read as 0.
   double quota = 0, period = 0;
   std::ifstream file(group + (version2 ? "/cpu.max" : "/cpu.cfs_quota_us"));
   file >> quota;
@@ -40,7 +40,8 @@ int cores_in_quota(const std::string& root) {
     const bool version2 = controllers == ",,";
     if (!version2 && controllers.find(",cpu,") == std::string::npos) continue;
     const std::string mount = root + "/sys/fs/cgroup" + (version2 ? "" : "/cpu");
-    // In a container, the path may be that of the host, and only the last of these groups exists.
+    // In a container, the path may be the one on the host. Then only the last of these groups, the
+    // mount itself, exists.
     std::string path = line.substr(second + 1);
     for (size_t end = path.size(); end != std::string::npos; end = path.rfind('/')) {
       path.resize(end);
@@ -59,7 +60,8 @@ int usable_cores() {
   thread_local Clock::time_point until;
   const Clock::time_point now = Clock::now();
   if (cores == 0 || now > until) {
-    // With OMP_PROC_BIND, the affinity of a thread is one core; OpenMP counts those of the process.
+    // With OMP_PROC_BIND, a thread's affinity is a single core. OpenMP then counts the cores of the
+    // process.
     cores = std::min(omp_get_num_procs(), quota);
     until = now + std::chrono::milliseconds(10);
   }

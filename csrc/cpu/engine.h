@@ -12,54 +12,54 @@ namespace fusedrnn::cpu {
 // The instruction set in use; by default the best that this machine supports.
 const InstructionSet& instruction_set();
 
-// The one of this name, or null if it was not compiled.
+// The instruction set of this name, or null if it was not compiled.
 const InstructionSet* find_instruction_set(const std::string& name);
 
 // Selects another instruction set. Returns false if this machine does not support it.
 bool use_instruction_set(const std::string& name);
 
-// What BPTT computes from δ (gradients.h), besides the adjoint recurrence. Results are dense; those
-// that are null are not computed. If the recurrence has no `out[0]`, δ is not kept.
+// What BPTT computes from δ besides the adjoint recurrence (gradients.h). Results are dense; those
+// whose pointer is null are not computed. If `out[0]` of the recurrence is null, δ is not kept.
 struct Gradients {
-  int64_t I = 0;  // of x
+  int64_t I = 0;  // features of x
   Series x;
   const void* w_ih = nullptr;
   int64_t w_ih_row = 0;
-  Series h;               // the states after each step
-  States h0;              // and before the first one; optional (0)
+  Series h;               // the state after each step
+  States h0;              // the state before the first step; optional (0)
   void* dx = nullptr;     // [T, B, I] or packed
   void* dw_ih = nullptr;  // [H, I]
   void* dw_hh = nullptr;  // [H, H]
   void* db = nullptr;     // [H]
 
-  // Multiplications of the GEMMs for each row of δ.
+  // The multiplications of the GEMMs per row of δ.
   static constexpr int64_t multiplications(int64_t H, int64_t I, bool dx, bool dw_ih, bool dw_hh) {
     return H * (I * (dx + dw_ih) + H * dw_hh);
   }
   int64_t multiplications(int64_t H) const { return multiplications(H, I, dx, dw_ih, dw_hh); }
 };
 
-// Whether the GEMMs of BPTT are at least as fast in the engine as in torch, for weights of
-// `weights` numbers. torch widens bf16 and f16 slowly. For the others its BLAS is MKL on x86, which
-// reaches the full rate of AVX2, but half the rate of AVX-512 on AMD.
+// Whether the GEMMs of BPTT are at least as fast in the engine as in torch, for matrices of
+// `weights` elements in total. torch widens bf16 and f16 slowly. For the other types, its BLAS on
+// x86 is MKL, which reaches the full rate of AVX2, but only half the rate of AVX-512 on AMD.
 bool multiplies_as_fast(const InstructionSet& set, Storage storage, int64_t weights);
 
-// Allows or forbids that BPTT is one call of this engine. Tests forbid it where another engine
-// takes the place of the adjoint op.
+// Allows or forbids BPTT as one call of this engine. Tests forbid it if another engine replaces the
+// adjoint op.
 void allow_gemms(bool allowed);
 
-// Sets a function that a long call calls on its own thread, about every 10 ms. If it returns an
-// exception, the call ends early and throws it.
+// Sets a function that a long call runs about every 10 ms, on the thread that made the call. If it
+// returns an exception, the call ends early and throws it.
 void use_interruption(std::exception_ptr (*interruption)());
 
-// What that function returns now; null if there is none.
+// Calls that function and returns its result; null if none is set.
 std::exception_ptr interruption();
 
 // Runs a problem on at most `threads` threads and returns when it is done. B, T and H must be at
 // least 1.
 void run(const Problem& problem, int threads);
 
-// The same for an adjoint, with the gradients that follow from it.
+// The same for an adjoint, which also computes the gradients that follow from it.
 void run(const Problem& problem, const Gradients& gradients, int threads);
 
 }  // namespace fusedrnn::cpu

@@ -1,6 +1,6 @@
-// The GEMMs of BPTT: the gradients of the weights, the bias and the inputs, from the δ of a chunk
-// of steps while it is still in cache. All threads of a call take part, after the adjoint
-// recurrence of the chunk.
+// Computes the gradients of the weights, the bias and the inputs by GEMMs. After the adjoint
+// recurrence of a chunk of steps, all threads of the call multiply the chunk's δ, which is still in
+// cache.
 //
 //   dx = δ W_ih      dW_ih = Σ δᵀ x      dW_hh = Σ δᵀ h'      db = Σ δ
 //
@@ -21,7 +21,8 @@
 namespace fusedrnn::cpu {
 
 // out[i][:] = Σ_k rows[i * row + k] · w[k], plus the old value if `add`, for i < n and the columns
-// of one panel. The panel is used in pieces that stay in the L1 or L2 cache for all rows.
+// of one panel. The panel is divided into pieces that stay in the L1 or L2 cache while all rows are
+// multiplied.
 template <class C>
 void gemm(const Kernels<C>& kernels, const C* rows, int64_t row, int64_t n, int64_t size,
           const C* w, int64_t w_stride, int vectors, C* out, int64_t out_row, bool add) {
@@ -91,16 +92,15 @@ class GradientGemms {
   // The number of steps whose δ is kept until the GEMMs.
   int64_t steps() const { return steps_; }
 
-  // Where the recurrence stores δ of row b at time t, which belongs to the chunk that starts at
-  // time t0.
+  // Where the recurrence stores δ of row b at step t; the chunk of that step begins at step t0.
   void* delta(int64_t t, int64_t b, int64_t t0) const {
     const int64_t row = layout_.rows_before(t) + b - (keeps_all_ ? 0 : layout_.rows_before(t0));
     return layout_.at(delta_, row * delta_row_);
   }
   int64_t delta_row() const { return delta_row_; }
 
-  // What follows is done by all threads. Every thread must have returned from one function before
-  // any thread enters the next one.
+  // All threads call each of the following functions. Every thread must have returned from one
+  // function before any thread enters the next one.
 
   void pack_weights(int thread) {
     if (!g_.dx) return;
@@ -126,7 +126,8 @@ class GradientGemms {
     }
   }
 
-  // Adds the products of the steps [t0, t1) to the gradients of the weights.
+  // Stores the products of the steps [t0, t1) as the gradients of the weights, or adds them if
+  // `add`.
   void add_to_weights(int thread, int64_t t0, int64_t t1, bool add) {
     const int64_t rows = layout_.rows_before(t1) - layout_.rows_before(t0);
     const int64_t row = transposed_row_, blocks = ceil_div(p_.H, k_.rows);
@@ -169,7 +170,7 @@ class GradientGemms {
  private:
   static constexpr int64_t kChunkRows = 256;
 
-  // x or h', whose product with δᵀ is the gradient of a weight.
+  // x or h': its product with δᵀ is the gradient of a weight matrix.
   struct Factor {
     bool is_state;  // h'
     void* gradient;
@@ -186,7 +187,7 @@ class GradientGemms {
     int64_t row, count;
   };
 
-  // Panels of `columns` columns: all but the last are `width()` wide.
+  // The panels of a matrix of `columns` columns: all but the last are `width()` wide.
   int64_t width() const { return k_.vectors * k_.lanes; }
   int64_t padded(int64_t columns) const { return ceil_div(columns, k_.lanes) * k_.lanes; }
   int64_t panels(int64_t columns) const { return ceil_div(columns, width()); }
@@ -196,10 +197,11 @@ class GradientGemms {
     return int(ceil_div(columns(of, panel), k_.lanes));
   }
 
-  // Whether whole vectors of the compute type fit the rows of a result.
+  // Whether the GEMMs can write a result in place: each row consists of whole vectors of the
+  // compute type.
   bool writes_directly(int64_t columns) const { return !widened_ && columns % k_.lanes == 0; }
 
-  // Whether the rows of W_ih serve as a panel.
+  // Whether a panel of W_ih is used where it lies, without packing.
   bool reads_in_place(int64_t panel) const {
     return reads_w_ih_ && columns(g_.I, panel) % k_.lanes == 0;
   }
@@ -260,7 +262,7 @@ class GradientGemms {
     }
   }
 
-  // Transposes δ of a chunk, and sums it.
+  // Transposes the δ of a chunk, and sums it over rows for db.
   void transpose(int thread, int64_t t0, int64_t rows) {
     const int64_t groups = ceil_div(p_.H, k_.lanes), row = transposed_row_;
     const int64_t unit0 = split_at(groups, threads_, thread) * k_.lanes;
@@ -292,7 +294,7 @@ class GradientGemms {
     return runs;
   }
 
-  // The states that the steps start from, without resets.
+  // The states that the steps start from, regardless of resets.
   std::vector<Rows> states(int64_t t0, int64_t t1) const {
     std::vector<Rows> runs;
     for (int64_t t = t0; t < t1; ++t) {

@@ -13,8 +13,9 @@ constexpr int kMaxVectors = 4;  // vectors across the register tile, at most
 constexpr int kMaxDotRows = 4;  // rows of the tile of `dot`, at most
 
 // tile[i][:] = state[i] · w_state + init[i] + input[i] · w_input
-// for the rows of a register tile and one panel of columns. Weights are in panels: row k of a panel
-// is `width` wide. Rows are passed as pointers, so that a state that is reset can point to zeros.
+// for the rows i of a register tile and one panel. A panel holds some neighbouring columns of the
+// weights, as many as fill whole vectors; its row k multiplies element k of a state or an input.
+// States and inputs are passed as one pointer per row, so that a reset row can point to zeros.
 template <class C>
 struct Product {
   const C* const* state;
@@ -47,8 +48,8 @@ struct DotProduct {
   int64_t tile_row;
 };
 
-// One panel of one step. in, gate, out and a varying alpha are those of Problem, offset to the
-// first row and column of the panel.
+// The epilogue of one step, for the rows of a tile and one panel of columns. `in`, `gate`, `out`
+// and a varying alpha are those of Problem, offset to the first row and column of the tile.
 template <class C>
 struct Step {
   int64_t rows, columns;
@@ -58,7 +59,7 @@ struct Step {
   bool leaky;
   const C* const* state;  // k of each row (adjoint: the carry), at the panel's first column
   C* next;                // what the next step multiplies, at the panel's first row and column
-  C* carry;               // the new carry, where it is not `next`
+  C* carry;               // where to store the new carry, if not in `next`; optional
   int64_t state_row;      // of next and carry
   const C* alpha;         // of each column, or null if it varies
   const void* varying_alpha;
@@ -86,7 +87,7 @@ struct StorageKernels {
 
 template <class C>
 struct Kernels {
-  int lanes;                                                  // numbers per vector
+  int lanes;                                                  // elements per vector
   int rows;                                                   // rows of the register tile
   int vectors;                                                // vectors across it
   void (*product[kMaxRows][kMaxVectors])(const Product<C>&);  // by rows - 1, vectors - 1

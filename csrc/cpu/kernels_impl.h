@@ -1,4 +1,4 @@
-// The kernels of one instruction set and the table of them. Included by each kernels_*.cpp, which
+// The kernels of one instruction set, and their table. Included by each kernels_*.cpp, which
 // defines FUSEDRNN_ISA, FUSEDRNN_VECTOR_BYTES, FUSEDRNN_TILE_ROWS and FUSEDRNN_TILE_VECTORS first.
 #include "kernels.h"
 #include "simd.h"
@@ -10,8 +10,7 @@ namespace fusedrnn::cpu::FUSEDRNN_ISA {
 // ---- the product ----
 
 // acc += rows · panel, over k in [k, end). A tile too small to hide the latency of an FMA uses
-// `Split` independent sums. They are added in a fixed order, so that the bits do not depend on
-// timing.
+// `Split` independent sums, which are added at the end in a fixed order.
 template <int Rows, int Vectors, int Split, class C>
 FUSEDRNN_FORCE_INLINE void accumulate(Vec<C> (&acc)[Rows][Vectors], const C* const (&row)[Rows],
                                       int64_t k, int64_t end, const C* w, int64_t w_stride) {
@@ -157,8 +156,9 @@ void dot(const DotProduct<C>& p) {
 
 // ---- the step ----
 
-// `plain` means the form rate without leak, second input and second output. It is compiled
-// separately, because it is the most common and the branches of the others would cost it 10 %.
+// `plain` means the form rate without a leak, a second input or a second output. It is compiled
+// separately, because it is the most common kind, and the branches of the others would make it 10 %
+// slower.
 enum class Kind { plain, rate, other };
 
 template <Pass pass, Kind kind, class F, class S, class C>

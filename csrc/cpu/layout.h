@@ -1,4 +1,4 @@
-// Where the rows of a problem's tensors lie. Torch-free.
+// Row offsets and element addresses of a problem's tensors. Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -15,22 +15,22 @@ class Layout {
     for (int64_t t = 0; t < p_.T; ++t) rows_[size_t(t) + 1] = rows_[size_t(t)] + active(t);
   }
 
-  // Bytes of a stored number.
+  // Bytes of a stored element.
   int64_t size() const { return size_; }
 
-  // The number of batch rows at time t; 0 if t is not in the sequence.
+  // The number of batch rows at step t; 0 outside the sequence.
   int64_t active(int64_t t) const {
     if (t < 0 || t >= p_.T) return 0;
     return p_.batch_sizes ? p_.batch_sizes[t] : p_.B;
   }
 
-  // The number of rows before time t, of all rows for t = T.
+  // The number of rows before step t; for t = T, of all rows.
   int64_t rows_before(int64_t t) const { return rows_[size_t(t)]; }
 
-  // Whether step t of row b starts from 0.
+  // Whether batch row b is reset to 0 before step t.
   bool resets(int64_t t, int64_t b) const { return p_.reset && p_.reset[rows_before(t) + b]; }
 
-  // The address of a number of a tensor.
+  // The address of an element.
   const void* at(const void* data, int64_t offset) const {
     return static_cast<const char*>(data) + offset * size_;
   }

@@ -1,4 +1,5 @@
-// How the CPU engine divides a recurrence among threads. A pure function, tested with a table.
+// Plans how the CPU engine divides a recurrence among threads: a pure function, tested with a
+// table.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,8 @@
 
 namespace fusedrnn::cpu {
 
-// The number of rows above which packing pays off where the rows of a matrix can serve as panels.
+// The number of (t, b) rows above which packing pays off, if the unpacked matrix can be used as
+// panels (kernels.h).
 constexpr int64_t kPanelRowsToPack = 48;
 
 struct PlanInput {
@@ -18,7 +20,7 @@ struct PlanInput {
   int threads;
   bool adjoint = false;
   bool widened = false;  // the compute type is wider than the storage type
-  int64_t gemms = 0;     // multiplications for each row outside the recurrence (gradients.h)
+  int64_t gemms = 0;     // multiplications per (t, b) row of the gradient GEMMs (gradients.h)
 
   template <class C>
   PlanInput(const Kernels<C>& kernels, Pass pass, Storage storage, int64_t T, int64_t B, int64_t I,
@@ -36,9 +38,8 @@ struct PlanInput {
         widened(size_of(storage) != number_size),
         gemms(gemms) {}
 
-  // The number of rows above which packing pays off, as measured. Without packing, the adjoint uses
-  // the rows of W_hh itself as panels, which requires that no number is widened. The other passes
-  // use dot products with the unpacked weights.
+  // Measured number of rows above which packing pays off. Unpacked, the adjoint uses the rows of
+  // W_hh as panels, which is possible only without widening; the other passes compute dot products.
   int64_t rows_to_pack() const {
     if (adjoint) return widened ? 0 : kPanelRowsToPack;
     return H * (H + I) * number_size > (1 << 20) ? 24 : 12;
@@ -46,28 +47,30 @@ struct PlanInput {
 };
 
 struct Plan {
-  // The batch is split among groups of threads, which do not synchronise in the time loop. Within a
-  // group the hidden units are split, and its threads wait at a barrier after each step.
+  // Each batch group takes some of the batch rows; the groups do not synchronise with each other in
+  // the time loop. The threads of a group split the hidden units and wait at a barrier after each
+  // step.
   int batch_groups = 1;
   int hidden_groups = 1;
-  int idle = 0;                // threads that only do the GEMMs outside the recurrence
+  int idle = 0;                // threads that take part only in the gradient GEMMs
   bool pack = true;            // copy the weights into panels first
-  bool project_ahead = false;  // multiply the inputs of several steps in one GEMM, ahead of them
-  int64_t chunk = 1;           // project_ahead: the number of steps
+  bool project_ahead = false;  // compute the input products of several steps in one GEMM, before
+                               // those steps
+  int64_t chunk = 1;           // steps per GEMM, if project_ahead
   double cycles = 0;           // predicted
 
   int threads() const { return batch_groups * hidden_groups + idle; }
 };
 
 // Costs in cycles, for a core that does two vector FMAs and two vector loads per cycle. The figures
-// only have to rank plans, not to predict times. They were fitted on AVX-512 machines with 1 and
-// 2 MB of L2.
+// need only rank plans, not predict times. They were fitted on AVX-512 machines with 1 or 2 MB of
+// L2.
 struct CostModel {
-  static constexpr double kRegion = 12000;   // waking the thread pool of two threads and joining it
-  static constexpr double kBarrier = 800;    // two threads synchronising,
-  static constexpr double kImbalance = 1.1;  // and waiting for the slower one, as a factor
-  // Every thread that arrives moves the counter's cache line to its core. That takes some 17 ns
-  // between cores that share an L3 cache, which are 8 in common servers, and 80 ns between others.
+  static constexpr double kRegion = 12000;   // waking and joining a pool of two threads
+  static constexpr double kBarrier = 800;    // one barrier of two threads
+  static constexpr double kImbalance = 1.1;  // factor: waiting for the slower thread
+  // Every thread that arrives moves the counter's cache line to its core. This takes about 17 ns
+  // between cores that share an L3 cache (8 on common servers) and 80 ns otherwise.
   static constexpr int kNear = 8;
   static constexpr double kArriveNear = 60, kArriveFar = 300;
   static constexpr double kCall = 60;      // one tile: two calls through pointers
@@ -75,7 +78,8 @@ struct CostModel {
   static constexpr double kL1 = 32 << 10, kL2 = 768 << 10;
   static constexpr double kL2Bytes = 40, kL3Bytes = 20;  // per cycle and core
 
-  static double more_threads(int threads) {  // than two
+  // The extra cost of a barrier of more than two threads.
+  static double more_threads(int threads) {
     return kArriveNear * std::max(std::min(threads, kNear) - 2, 0) +
            kArriveFar * std::max(threads - kNear, 0);
   }
@@ -124,7 +128,7 @@ inline Plan make_plan(const PlanInput& in) {
     }
   };
   const int64_t vectors = (in.H + in.lanes - 1) / in.lanes;
-  // Halving is fine enough, and on a machine with many cores much shorter than trying every number.
+  // Try only halvings: fine enough, and much faster than every number on many cores.
   for (int64_t batch_groups = std::min<int64_t>(in.threads, in.B); batch_groups > 0;
        batch_groups /= 2)
     for (int64_t hidden_groups = std::min(in.threads / batch_groups, vectors); hidden_groups > 0;
@@ -133,8 +137,8 @@ inline Plan make_plan(const PlanInput& in) {
 
   plan.pack = in.T * in.B > in.rows_to_pack();
 
-  // One product over several steps fills the register tile if a step has too few rows. And a group
-  // that waits at barriers should not compute input products between them.
+  // One GEMM over several steps fills the register tile if a step has too few rows, and it keeps
+  // input products out of the time between barriers.
   const int64_t rows = (in.B + plan.batch_groups - 1) / plan.batch_groups;
   if (in.I > 0 && plan.pack && in.T > 1 && (rows < 4 || plan.hidden_groups > 1)) {
     plan.project_ahead = true;

@@ -48,7 +48,7 @@ BackwardResults backward(const OptionalTensor& g, const OptionalTensor& d, const
   const int64_t I = x.size(-1);
   const auto empty = [&](void*& where, bool is_wanted, at::IntArrayRef sizes) {
     if (!is_wanted) return Tensor();
-    // The engine adds up nothing for a batch of zero rows.
+    // The engine does not run for a batch of zero rows, whose sums are 0.
     const Tensor result =
         call.is_empty() ? at::zeros(sizes, x.options()) : at::empty(sizes, x.options());
     if (result.numel() > 0) where = result.data_ptr();

@@ -9,12 +9,13 @@ struct WantedGradients {
   bool x, w_ih, b, h0, v0, w_hh, a;
 };
 
-// Undefined or empty where not wanted.
+// The gradients; those that are not wanted are undefined or empty.
 struct BackwardResults {
   Tensor x, w_ih, b, h0, v0, w_hh, a;
 };
 
-// The adjoint op and the GEMMs that follow from it. `slope_of` is the `saved` of the adjoint.
+// Computes the adjoint op and the GEMMs that follow from it. `slope_of` is the op's argument
+// `saved`.
 BackwardResults backward(const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& f,
                          const OptionalTensor& g_n, const Tensor& slope_of, const Tensor& x,
                          const OptionalTensor& w_ih, const Tensor& h, const OptionalTensor& h0,

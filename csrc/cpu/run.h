@@ -1,5 +1,5 @@
-// One call of the engine: one parallel region for the whole sequence. Each thread owns some rows of
-// the batch and some hidden units, and runs the time loop for them.
+// Runs one call of the engine, as one parallel region for the whole sequence. Each thread owns some
+// rows of the batch and some hidden units, and runs the time loop for them.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ namespace fusedrnn::cpu {
 template <class C>
 class Run {
  public:
-  // `gradients` is optional, and only for the adjoint.
+  // `gradients` is optional, and allowed only for the adjoint.
   Run(const Problem& problem, const Gradients* gradients, const Kernels<C>& kernels,
       const StorageKernels<C>& stored, int threads)
       : p_(problem),
@@ -199,7 +199,8 @@ class Run {
     }
 
    private:
-    // Whether this thread has a part in the recurrence. The other threads only multiply.
+    // Whether this thread takes part in the recurrence. The other threads take part only in the
+    // gradient GEMMs.
     bool steps() const { return index_ < plan_.batch_groups * plan_.hidden_groups; }
 
     // The t of the s-th step.
@@ -260,7 +261,7 @@ class Run {
         });
     }
 
-    // Calls f(first, count) for [0, n) in blocks of at most `most`, nearly equal.
+    // Divides [0, n) into nearly equal blocks of at most `most` and calls f(first, count) for each.
     template <class F>
     static void for_blocks(int64_t n, int64_t most, const F& f) {
       const int64_t blocks = ceil_div(n, most);
@@ -272,7 +273,7 @@ class Run {
     bool keeps(int64_t s, int64_t b) const {
       if (!p_.reset) return true;
       if (p_.pass != Pass::adjoint) return !layout_.resets(time(s), b);
-      // In the adjoint, the reset of the previously visited step decides, if row b was in it.
+      // In the adjoint, row b is reset between the two steps if the step that ran before resets it.
       return s == 0 || b >= layout_.active(time(s - 1)) || !layout_.resets(time(s - 1), b);
     }
 
@@ -280,7 +281,7 @@ class Run {
       const int64_t t = time(s), rows = rows_at(t);
       const C* from = r_.state_[s & 1];
       C* to = r_.state_[(s + 1) & 1];
-      // Rows that ended before this step are not written again, so both buffers need their state.
+      // Rows that have ended are not written again, so copy their last state into the other buffer.
       if (p_.batch_sizes && s > 0) {
         const int64_t ended = std::min(row1_, layout_.active(time(s - 1)));
         for (int64_t b = row0_ + rows; b < ended; ++b)
@@ -376,7 +377,7 @@ class Run {
       step.tile_row = r_.tile_row_;
       step.state = at_column;
       step.next = to + b * r_.state_row_ + column;
-      // `last` of the potential is read from the carry.
+      // Forward, the form potential needs the carry even without a leak: `last` is read from it.
       if (r_.carry_ && (leaky() || p_.pass != Pass::adjoint))
         step.carry = r_.carry_ + b * r_.state_row_ + column;
       step.state_row = r_.state_row_;
@@ -404,8 +405,8 @@ class Run {
 
     void synchronise_all() { r_.all_.wait(plan_.threads(), all_visitor_); }
 
-    // Whether this call must end. All threads call this after the same step. The first one, which
-    // is the caller's, writes the result after all have read the previous one.
+    // Whether this call must end. All threads call this after the same step. Thread 0, the
+    // caller's, writes the result after all threads have read the previous one.
     bool interrupted() {
       synchronise_all();
       if (index_ == 0) r_.interruption_ = interruption();
@@ -416,8 +417,8 @@ class Run {
     // Waits for the threads that own other hidden units of these rows.
     void synchronise_group() { r_.groups_[group_].wait(plan_.hidden_groups, group_visitor_); }
 
-    // Stores each row's last state. The adjoint needs one more product, to reach the state before
-    // the first step.
+    // Stores `last` of each row. In the adjoint, that is the gradient of the initial state, which
+    // takes one more product.
     void finish() {
       if (!p_.last.data) return;
       const bool potential = p_.form == Form::potential;
@@ -460,7 +461,7 @@ class Run {
         });
     }
 
-    // The time of the last step of row b.
+    // The t of row b's last step.
     int64_t last_time(int64_t b) const {
       int64_t t = time(p_.T - 1);
       while (layout_.active(t) <= b) --t;
@@ -481,7 +482,7 @@ class Run {
     C* widened_ = nullptr;
     C* projected_ = nullptr;
     int64_t chunk_row_ = 0;  // rows of the chunk before this step
-    int64_t t0_ = 0;         // the first time of the chunk of steps whose δ is kept
+    int64_t t0_ = 0;         // the first t of the chunk of steps whose δ is kept
     SpinBarrier::Visitor all_visitor_, group_visitor_;
   };
 
@@ -500,7 +501,7 @@ class Run {
   C *bias_ = nullptr, *alpha_ = nullptr;
   C* zeros_;
   C* state_[2];         // what a step multiplies and what it writes; swapped every step
-  C* carry_ = nullptr;  // what a row carries, where that is not what is multiplied
+  C* carry_ = nullptr;  // what a row carries, if that differs from what is multiplied
   std::optional<GradientGemms<C>> gemms_;
   int64_t steps_uninterrupted_;
   std::exception_ptr interruption_;

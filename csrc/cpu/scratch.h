@@ -30,7 +30,7 @@ class Block {
 
 // Scratch memory of one call. The calling thread keeps a block of the size that its largest call
 // needed, up to a limit, because fresh memory costs a page fault for every 4 KB. For a megabyte of
-// weights, that takes longer than packing them.
+// weights, the page faults take longer than the packing.
 class Scratch {
  public:
   Scratch() {
@@ -67,8 +67,8 @@ inline thread_local int64_t Scratch::wanted_ = 0;
 
 constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-// A distance between rows of at least `row` numbers, of `size` bytes each. Rows that are a multiple
-// of 2 KB apart would share cache sets.
+// The distance, in elements of `size` bytes, between rows of `row` elements. It exceeds `row` if
+// the rows would otherwise be a multiple of 2 KB apart and share cache sets.
 constexpr int64_t spread(int64_t row, int64_t size) {
   return row * size % 2048 == 0 ? row + kCacheLine / size : row;
 }

@@ -2,8 +2,9 @@
 //
 // Included once per instruction set, after `#pragma GCC target`. FUSEDRNN_ISA is the namespace and
 // FUSEDRNN_VECTOR_BYTES the vector width. Each instruction set needs its own namespace: if several
-// shared an inline function, the linker would keep one copy, compiled for any of them. For the same
-// reason nothing here calls the standard library, except for scalar libm.
+// shared an inline function, the linker would keep one copy, which might use instructions that the
+// machine lacks. For the same reason nothing here calls the standard library, except for scalar
+// libm.
 #include "../recurrence.h"
 
 namespace fusedrnn::cpu::FUSEDRNN_ISA {
@@ -32,8 +33,8 @@ struct Vec {
   Raw raw;
 
   Vec() = default;
-  // From a Raw, or from one number for every lane. One template, because gcc takes two overloads
-  // for the same function.
+  // Holds a Raw, or one number in every lane. This is one template, because gcc mistakes two
+  // overloads for the same function.
   template <class X>
   FUSEDRNN_FORCE_INLINE Vec(X x) {
     if constexpr (sizeof(X) == sizeof(Raw)) {
@@ -71,7 +72,7 @@ struct Vec {
 #endif
   }
 
-  // Adds the upper half to the lower one, so that the additions of a round are independent.
+  // Each round adds the upper half of the sums to the lower half, so its additions are independent.
   FUSEDRNN_FORCE_INLINE T sum() const {
     T part[lanes];
     *reinterpret_cast<Unaligned*>(part) = raw;
@@ -147,7 +148,7 @@ FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v) {
   }
 }
 
-// Load or store only the first n numbers. The other lanes load as 0. No byte past them is accessed.
+// Load or store only the first n numbers, and access no byte past them. The other lanes load as 0.
 template <class C, class S>
 FUSEDRNN_FORCE_INLINE Vec<C> load(const S* p, int64_t n) {
   using V = Vec<C>;
@@ -191,8 +192,8 @@ FUSEDRNN_FORCE_INLINE V shuffle(V a, V b, From from) {
 #endif
 }
 
-// Transposes a square matrix held as rows. A round swaps the off-diagonal blocks, size x size, of
-// each square block of twice that size; the size doubles from round to round.
+// Transposes a square matrix held as rows. In each round, every square block of twice `size` swaps
+// its two off-diagonal blocks of size x size; the size doubles from round to round.
 template <class T>
 FUSEDRNN_FORCE_INLINE void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
   constexpr int lanes = Vec<T>::lanes;
@@ -219,7 +220,7 @@ FUSEDRNN_FORCE_INLINE void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
 // within 1.7 ulp (tested for every float). Without FMA, these functions call libm.
 
 #if FUSEDRNN_VECTOR_BYTES == 16
-// In double, because libm's tanhf is off by more than 2 ulp.
+// Computes in double, because libm's tanhf is off by more than 2 ulp.
 template <class T>
 FUSEDRNN_FORCE_INLINE Vec<T> each(Vec<T> x, double (*f)(double)) {
   for (int i = 0; i < Vec<T>::lanes; ++i) x.raw[i] = T(f(x.raw[i]));
