@@ -1,7 +1,7 @@
 // Backpropagation through time. On CPU tensors it is one call of the engine, if no derivative of
-// the result can be requested. Otherwise it is the adjoint recurrence and GEMMs over all rows,
-// built from torch ops: these ops are composite, so autograd, vmap and tracing work through the ops
-// that they consist of.
+// the result can be requested. Otherwise it is the adjoint recurrence, followed by GEMMs over all
+// rows that are built from torch ops. The ops of this file are composite: autograd, vmap and
+// tracing see the ops that they consist of.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
@@ -25,13 +25,13 @@ namespace {
 
 Tensor rows(const Tensor& series) { return series.flatten(0, -2); }
 
-// Σ aᵀ b over all rows, [A, B]. MKL takes twice as long for a narrow b than for a narrow a.
+// Σ aᵀ b over all rows, [A, B]. MKL takes twice as long for a narrow b as for a narrow a.
 Tensor product_of_rows(const Tensor& a, const Tensor& b) {
   if (b.sym_size(-1) < a.sym_size(-1)) return at::mm(rows(b).t(), rows(a)).t().contiguous();
   return at::mm(rows(a).t(), rows(b));
 }
 
-// Zero where `reset` is true.
+// Returns the series with zeros where `reset` is true.
 Tensor without_resets(const Tensor& series, const OptionalTensor& reset) {
   return reset ? at::where(reset->unsqueeze(-1), at::zeros_like(series), series) : series;
 }
@@ -50,7 +50,8 @@ Tensor beside(const Tensor& batch_sizes, const Tensor& series) {
   return batch_sizes.to(device);
 }
 
-// For packed row (t, b): the indices of rows (t-1, b) and (t+1, b), or -1; and b.
+// For each packed row (t, b): the indices of rows (t-1, b) and (t+1, b), or -1 if there is no such
+// row; and b. If `reverse`, t+1 and t-1.
 struct Neighbours {
   Tensor previous, next, b;
 };
@@ -60,8 +61,8 @@ Neighbours neighbours(const Tensor& batch_sizes, const Tensor& series, bool reve
   const c10::SymInt n = series.sym_size(0);
   const Tensor starts = sizes.cumsum(0) - sizes;
   const c10::SymInt T = sizes.sym_size(0);
-  // repeat_interleave is faster, but corrupts memory if sizes that could not be checked do not sum
-  // to n.
+  // repeat_interleave is faster, but it corrupts memory if the sizes do not sum to n, and only
+  // readable sizes have been checked.
   const Tensor t = is_readable(batch_sizes)
                        ? at::arange(T, sizes.options()).repeat_interleave_symint(sizes, 0, n)
                        : at::searchsorted(starts + sizes, at::arange(n, sizes.options()),
@@ -92,7 +93,7 @@ at::SymDimVector rows_like(const Tensor& series, const c10::SymInt& size) {
 }
 
 // series[t-1] for every t, or 0 where reset[t]: the state that step t starts from. series[-1] is
-// `first` (or 0).
+// `first` (or 0). If `reverse`, steps run from T-1 down to 0, and t-1 becomes t+1.
 Tensor previous(const Tensor& series, const OptionalTensor& first, const OptionalTensor& reset,
                 const OptionalTensor& batch_sizes, bool reverse) {
   check_first("first", first, check_series("series", series, reset, batch_sizes), series);
@@ -110,7 +111,8 @@ Tensor previous(const Tensor& series, const OptionalTensor& first, const Optiona
                         reset);
 }
 
-// series[t+1] for every t, or 0 where reset[t+1] and after the last: the transpose of `previous`.
+// series[t+1] for every t, or 0 where reset[t+1] and after the last step: the transpose of
+// `previous`.
 Tensor following(const Tensor& series, const OptionalTensor& reset,
                  const OptionalTensor& batch_sizes, bool reverse) {
   check_series("series", series, reset, batch_sizes);
@@ -126,7 +128,7 @@ Tensor following(const Tensor& series, const OptionalTensor& reset,
   return at::cat({masked, zeros}).index_select(0, at::where(after < 0, end, after));
 }
 
-// series[t] of each row's first step t, the one that starts from h0, or 0 where reset[t]. `batch`
+// series[t] of each row's first step t, the step that starts from h0; or 0 where reset[t]. `batch`
 // is B.
 Tensor following_first(const Tensor& series, const OptionalTensor& reset,
                        const OptionalTensor& batch_sizes, bool reverse, c10::SymInt batch) {
@@ -182,7 +184,7 @@ bool is_final(const Tensor& saved, const Tensor& w_hh,
 }
 
 // Whether the engine may read the memory of the tensors: none is fake, wrapped, batched or on
-// another device, and nothing records the ops.
+// another device, and no dispatch mode records the ops.
 bool is_plain(std::initializer_list<const Tensor*> tensors,
               std::initializer_list<const OptionalTensor*> others) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
@@ -193,7 +195,7 @@ bool is_plain(std::initializer_list<const Tensor*> tensors,
   return true;
 }
 
-// Whether the engine computes the GEMMs, too.
+// Whether the engine also computes the GEMMs.
 bool multiplies(const Tensor& h, const OptionalTensor& w_ih) {
   const std::optional<Storage> storage = storage_of(h.scalar_type());
   const int64_t H = h.size(-1);
@@ -201,16 +203,16 @@ bool multiplies(const Tensor& h, const OptionalTensor& w_ih) {
                                             H * H + (w_ih ? w_ih->numel() : 0));
 }
 
-// φ(z) from the `saved` of activation. The threshold of 40, above which softplus is z, makes it as
-// accurate as in epilogues.h.
+// φ(z), computed from the `saved` of activation. Above the threshold of 40, softplus(z) is z; this
+// makes it as accurate as in epilogues.h.
 Tensor value_of(const Tensor& saved, Nonlinearity nonlinearity) {
   if (nonlinearity == Nonlinearity::softplus) return at::softplus(saved, 1, 40);
   return nonlinearity == Nonlinearity::elu ? at::elu(saved) : saved;
 }
 
-// The gradients (those `wanted`) of activation's arguments x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha
-// and q, from g, g_n and d or f: those of its results h and last, and, from that of `saved`, the
-// gradient of z (form rate) or of `saved` itself.
+// Computes the `wanted` gradients of activation's arguments x, w_ih, b_ih, b_hh, h0, v0, w_hh,
+// alpha and q. g and g_n are the gradients of its results h and last. The gradient of its result
+// `saved` is passed as f or, with the form rate, as d: the gradient of z that follows from it.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bptt(
     const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& f,
     const OptionalTensor& g_n, const Tensor& x, const OptionalTensor& w_ih,
@@ -224,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_v0, to_w_hh, to_alpha, to_q] = wanted;
   const Nonlinearity nonlinearity = nonlinearity_named(nonlinearity_name);
   const Form form = form_named(form_name);
-  // Checks that `adjoint` does not do.
+  // The checks that `adjoint` does not make.
   const auto batch = check_series("h", h, reset, batch_sizes);
   check_first("h0", h0, batch, h);
   check_first("v0", v0, batch, h);

@@ -42,7 +42,7 @@ inline void check_rank(const char* name, const at::Tensor& x, bool packed) {
               packed ? " must be [N, size], got " : " must be [T, B, size], got ", x.sym_sizes());
 }
 
-// batch_sizes is on the CPU; it may be on meta if x is.
+// batch_sizes must be on the CPU; it may be on meta if x is.
 inline void check_batch_sizes_kind(const at::Tensor& batch_sizes, const at::Tensor& x) {
   TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.scalar_type() == at::kLong &&
                   (batch_sizes.is_cpu() || (batch_sizes.is_meta() && x.is_meta())) &&
@@ -123,7 +123,7 @@ inline void check_only_of_potential(const char* name, const std::optional<at::Te
 }
 
 // Each alpha must be in [0, 1]. Checked only on the CPU: reading values from another device would
-// synchronise with it.
+// wait for that device.
 inline void check_alpha(const std::optional<at::Tensor>& alpha) {
   if (!alpha || !alpha->is_cpu()) return;
   const at::Tensor all = alpha->reshape(-1);
@@ -145,8 +145,8 @@ inline bool is_readable(const at::Tensor& tensor) {
 }
 
 // check_sequence and check_reset for the composite ops (bptt.cpp), whose tensors may be fake,
-// wrapped or batched and may have symbolic sizes. Returns B, or nullopt if B is in a batch_sizes
-// whose values cannot be read.
+// wrapped or batched and may have symbolic sizes. Returns B, or nullopt if the sequence is packed
+// and its batch_sizes cannot be checked.
 inline std::optional<c10::SymInt> check_series(const char* name, const at::Tensor& series,
                                                const std::optional<at::Tensor>& reset,
                                                const std::optional<at::Tensor>& batch_sizes) {

@@ -1,12 +1,13 @@
 // The arithmetic of a step, defined only here. V is a number or a vector of numbers; each engine
-// provides its V with operators, comparisons, select(), fma(), tanh(), exp() and expm1(). Include
-// this file after the headers of the engine, so that V's functions are found.
+// provides its own V with operators, comparisons, select(), fma(), tanh(), exp(), expm1() and
+// log1p_of_at_most_one(). Include this file after the headers of the engine, so that V's functions
+// are found.
 //
-// Notation: φ the nonlinearity, α the leak, k the state that a step starts from (that of step t-1,
-// or 0 where reset is true), z = u + e Wᵀ the input of a unit, where e is the output that k sends
-// to the other units.
+// Notation: φ is the nonlinearity, α the leak, k the state that a step starts from (that of step
+// t-1, or 0 where reset is true), and z = u + e Wᵀ the pre-activation, where e is the output that
+// belongs to k.
 //
-//   form       state                             sends
+//   form       state                             output
 //   rate       h = (1 - α) k + α φ(z) + q        h
 //   potential  v = (1 - α) k + α z + q           h = φ(v)
 //   inside     h = φ((1 - α) k + α z + q)        h
@@ -16,9 +17,9 @@
 //   tangent    m = w + e' Wᵀ       s = q + (1 - α) k + P m       e = r + R s
 //   adjoint    y = g + δ' W        a = f + (1 - α) a' + R y      δ = d + P a
 //
-// where the prime stands for the step before in the order in which steps run; k is s', or e' in the
-// form inside, whose adjoint adds (1 - α) a' to y. P = α φ'(z) and R = 1 with the form rate, where
-// s = e and r = f = 0; P = α and R = φ' with the others.
+// A prime marks the values of the step that ran before. k is s', except in the form inside: there k
+// is e', and the adjoint adds (1 - α) a' to y instead of to a. With the form rate, P = α φ'(z) and
+// R = 1, so s = e, and r = f = 0; with the other forms, P = α and R = φ'.
 #pragma once
 
 #include "recurrence.h"
@@ -31,11 +32,11 @@
 
 namespace fusedrnn {
 
-// Nonlinearities. The slope φ' is computed from the value of φ, which is the output h, except with
-// the form rate and a leak or q, where the forward pass saves φ(z). With saves_z the slope is
-// computed from the argument of φ, which is then saved, for nonlinearities whose rounded value
-// loses the slope: elu'(z) = e^z = φ(z) + 1 where φ(z) has become -1; softplus in f16 where φ(z)
-// has become 0. NaN propagates, as in torch.
+// Nonlinearities. The slope φ' is computed from the value of φ. That is the output h, except with
+// the form rate and a leak or q: then the forward pass saves φ(z). If saves_z, the argument of φ is
+// saved instead and the slope is computed from it, because the rounded value of φ does not
+// determine the slope: elu'(z) = e^z = φ(z) + 1 if φ(z) has become -1; softplus in f16 if φ(z) has
+// become 0. NaN propagates, as in torch.
 struct Tanh {
   static constexpr bool saves_z = false;
   template <class V>
@@ -177,9 +178,9 @@ FUSEDRNN_INLINE V leftover(V alpha, V k) {
   return select(alpha == V(1), V(-0.0), (V(1) - alpha) * k);
 }
 
-// Computes the state, what it sends, and the value saved for the slope. `rate` is whether the form
+// Computes the state, the output h, and the value saved for the slope. `rate` is whether the form
 // is rate; the two others are selected at run time. The expression k + α (φ(z) - k) needs one
-// multiplication fewer, but cancels where k is large, and overflows.
+// multiplication fewer, but cancels if k is large, and overflows.
 template <bool rate, class F, class V>
 FUSEDRNN_INLINE void activation(F f, bool potential, V z, V q, V k, bool leaky, V alpha, V& state,
                                 V& h, V& saved) {
@@ -206,8 +207,8 @@ FUSEDRNN_INLINE void tangent(F f, bool potential, V acc, V w, V q, V r, V saved,
   state = potential ? s : e;
 }
 
-// acc is δ' W. The carry, (1 - α) a, is 0 without a leak; both come from the step before in the
-// order in which steps run, and are 0 where that step is a reset.
+// acc is δ' W. The carry is (1 - α) a', which is 0 without a leak; in a row's first step it is the
+// gradient of the row's last state. Both are 0 if the step that ran before is a reset.
 template <bool rate, class F, class V>
 FUSEDRNN_INLINE void adjoint(F f, bool potential, V acc, V g, V d, V from, V saved, V& carry,
                              bool leaky, V alpha, V& delta, V& a, V& y) {

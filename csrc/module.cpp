@@ -1,5 +1,6 @@
 // The Python module _C: how this library was built, what the planners decide, and switches for
-// tests. The ops are in schemas.cpp. No tensor is passed here, and nothing of torch is needed.
+// tests. The ops are in schemas.cpp. No function here takes a tensor, and no header of torch is
+// included.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -34,8 +35,8 @@ fusedrnn::Storage storage_named(const std::string& dtype) {
   return fusedrnn::Storage(place_of(dtype, dtypes, "dtype"));
 }
 
-// The CPU planner's decision, for the forward pass or (adjoint) for the backward pass with all
-// gradients: for the instruction set in use, or for another one that was compiled.
+// Returns the CPU planner's decision for the forward pass or, if `adjoint`, for the backward pass
+// with all gradients. `isa` names a compiled instruction set; without it, the one in use.
 py::dict plan_cpu(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
                   int64_t H, int threads, const std::optional<std::string>& isa) {
   namespace cpu = fusedrnn::cpu;
@@ -107,8 +108,8 @@ fusedrnn::cuda::PlanInput plan_input(const fusedrnn::cuda::Device& on, bool adjo
   return in;
 }
 
-// The CUDA planner's decision. `device` is an index, or a dict of device properties, which needs no
-// GPU.
+// Returns the CUDA planner's decision. `device` is an index, or a dict of device properties; with a
+// dict, no GPU is needed.
 py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B, int64_t I,
                    int64_t H, bool leaky, bool tf32, const std::optional<std::string>& regime,
                    std::optional<int> tile, std::optional<int> split,
@@ -136,7 +137,7 @@ py::dict plan_cuda(bool adjoint, const std::string& dtype, int64_t T, int64_t B,
   return result;
 }
 
-// kTiles of cuda/plan.h.
+// Returns kTiles of cuda/plan.h, as dicts.
 py::list cuda_tiles() {
   constexpr const char* names[] = {"fma_f32", "fma_f64", "mma_bf16", "mma_f16", "mma_tf32"};
   py::list result;
@@ -192,9 +193,10 @@ py::dict build_info() {
 
 unsigned long main_thread;
 
-// Runs the handlers of signals that have arrived, such as Ctrl-C, and returns the exception if one
-// raises it. Python runs them on its main thread only. At most ten times a second, because another
-// thread may hold the GIL for 5 ms.
+// Runs Python's handlers of signals that have arrived, such as Ctrl-C, and returns the exception if
+// one raises it. Does nothing on threads other than Python's main thread, because Python runs
+// handlers only there; nor within 100 ms of the last time, because another thread may hold the GIL
+// for 5 ms.
 std::exception_ptr exception_of_signals() {
   if (PyThread_get_thread_ident() != main_thread) return nullptr;
   using Clock = std::chrono::steady_clock;

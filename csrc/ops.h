@@ -106,7 +106,7 @@ class Call {
     problem.in[0] = series(u);
   }
 
-  // Allocate a result for the engine to write, or an empty tensor if it is not wanted.
+  // Allocates a result for the engine to write, or an empty tensor if it is not wanted.
   Tensor to(Series& where, bool wanted = true) {
     const Tensor result = new_tensor(wanted, sequence_sizes());
     if (wanted) where = series(result);
@@ -196,7 +196,8 @@ struct Ops {
     p.first = call.states("h0", h0);
     p.first_carry = call.potentials("v0", v0);
     const Tensor h = call.to(p.out[0]), last = call.to(p.last);
-    // From h or from `saved`, backward computes the slope. The potential is always returned.
+    // Backward computes the slope from h if it can, otherwise from `saved`. The potential is always
+    // returned.
     const bool h_is_phi = p.form != Form::rate || !(alpha || q);
     const Tensor saved =
         call.to(p.out[1], saves_z(p.nonlinearity) || p.form == Form::potential || !h_is_phi);
@@ -239,7 +240,7 @@ struct Ops {
             call.returned(y)};
   }
 
-  // The call of an adjoint, without its results.
+  // The call of an adjoint, before its results are allocated.
   static Call adjoint_call(const OptionalTensor& g, const OptionalTensor& d,
                            const OptionalTensor& f, const OptionalTensor& g_n, const Tensor& saved,
                            const Tensor& w_hh, const OptionalTensor& alpha,

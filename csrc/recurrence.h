@@ -89,9 +89,10 @@ struct Problem {
   Series x;       // activation: [T, B, I], with I > 0
   Series in[3];   // activation: u, q, -     tangent: w, q, r   adjoint: g, d, f   optional
   Series gate;    // tangent, adjoint: `saved` of activation, or h if `saved` is empty
-  Series alpha;   // the leak, optional (1); steps and rows 0 elements apart: one [H] for all
-  Series out[3];  // activation: h, saved, - tangent: e, m, s   adjoint: δ, a, y   optional but 0
-  // What the first step multiplies: h0 (potential: φ(v0)), and its tangent. Optional (0).
+  Series alpha;   // the leak, optional (1); `step` and `row` 0: one [H] for all
+  Series out[3];  // activation: h, saved, - tangent: e, m, s   adjoint: δ, a, y
+                  // optional, except out[0]
+  // What the first step multiplies: h0 (potential: φ(v0)); for tangent, its tangent. Optional (0).
   // Adjoint: the gradient of `last`.
   States first;
   States first_carry;  // potential, activation and tangent: v0. Optional (0)

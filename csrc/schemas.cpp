@@ -6,12 +6,12 @@
 //   activation: x [T, B, I] (without w_ih: u [T, B, H])      -> h [T, B, H], last [B, H], saved
 //   tangent:    w, q, r [T, B, H], s0, v0 [B, H]             -> e [T, B, H], last [B, H], m, s
 //   adjoint:    g, d, f [T, B, H], g_n [B, H], all optional  -> δ [T, B, H], ∂h0, ∂v0 [B, H], a, y
-// epilogues.h has the formulas and defines `saved`: [T, B, H], or empty where saves_z is false for
-// the nonlinearity and h is φ. Tangent and adjoint take, as `saved`, what the slope is computed
-// from: φ, or its argument where saves_z is true. alpha is [H], or [T, B, H] with
-// a value for each step and row. The state before the first step is h0; with the form potential it
-// is v0, and h0 is φ(v0). r, f, s and y are not used with the form rate, v0 only with potential.
-// m, s, a and y are empty unless `full`, ∂h0 and ∂v0 unless `to_h0`.
+// epilogues.h has the formulas and defines `saved`: [T, B, H], or empty if h is the value of φ and
+// saves_z is false for the nonlinearity. Tangent and adjoint take, as `saved`, what the slope is
+// computed from: the value of φ, or its argument if saves_z is true. alpha is [H], or [T, B, H]
+// with a value for each step and row. The state before the first step is h0; with the form
+// potential it is v0, and h0 is φ(v0). r, f, s and y are not used with the form rate; v0 is used
+// only with potential. m, s, a and y are empty unless `full`, ∂h0 and ∂v0 unless `to_h0`.
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "activation(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor? v0, "

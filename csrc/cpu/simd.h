@@ -33,8 +33,8 @@ struct Vec {
   Raw raw;
 
   Vec() = default;
-  // Holds a Raw, or one number in every lane. This is one template, because gcc mistakes two
-  // overloads for the same function.
+  // Constructs from a Raw, or from one number for every lane. This is one template, because gcc
+  // mistakes two overloads for the same function.
   template <class X>
   FUSEDRNN_FORCE_INLINE Vec(X x) {
     if constexpr (sizeof(X) == sizeof(Raw)) {

@@ -1,3 +1,4 @@
+// Queries the device, and launches the kernels of a plan.
 #include "engine.h"
 
 #include <algorithm>
@@ -35,8 +36,8 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-// Raises the limits that a launch may need. They are attributes of the kernel and persist, so the
-// value is always the same: another thread may be about to launch it.
+// Raises the limits that a launch may need. They are attributes of the kernel and persist. Another
+// thread may be about to launch the same kernel, so the values do not depend on the launch.
 void allow(const void* kernel, const Device& device, int64_t cluster) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              int(device.shared_memory)),
@@ -227,8 +228,8 @@ void launch(const Problem& problem, const Plan& plan, const Device& device,
   const int64_t cluster = plan.regime == Regime::cluster ? plan.blocks : 1;
   allow(reinterpret_cast<const void*>(kernel), device, cluster);
   // In the grid regime the blocks of a batch group wait for each other, so each launch has only as
-  // many batch groups as can run at once. In the others, the hardware starts them as SMs become
-  // free.
+  // many batch groups as can run at once. In the other regimes one launch has all batch groups, and
+  // the hardware starts them as SMs become free.
   const bool waits = plan.regime == Regime::grid;
   const int64_t waves = waits ? plan.waves : 1, of_a_wave = (plan.batch_groups + waves - 1) / waves;
   for (int64_t first = 0; first < plan.batch_groups; first += of_a_wave) {

@@ -9,8 +9,9 @@
 
 namespace fusedrnn::cuda {
 
-// Check builds (FUSEDRNN_CHECK: GPU cycles) limit the time that a thread polls: a deadlock prints
-// where the thread waits and ends the kernel with a trap. Release builds have no such limit.
+// Check builds, which define FUSEDRNN_CHECK as a number of GPU cycles, limit the time that a thread
+// polls: after a deadlock, the thread prints where it waits and ends the kernel with a trap.
+// Release builds have no such limit.
 class TimeLimit {
  public:
 #ifdef FUSEDRNN_CHECK
@@ -91,7 +92,7 @@ __device__ __forceinline__ void wait_for_arrivals(uint64_t* arrived, unsigned ph
 }
 
 // Makes the current phase also wait for `bytes` bytes from send_to_peer(), and arrives. The
-// mbarrier has one arrival per phase, by the thread that calls this. Bytes may come before the
+// mbarrier has one arrival per phase, by the thread that calls this. Bytes may arrive before the
 // call.
 __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -102,8 +103,8 @@ __device__ __forceinline__ void expect_bytes(uint64_t* arrived, int bytes) {
 #endif
 }
 
-// Stores 4, 8 or 16 bytes at the address in the shared memory of block `peer` that corresponds to
-// `place` in this block's, and counts them at the peer's mbarrier. It takes one hop and no fence.
+// Stores 4, 8 or 16 bytes in the shared memory of block `peer`, at the address that corresponds to
+// `place` in this block, and counts them at the peer's mbarrier. This takes one hop and no fence.
 template <class Numbers>
 __device__ __forceinline__ void send_to_peer(void* place, const uint64_t* arrived, int peer,
                                              const Numbers& numbers) {
@@ -226,7 +227,7 @@ __device__ __forceinline__ void copies_done() {
 }
 
 // Copies in groups: the first function closes a group, the second waits for all groups but the last
-// `left`.
+// `left` groups.
 __device__ __forceinline__ void end_of_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -148,7 +148,7 @@ struct Layer {
     }
     return kForward && q.first.data && keeps(now, row) ? at(q.first, row, 0) : nullptr;
   }
-  // The same after the row's last step. Used backward, for ∂L/∂h0.
+  // The same after the row's last step. Used in the backward pass, for ∂L/∂h0.
   __device__ const S* state_after_all(int row) const {
     const Step end = step(last_step(row));
     return keeps(end, row) ? at(q.out[0], end, row, 0) : nullptr;
@@ -171,16 +171,15 @@ struct Layer {
     return value_of(q.alpha_varies() ? nullptr : q.alpha.data, j);
   }
 
-  // The distance, in steps of t, of the data to prefetch into L2 while the data of `step` is
-  // loaded. 0 (no prefetch) near the end, and when packed, where the distance of steps is not
-  // constant.
+  // How many steps of t ahead to prefetch into L2 while the data of `step` is loaded. 0 (no
+  // prefetch) near the end, and if packed, because then steps are not a constant distance apart.
   __device__ int far_ahead(const Step& step) const {
     if (kFar == 0 || p.offsets) return 0;
     if (q.descending) return step.t >= kFar ? -kFar : 0;
     return step.t + kFar < q.T ? kFar : 0;
   }
 
-  // Load and store N units of a row, as far as they exist.
+  // Load and store those of N units of a row that exist.
   __device__ Raw load(const Series& series, const Step& step, int row, int unit, int far) const {
     const S* from = at(series, step, row, j0 + unit);
     if (far) prefetch_into_l2(from + far * series.step);
@@ -212,8 +211,8 @@ struct Layer {
     for (int n = 0; n < kInputs; ++n)
       if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit, far);
     if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit, far);
-    // Forward, the reset of the next step applies to the state that this step leaves; backward,
-    // that of this step.
+    // In the forward pass, the reset of the next step applies to the state that this step leaves;
+    // in the backward pass, the reset of this step does.
     in.keep = 1;
     if (q.reset)
       in.keep = !kForward ? !reset_of(now, row) : row < after.active ? !reset_of(after, row) : 0;

@@ -72,9 +72,9 @@ struct HardwareTanh : Tanh {
 template <class S>
 using TanhFor = std::conditional_t<std::is_same_v<S, __nv_bfloat16>, HardwareTanh, Tanh>;
 
-// The nonlinearity, chosen at run time: one kernel each would mean nine times as many, and all
-// threads take the same branch. The two common ones are inline, the others are function calls. The
-// expectation keeps the compiler from making a jump table.
+// A nonlinearity that is chosen at run time: one kernel for each would mean nine times as many
+// kernels, and all threads take the same branch. The two common ones are inline, the others are
+// function calls. The expectation keeps the compiler from making a jump table.
 template <class S>
 struct Chosen {
   using V = Computed<S>;
@@ -115,7 +115,7 @@ struct Chosen {
   }
 };
 
-// Calls `use` with the nonlinearity, so that there is one branch around the whole computation.
+// Calls `use` with the nonlinearity, so that the whole computation is inside one branch.
 template <class S, class Use>
 __device__ __forceinline__ void with_nonlinearity(Nonlinearity which, const Use& use) {
   if (__builtin_expect(which == Nonlinearity::tanh, true))

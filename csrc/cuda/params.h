@@ -18,11 +18,11 @@ struct Params {
   int blocks, rows, units;  // blocks and batch rows of a batch group, hidden units of a block
   int receivers;            // blocks of a batch group that have units
   int split_log2;           // log2 of the number of warps that share the K of the same units
-  int state_k;              // offset in K of the inputs, which follow the states
+  int state_k;              // where in K the inputs begin, after the states
   int chunks;               // of K
-  int e_row, e_size;        // numbers in a row and in a buffer of e; below: bytes in shared memory
+  int e_row, e_size;        // elements of a row and of a buffer of e; below: offsets, in bytes
   int e_offset, carry_offset, vectors_offset, partial_offset, arrivals_offset;
-  int x_copy;         // bytes of x copied at a time; 0: number by number
+  int x_copy;         // bytes of x copied at a time; 0: element by element
   bool state_copies;  // rows of out[0] can be copied 16 bytes at a time
   bool packs;         // all series can be loaded and stored two numbers at a time
   bool plain;         // plain.cuh can run the problem

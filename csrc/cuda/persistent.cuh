@@ -42,7 +42,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
     // A block without units exits: its peers neither send to it nor expect anything from it.
     if (p.regime == Regime::cluster && units == 0) return;
     const bool through_l2 = p.regime == Regime::grid;
-    // Backward, one more product after the last step gives ∂L/∂h0.
+    // In the backward pass, one more product after the last step gives ∂L/∂h0.
     const int64_t end = q.T + (!kForward && q.last.data);
     // Steps are counted from the first one that has rows. In a step without rows no bytes are sent,
     // so nothing would synchronise the blocks of a cluster.
@@ -258,11 +258,11 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
     }
   }
 
-  // Ends a step: waits until everything that was sent to this block has arrived. A cluster needs no
-  // other barrier: a block sends into a buffer only after it has received the states of the
-  // previous step from all peers, and they sent these after their last use of that buffer. But a
-  // thread of a block must not fall two steps behind: it would take a later phase for the one that
-  // it waits for.
+  // Ends a step: waits until everything that was sent to this block has arrived. The blocks of a
+  // cluster need no other barrier: a block sends into a buffer only after it has received the
+  // states of the previous step from all peers, and each peer sent these after its last use of that
+  // buffer. But the threads of a block need one: a thread two steps behind would mistake a later
+  // phase for the one that it waits for.
   __device__ __forceinline__ void synchronise(int64_t s) const {
     if (p.regime == Regime::grid) {
       grid_barrier(p.counters + batch_group(p), unsigned(s + 1) * unsigned(p.blocks),

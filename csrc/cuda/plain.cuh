@@ -1,8 +1,8 @@
-// A specialisation of the time loop in persistent.cuh for the most common problem: a dense sequence
-// without resets and without a leak, whose input product a GEMM has computed, one output, and no
-// more batch rows than one product takes; in the block and cluster regimes. Everything that is
-// constant in time is computed before the loop, pointers advance by a constant stride, and no step
-// is special: the states of the last step are sent, too, although nothing reads them.
+// A specialisation of the time loop in persistent.cuh for the most common problem, in the block and
+// cluster regimes: a dense sequence with one output, without resets and without a leak, whose input
+// product a GEMM has computed, and which has no more batch rows than one product takes. Everything
+// that is constant in time is computed before the loop, pointers advance by a constant stride, and
+// no step is special: even the states of the last step are sent, although nothing reads them.
 #pragma once
 
 #include "persistent.cuh"
@@ -45,9 +45,10 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
   template <bool kBusy>
   __device__ __forceinline__ void time_loop() {
     const int lane = threadIdx.x % 32;
-    // This is 0 (it is the alpha of a unit), but the compiler cannot know that. A parameter to
-    // which it is added stays in a register; otherwise the compiler loads it from constant memory
-    // in each step, at 30 cycles. Tiles of 4 items have no registers left for that.
+    // This is 0 (the alpha of a unit, which is 0 without a leak), but the compiler cannot know
+    // that. A parameter to which it is added stays in a register; otherwise the compiler loads it
+    // from constant memory in each step, at 30 cycles. Tiles of 4 items have no registers left for
+    // that.
     const int zero = kItems < 4 ? *reinterpret_cast<volatile int*>(vectors_ + p.units) : 0;
     const int e_row = p.e_row + zero, chunks = p.chunks + zero;
     const int nonlinearity = int(q.nonlinearity) + zero;
@@ -100,8 +101,9 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
       uint64_t* const arrived = reinterpret_cast<uint64_t*>(arrivals) + (~s & 1);
       if (kCluster && threadIdx.x == 0 && !finishing) expect_bytes(arrived, bytes);
       if (kBusy) {
-        // The inputs leave the registers into which those of the next step are loaded. Otherwise
-        // the compiler moves the loaded values at the end of the step, and waits for them there.
+        // Copy the inputs out of the registers into which those of the next step are loaded.
+        // Otherwise the compiler copies the loaded values at the end of the step, and waits for
+        // them there.
         Raw now_in[kItems], now_gate[kItems];
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
@@ -174,7 +176,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
           narrow<S>(C(widen(values[n])));
   }
 
-  // All lanes with the same sums compute the state, so that they can share the sends.
+  // All lanes that hold the same sums compute the state, so that they can share the sends.
   __device__ bool computes(int i) const {
     return (kCluster && Product::kCopies > 1) || product_.owns(i);
   }
@@ -238,7 +240,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
     }
     if (!exists) return;
 #pragma unroll
-    for (int k = 0; k < 16; k += kSenders)  // each block starts with another peer
+    for (int k = 0; k < 16; k += kSenders)  // each block starts with a different peer
       if (k < p.blocks) send_to_peer(place, arrived, k ^ first_peer, words);
   }
 };

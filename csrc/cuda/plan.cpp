@@ -34,20 +34,24 @@ Speeds speeds(int architecture) {
 // In cycles, unless a comment gives another unit. Fitted to measurements of our kernels on an H200
 // (bench/results/gpu-h200; tests/cuda/test_plan_cuda.py compares). On other GPUs they serve to rank
 // plans.
-constexpr double kFmaStep = 640;      // a step without the product and the exchange, for a group of
-constexpr double kMmaStep = 440;      // rows,
-constexpr double kGeneral = 300;      // and more in the general kernel: with inputs or more groups,
-constexpr double kWarpStep = 50;      // and more for each further warp of a scheduler,
-constexpr double kSplitStep = 400;    // if warps add up their partial sums,
-constexpr double kSplitWarp = 20;     // for each warp that does so,
-constexpr double kRowsStep = 150;     // if there is more than one row,
-constexpr double kAdjointStep = 200;  // and in backward: with tensor cores
-constexpr double kFmaChunk = 20;      // a chunk: a load from shared memory,
-constexpr double kFma = 2.7;          // and each multiplication of a thread
-constexpr double kMmaChunk[] = {90, 240};  // a chunk, by units per warp
+
+// A step of one group of rows, without the product and the exchange:
+constexpr double kFmaStep = 640;
+constexpr double kMmaStep = 440;
+constexpr double kGeneral = 300;  // added in the general kernel: with inputs or several groups
+// Added to kMmaStep:
+constexpr double kWarpStep = 50;      // for each further warp of a scheduler
+constexpr double kSplitStep = 400;    // if warps add up their partial sums
+constexpr double kSplitWarp = 20;     // for each warp that does so
+constexpr double kRowsStep = 150;     // if there is more than one row
+constexpr double kAdjointStep = 200;  // in backward
+
+constexpr double kFmaChunk = 20;           // a chunk of a product: a load from shared memory,
+constexpr double kFma = 2.7;               // and each multiplication of a thread
+constexpr double kMmaChunk[] = {90, 240};  // the same, by units per warp
 constexpr double kSpill = 8;  // for each warp and 16 bytes of a thread's weights in shared memory
 constexpr double kPacket = 2.4;      // for each 16 bytes that a block sends to a peer
-constexpr double kClusterHop = 100;  // more than a barrier of the block
+constexpr double kClusterHop = 100;  // what an exchange adds to a barrier of the block
 constexpr double kGridHop = 3500;    // from stores, through a barrier in L2, to all blocks
 constexpr double kL2Bytes = 8;       // bytes per cycle and SM
 constexpr double kSetUp = 1200;      // loading a chunk of weights, once per launch
@@ -102,7 +106,8 @@ double step_time(const Tile& tile, const PlanInput& in, const Plan& plan, const 
   const double per_scheduler = std::ceil(busy / 4);
   const double chunks = double(plan.chunks / plan.split);
   const double spilled = std::max(0.0, chunks - tile.held());
-  // A chunk takes as long as one warp needs for it, or as long as it occupies a scheduler.
+  // A chunk takes as long as one warp needs for it, or as long as it occupies a scheduler if that
+  // is longer.
   double step, chunk, issue, vectors;
   if (tile.mma()) {
     step = kMmaStep + (plan.split > 1 ? kSplitStep + kSplitWarp * plan.split : 0) +
@@ -257,7 +262,7 @@ Plan make_plan(const PlanInput& in, const Device& device, const Overrides& overr
   return best;
 }
 
-// No std::ostringstream: where g++ links the C++ library statically (seen on the machine with the
+// No std::ostringstream: if g++ links the C++ library statically (seen on the machine with the
 // H200), writing a double to one crashes once torch has loaded the shared library.
 std::string in_words(const PlanInput& in, const Plan& plan, const Device& device) {
   const auto number = [](double value) {

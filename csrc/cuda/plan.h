@@ -50,7 +50,7 @@ struct PlanInput {
 enum class Arithmetic { fma_f32, fma_f64, mma_bf16, mma_f16, mma_tf32 };
 struct Tile {
   Arithmetic arithmetic;
-  int units;  // fma: per thread, and 32 times as many per block; mma: per warp, times 16
+  int units;  // fma: per thread (a block has 32 times as many); mma: per warp, in sixteens
   int rows;   // batch rows at once
 
   constexpr bool mma() const { return arithmetic >= Arithmetic::mma_bf16; }
@@ -69,17 +69,17 @@ struct Tile {
     if (mma()) return 16 / units;
     return units == 1 ? 27 : number_size() == 8 ? 14 : 32 / units;
   }
-  // How many chunks that registers hold are multiplied without a branch between them, so that their
+  // How many of the chunks in registers are multiplied without a branch between them, so that their
   // loads are in flight together. A row of states is padded with zeros to such a group.
   constexpr int group() const { return !mma() && rows <= 2 && held() % 4 == 0 ? 4 / rows : 1; }
   constexpr int64_t padded_chunks(int64_t chunks) const {
     return chunks < held() ? (chunks + group() - 1) / group() * group() : chunks;
   }
-  // Numbers after the rows of a buffer that a product loads but ignores: two chunks for each warp
-  // that shares K.
+  // The elements after the rows of a buffer that a product loads but ignores: two chunks for each
+  // warp that shares K.
   constexpr int overrun(int split) const { return mma() ? 2 * split * chunk() : 0; }
   constexpr int chunk_bytes() const { return (mma() ? 8192 : 4096) * units; }
-  // Units of a block if `split` warps share the K of the same units.
+  // The units of a block if `split` warps share the K of the same units.
   constexpr int block_units(int split) const { return (mma() ? 128 / split : 32) * units; }
 };
 constexpr Tile kTiles[] = {
@@ -90,15 +90,15 @@ constexpr Tile kTiles[] = {
 };
 constexpr int kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr int kThreads = 256;   // per block, that multiply
+constexpr int kThreads = 256;   // per block
 constexpr int kStepUnits = 64;  // step regime: hidden units per block,
 constexpr int kStepRows = 32;   // and batch rows
 
-// The layout of a block's shared memory: byte offsets, after the weights that do not fit into
-// registers.
+// The layout of a block's shared memory, in byte offsets. The weights that do not fit into
+// registers come first.
 struct Shared {
   int64_t e, carry, vectors, partial, arrivals, end;
-  int64_t e_row, e_size;  // numbers per row and per buffer of e, which is 2 buffers
+  int64_t e_row, e_size;  // elements per row and per buffer of e; e is two buffers
 };
 
 struct Plan {
@@ -114,15 +114,14 @@ struct Plan {
   int64_t chunks = 0;        // of K
   int64_t state_chunks = 0;  // those of `chunks` that belong to states
   Shared shared{};           // memory of a block
-  int64_t counters = 0;      // workspace: words that must be zero,
-  int64_t carry_bytes = 0;   // and bytes for the carries of rows between launches
+  int64_t counters = 0;      // workspace: number of words, which must be zero,
+  int64_t carry_bytes = 0;   // and of bytes for the carries of rows between launches
   // Predicted times per step: of the recurrence, and of the GEMM for its inputs.
   double microseconds = 0;
   double input_microseconds = 0;
 };
 
-// Overrides for tests and experiments; ignored where no plan that can run the problem satisfies
-// them.
+// Overrides for tests and experiments; ignored if no plan that can run the problem satisfies them.
 struct Overrides {
   std::optional<Regime> regime;
   std::optional<int> tile, split;

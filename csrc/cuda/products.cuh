@@ -83,8 +83,9 @@ struct Fma {
   static_assert(kSums <= 8);  // so that 8 lanes can own one each
   static constexpr int kItems = 1;
   static constexpr int kPack = 1;
-  // How many lanes end with the same sums; and the bit of the lane index in which the owners of
-  // neighbouring packs of units differ (join 0), and those of neighbouring pairs of packs (join 1).
+  // kCopies is how many lanes end with the same sums. neighbour(0) is the bit of the lane index in
+  // which the owners of neighbouring packs of units differ, neighbour(1) that of the owners of
+  // neighbouring pairs of packs.
   static constexpr int kCopies = 8 / kSums;
   static constexpr int neighbour(int join) {
     if (UnitsPerThread == 1) return join ? 2 : 1;
@@ -304,10 +305,10 @@ __device__ __forceinline__ uint4 load_transposed(const void* row) {
   return m;
 }
 
-// The weights are the stationary A operand; N is 8 batch rows. The units are divided among warps,
-// and `split` warps share the K of the same units, taking chunks in turn. Of the units 2g and
-// 2g + 1, the first is row g of A and the second row g + 8: a thread then owns neighbouring units,
-// which it stores together.
+// The weights are the stationary A operand; the N dimension is 8 batch rows. The units are divided
+// among warps, and `split` warps share the K of the same units, taking chunks in turn. Of the units
+// 2g and 2g + 1, the first is row g of A and the second row g + 8: a thread then owns neighbouring
+// units, which it stores together.
 template <class S, int TilesPerWarp>
 struct Mma {
   using Stored = S;
@@ -465,8 +466,8 @@ struct Mma {
   }
 
   // Adds the partial sums of the warps that share the units. Two buffers alternate: before a warp
-  // writes to one again, it passes the barrier of the other, which all warps reach after they have
-  // read the first.
+  // writes to a buffer again, it passes the barrier of the other buffer, which all warps reach only
+  // after they have read the first.
   __device__ __forceinline__ void add_parts(float* partial, float (&item)[kItems][kPack]) {
     float2* const parts = reinterpret_cast<float2*>(partial) + turn;
     turn ^= kWarps * kParts;

@@ -1,6 +1,7 @@
 // Runs a Call on the CUDA engine: makes the plan, prepares what the recurrence needs, and launches
-// it. Shared by the ops on CUDA tensors (recurrence_cuda.cpp) and by the tests, which run them on
-// an emulator (tests/support/emulated_engine.cpp), so nothing here may call libtorch_cuda.
+// it. Shared by the ops on CUDA tensors (recurrence_cuda.cpp) and by the tests, which run the
+// engine on an emulator (tests/support/emulated_engine.cpp), so nothing here may call
+// libtorch_cuda.
 #pragma once
 
 #include <ATen/Context.h>
@@ -38,7 +39,7 @@ inline PlanInput plan_input(const Call& call) {
   return in;
 }
 
-// The number of rows before each step, and of all steps, [T + 1].
+// The number of rows before each step, then that of all steps, [T + 1].
 inline Tensor row_offsets(const Problem& p, const Tensor& like, cudaStream_t stream) {
   std::vector<int64_t> rows(size_t(p.T + 1));
   std::partial_sum(p.batch_sizes, p.batch_sizes + p.T, rows.begin() + 1);
@@ -47,8 +48,8 @@ inline Tensor row_offsets(const Problem& p, const Tensor& like, cudaStream_t str
   return offsets;
 }
 
-// Tensors made here may be destroyed once their launches are queued, because the allocator does not
-// reuse their memory on another stream.
+// The tensors made here may be destroyed on return, although the kernels are only queued, because
+// the allocator does not reuse their memory on another stream.
 inline Plan run(Call& call, int device, cudaStream_t stream) {
   const Problem& problem = call.problem;
   const Device& properties = device_properties(device);

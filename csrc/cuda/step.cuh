@@ -10,7 +10,8 @@ namespace fusedrnn::cuda {
 
 constexpr int kSlabs = 3;  // in shared memory
 
-// 128 bytes of K. Weights have the layout of global memory: forward [unit][k], backward [k][unit].
+// A slab is 128 bytes of K. Weights have the layout of global memory: forward [unit][k], backward
+// [k][unit].
 template <class S, bool forward>
 struct alignas(16) Slab {
   static constexpr int kK = 128 / int(sizeof(S));
@@ -22,8 +23,8 @@ struct alignas(16) Slab {
   S e[kStepRows][kK + kPad];
 };
 
-// 64 units times 32 rows without tensor cores. Four groups of threads share the K of a slab, so
-// that a thread can have 8 units times 4 rows: 12 loads for 128 multiplications.
+// The product of 64 units and 32 rows without tensor cores. Four groups of threads share the K of a
+// slab, so that a thread can have 8 units times 4 rows: 12 loads for 128 multiplications.
 template <class S, bool forward>
 struct SlabFma {
   using C = Computed<S>;
@@ -37,8 +38,8 @@ struct SlabFma {
   __device__ static int group() { return threadIdx.x / 64; }
   __device__ static int column() { return threadIdx.x % 8; }
   __device__ static int line() { return threadIdx.x / 8 % 8; }
-  // Forward, the units of a thread are 8 apart, so that neighbouring threads load from different
-  // banks; backward, they are those that one load brings.
+  // In the forward pass, the units of a thread are 8 apart, so that neighbouring threads load from
+  // different banks; in the backward pass, they are the units that one load brings.
   __device__ static int unit_of_sum(int u) {
     return forward ? column() + 8 * u : (u / kVector * 8 + column()) * kVector + u % kVector;
   }
