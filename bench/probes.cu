@@ -1,8 +1,8 @@
-// Latencies that decide how a recurrence is laid out on a GPU, each measured by its own kernel.
-// Built into a shared library that probes.py calls. Does not use torch; the caller owns all memory.
-// Every launcher returns a cudaError_t.
+// Measures the latencies that decide how a recurrence is laid out on a GPU, each with its own
+// kernel. Built into a shared library that probes.py calls. Does not use torch; the caller owns all
+// memory. Every launcher returns a cudaError_t.
 //
-// A kernel repeats one operation `n` times and writes the totals: out[0] = cycles, out[1] =
+// Each kernel repeats one operation `n` times and writes the totals: out[0] = cycles, out[1] =
 // nanoseconds.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -43,8 +43,8 @@ __global__ void block_barrier(int n, int64_t* out) {
   if (threadIdx.x == 0) watch.stop(out);
 }
 
-// `kChains` independent chains of mma in each warp. Within a chain, each mma waits for the previous
-// one, so a single chain gives the latency.
+// Each warp runs `kChains` independent chains of mma. Within a chain, each mma waits for the
+// previous one, so a single chain gives the latency.
 template <int kChains>
 __global__ void tensor_core(int n, int64_t* out, float* sink) {
   float d[kChains][4] = {};
@@ -133,8 +133,8 @@ __global__ void cluster_barrier(int n, int64_t* out) {
 }
 
 // A small model of a recurrence's step: each thread writes a word to the next block, the cluster
-// synchronises, and each thread reads the word that it got. With two slots, one barrier per step is
-// enough.
+// synchronises, and each thread reads the word that it has received. With two slots, one barrier
+// per step is enough.
 __global__ void cluster_exchange(int n, int64_t* out, float* sink) {
   extern __shared__ uint32_t exchanged[];  // [2][threads]
   const int next = (cluster_rank() + 1) % cluster_size();
@@ -165,10 +165,11 @@ __device__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
 }
 
 // The exchange of one step of a recurrence in a cluster: every block sends 4 bytes per thread to
-// every block, and continues when it has the data of all blocks. It uses plain stores and the
-// cluster's barrier, or st.async and an mbarrier that counts bytes. Two slots are enough: a block
-// that sends its next data has the current data of all blocks, which they sent after they had read
-// the previous data, in the slot that is now overwritten.
+// every block, and continues when it has the data of all blocks. It uses st.async and an mbarrier
+// that counts bytes (kAsync), or plain stores and the cluster's barrier. Two slots are enough: when
+// a block sends its next data, it has received the current data of all blocks, and each of them had
+// read the previous data before it sent the current data. So the slot of the previous data can be
+// overwritten.
 template <bool kAsync>
 __global__ void cluster_gather(int n, int64_t* out, float* sink) {
   extern __shared__ uint32_t gathered[];  // [2][blocks][threads]
@@ -214,10 +215,10 @@ __global__ void cluster_gather(int n, int64_t* out, float* sink) {
   synchronise_cluster<false>();
 }
 
-// The same exchange of 1 KB to every block, by st.async of 16 bytes (kBulk: by one bulk copy for
-// each peer, out of this block's shared memory). The 1 KB lie in rows of `run` times 16 bytes,
-// which begin `pad` bytes further than they would without gaps: states of several batch rows lie
-// so.
+// The same exchange with 1 KB for every block, by st.async of 16 bytes (kBulk: by one bulk copy for
+// each peer, from this block's shared memory). st.async stores the 1 KB as 64 / `run` pieces of
+// `run` times 16 bytes, one in each row, like the states of several batch rows. There are `pad`
+// bytes between rows.
 template <bool kBulk>
 __global__ void cluster_send(int run, int pad, int n, int64_t* out, float* sink) {
   extern __shared__ __align__(128) unsigned char sent[];  // [2][64 / run][stride], then [2][1 KB]
@@ -275,9 +276,10 @@ __global__ void cluster_send(int run, int pad, int n, int64_t* out, float* sink)
   synchronise_cluster<false>();
 }
 
-// Two blocks send a word back and forth, n round trips: st.async carries it and signals the
-// mbarrier of the waiting block. The word may arrive before its bytes are announced (expect_tx):
-// the phase cannot end without the announcement, which is also the one arrival that it expects.
+// Two blocks send a word back and forth, for n round trips: st.async carries the word and signals
+// the mbarrier of the waiting block. The word may arrive before its bytes are announced
+// (expect_tx): the phase cannot end without the announcement, which is also the one arrival that
+// the mbarrier expects.
 __global__ void async_ping_pong(int n, int64_t* out, float* sink) {
   __shared__ alignas(8) uint64_t barrier;
   __shared__ alignas(8) uint32_t slot;
@@ -315,7 +317,7 @@ __global__ void async_ping_pong(int n, int64_t* out, float* sink) {
   synchronise_cluster<false>();  // a block must not exit while another writes to its memory
 }
 
-// The same with a plain remote store (release), and a loop that polls until the word changes.
+// The same with a plain remote store (release) and a loop that polls until the word changes.
 __global__ void flag_ping_pong(int n, int64_t* out, float* sink) {
   __shared__ uint32_t slot;
   const int rank = cluster_rank();
@@ -391,8 +393,8 @@ __global__ void counter_barrier(int n, int64_t* out, uint32_t* counter) {
 }
 
 // Each block writes one 8-byte word, a value and the step number, and polls the words of all blocks
-// until they are of this step: data and signal in one hop, without a fence. Two slots are enough,
-// because no block is more than one step ahead.
+// until they have the number of this step: data and signal take one hop together, without a fence.
+// Two slots are enough, because no block is more than one step ahead.
 __global__ void flag_in_data(int n, int64_t* out, uint64_t* words, float* sink) {
   uint32_t value = blockIdx.x;
   const Stopwatch watch;
@@ -420,7 +422,8 @@ __global__ void flag_in_data(int n, int64_t* out, uint64_t* words, float* sink) 
 
 __global__ void nothing() {}
 
-// Uses as many registers as a thread of a 256-thread block can have: all values depend on others.
+// Uses as many registers as a thread of a 256-thread block can have, because all values depend on
+// each other.
 __global__ void __launch_bounds__(256, 1) many_registers(int n, float* data) {
   constexpr int kValues = 224;
   extern __shared__ float unused[];

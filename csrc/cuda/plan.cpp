@@ -48,7 +48,7 @@ constexpr double kAdjointStep = 200;  // in backward
 
 constexpr double kFmaChunk = 20;           // a chunk of a product: a load from shared memory,
 constexpr double kFma = 2.7;               // and each multiplication of a thread
-constexpr double kMmaChunk[] = {90, 240};  // the same, by units per warp
+constexpr double kMmaChunk[] = {90, 240};  // a chunk with tensor cores, by units per warp
 constexpr double kSpill = 8;  // for each warp and 16 bytes of a thread's weights in shared memory
 constexpr double kPacket = 2.4;      // for each 16 bytes that a block sends to a peer
 constexpr double kClusterHop = 100;  // what an exchange adds to a barrier of the block

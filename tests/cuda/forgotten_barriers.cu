@@ -1,5 +1,5 @@
-// Some kernels of a copy of csrc/cuda in which single barriers can be left out, to check that
-// ThreadSanitizer detects that. test_sanitizers.py makes the copy.
+// Some kernels of a copy of csrc/cuda in which any single barrier can be left out, to check that
+// ThreadSanitizer then reports a race. test_sanitizers.py makes the copy.
 #include <cuda_runtime.h>
 
 __constant__ int forgotten;  // the number of the barrier to leave out; 0: none

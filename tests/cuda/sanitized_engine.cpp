@@ -1,6 +1,6 @@
-// The CUDA engine without torch, for sanitizers: planner, launchers and kernels on the emulator of
-// tests/support/emulator, in buffers of exactly the required size. The results are compared with a
-// plain loop in float64, to make sure that everything was computed.
+// Runs the CUDA engine without torch, for sanitizers: planner, launchers and kernels on the
+// emulator of tests/support/emulator, in buffers of exactly the required size. The results are
+// compared with a plain loop in float64, to make sure that everything was computed.
 //
 //   program DEVICE SEED PROBLEM...
 //
@@ -8,8 +8,8 @@
 // are a regime, a pass, tile=, split=, I=, H=, and either T= and B= or sizes= (packed: the rows of
 // each step). Optional are reset, alpha, h0, bias, descending, unfused (the input product is
 // computed before the recurrence), apart (gaps between rows) and plain (no second input and
-// output). To provoke errors: short=NAME (that buffer lacks its last number), forget=N (see
-// forgotten_barriers.cu), stuck (blocks wait for something that never happens).
+// output). Three words provoke errors: short=NAME (that buffer lacks its last element), forget=N
+// (see forgotten_barriers.cu) and stuck (blocks wait for something that never happens).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -67,15 +67,15 @@ void store_narrowed(Storage storage, char* to, double value) {
   }
 }
 
-// Rows of numbers that start `distance` numbers apart. The buffer ends with the last number of the
-// last row.
+// Rows of numbers that start `distance` elements apart. The buffer ends with the last element of
+// the last row.
 struct Rows {
   Storage storage;
   int64_t count, width, distance;
   std::vector<char> bytes;
 
   char* place(int64_t row, int64_t j) { return bytes.data() + offset(row, j); }
-  // False for a number that short= removed.
+  // False for an element that short= removed.
   bool exists(int64_t row, int64_t j) const { return size_t(offset(row, j + 1)) <= bytes.size(); }
   double at(int64_t row, int64_t j) const {
     return exists(row, j) ? widened(storage, bytes.data() + offset(row, j)) : 0;
@@ -147,8 +147,8 @@ struct Case {
   int64_t rows() const { return offsets.back(); }
 };
 
-// Returns a buffer of 0xFF bytes, which are NaN in every format; one number too small if short=
-// names it.
+// Returns a buffer of 0xFF bytes, which are NaN in every format; it is one element too small if
+// short= names it.
 std::vector<char> buffer(const Case& c, const char* name, int64_t count, int size) {
   const auto shorter = c.words.find("short");
   if (shorter != c.words.end() && shorter->second == name) --count;
@@ -345,8 +345,8 @@ void run_and_compare(const Case& c) {
   workspace.counters = reinterpret_cast<unsigned*>(counters.data());
   workspace.carry = carry.data();
   // In the cluster regime, a peer overwrites a buffer once all warps of this block have sent it the
-  // values computed from the states in that buffer. Only those values order the lanes that read the
-  // states before the lanes that sent.
+  // values computed from the states in that buffer. The lanes that read the states run before the
+  // lanes that send only because these values pass between them.
   cudaemu_values_order(plan.regime == Regime::cluster);
   if (c.has("forget")) fusedrnn_forget(int(c.number("forget")));
   run(p, in, plan, device, workspace, nullptr);

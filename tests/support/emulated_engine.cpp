@@ -1,4 +1,4 @@
-// The CUDA engine for CPU tensors, on the emulator of tests/support/emulator: the same glue,
+// Runs the CUDA engine on CPU tensors, on the emulator of tests/support/emulator: the same glue,
 // planner, launchers and kernels as on a GPU. While installed, it replaces the CPU engine.
 #include <c10/util/Exception.h>
 
@@ -33,7 +33,7 @@ struct Engine {
   }
 };
 
-// Drops the dispatcher's warnings about replaced kernels, because replacing them is intended.
+// Drops the dispatcher's warnings about replaced kernels, because the replacement is intended.
 struct Silence : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
@@ -58,7 +58,7 @@ void fusedrnn_uninstall() { fusedrnn::cuda::installed.reset(); }
 
 // Overrides the planner: the regime as an index into kRegimeNames, the tile as an index into
 // kTiles, how many warps share the K of the same units, and whether the input product is part of
-// the step; -1: the planner chooses.
+// the step. For an argument of -1, the planner chooses.
 void fusedrnn_use_regime(int regime, int tile, int split, int fuse_input) {
   const auto wanted = [](int value) { return value < 0 ? std::nullopt : std::optional(value); };
   fusedrnn::cuda::Overrides overrides;

@@ -1,4 +1,5 @@
-// One small kernel for each kind of instruction; tests/cuda/test_emulator.py compares with torch.
+// One small kernel for each kind of instruction. tests/cuda/test_emulator.py compares them with
+// torch.
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 #include <cuda/barrier>
@@ -111,7 +112,7 @@ extern "C" __global__ void brain_floats(const __nv_bfloat16* x, __nv_bfloat16* y
 #endif
 }
 
-// C[16][8] = A[16][16] B[16][8], B given transposed. Through ldmatrix, as kernels do it.
+// C[16][8] = A[16][16] B[16][8], with B given transposed, and with ldmatrix, as real kernels do it.
 extern "C" __global__ void multiply_f16(const __half* a, const __half* b, float* c) {
   __shared__ __align__(16) __half rows[16 * 16], columns[8 * 16];
   const int lane = threadIdx.x;
@@ -128,7 +129,7 @@ extern "C" __global__ void multiply_f16(const __half* a, const __half* b, float*
                : "=r"(fb[0]), "=r"(fb[1])
                : "r"(pb));
   float d[4] = {};
-  // In two halves of depth 8, which Turing has, too.
+  // In two halves of depth 8, which Turing also supports.
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
       "{%0,%1,%2,%3};"
@@ -294,7 +295,7 @@ extern "C" __global__ void multiply_wmma(const __nv_bfloat16* a, const __nv_bflo
   wmma::store_matrix_sync(c, fc, 16, wmma::mem_row_major);
 }
 
-// C[16][8] = A[16][16] B[16][8]; fragments straight from memory, as the PTX manual has them.
+// C[16][8] = A[16][16] B[16][8]; fragments are read from memory as the PTX manual defines them.
 extern "C" __global__ void multiply_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
   const int group = threadIdx.x >> 2, member = threadIdx.x & 3;
   const auto pair = [](const __nv_bfloat16* p) { return *reinterpret_cast<const unsigned*>(p); };

@@ -44,7 +44,7 @@ extern "C" __global__ void neighbours(int* out) {
   cluster.sync();
 }
 
-// Each block writes to all; arrive and wait are apart.
+// Each block writes to all blocks. Arriving at the barrier and waiting are separate instructions.
 extern "C" __global__ void scatter(int* out) {
   __shared__ int received[16];
   auto cluster = cg::this_cluster();
@@ -60,8 +60,8 @@ extern "C" __global__ void scatter(int* out) {
   if (threadIdx.x < blocks) out[blockIdx.x * blocks + threadIdx.x] = received[threadIdx.x];
 }
 
-// A ring: in each round every block sends 64 floats to the next by st.async, which counts bytes on
-// the receiver's mbarrier. `careless` leaves the wait out.
+// A ring: in each round every block sends 64 floats to the next by st.async, which counts bytes at
+// the receiver's mbarrier. If `careless`, the receiver does not wait.
 extern "C" __global__ void ring(float* out, int rounds, int careless) {
   __shared__ __align__(16) float inbox[2][64];
   __shared__ __align__(8) unsigned long long full[2];

@@ -1,4 +1,5 @@
-// Host code as the engine has it: what must reach the stand-in for the CUDA runtime library.
+// Host code that uses the CUDA runtime as the engine does. Its calls must reach the emulator's
+// replacement for the CUDA runtime library.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 

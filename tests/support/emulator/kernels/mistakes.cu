@@ -1,7 +1,8 @@
-// Planted mistakes, each beside the same kernel without it: does the emulator find them?
+// Kernels with planted mistakes, each with a correct version, to check that the emulator finds the
+// mistakes.
 #include <cuda_runtime.h>
 
-// `broken` is a template argument so that the code differs as it would after a mistake.
+// `broken` is a template argument, so that the code differs as it would after a real mistake.
 template <bool broken>
 __global__ void missing_barrier(const float* x, float* y) {
   __shared__ float s[64];
@@ -24,7 +25,7 @@ __global__ void overwritten_too_soon(const float* x, float* y, int steps) {
   y[threadIdx.x] = value;
 }
 
-// A barrier over the grid by hand, where only the fence makes the block's writes visible.
+// A hand-written barrier over the grid, in which only the fence makes the block's writes visible.
 template <bool broken>
 __global__ void missing_fence(float* x, float* y, unsigned* counter) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x, n = gridDim.x * blockDim.x;

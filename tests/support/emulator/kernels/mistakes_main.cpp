@@ -1,4 +1,4 @@
-// Runs one kernel of mistakes.cu: `program name broken`. For the sanitizers.
+// Runs one kernel of mistakes.cu under a sanitizer: `program name broken`.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +19,7 @@ int main(int count, char** words) {
   if (count > 3) cudaemu_schedule(words[3], 1, 0.1);
   const char* name = words[1];
   const int broken = std::atoi(words[2]);
-  // Allocated exactly, so that AddressSanitizer sees one element too many.
+  // `exact` has no spare element, so that AddressSanitizer sees an access beyond the end.
   std::vector<float> x(128, 1.f), exact(64, 1.f), y(128);
   unsigned counter = 0;
   int error = -1;

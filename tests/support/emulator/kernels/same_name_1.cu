@@ -1,4 +1,4 @@
-// With same_name_2.cu: kernels of one name in two files must not be taken for each other.
+// With same_name_2.cu: kernels of two files must not be confused, even with the same name.
 static __global__ void kernel(int* y) { y[0] = 1; }
 namespace {
 __global__ void hidden(int* y) { y[1] = 10 * 1; }

@@ -27,7 +27,8 @@ class RoundingMode {
 
 }  // namespace
 
-// volatile: the compiler ignores the rounding mode and would move the arithmetic out of its scope.
+// volatile, because the compiler ignores the rounding mode and would move the arithmetic out of its
+// scope.
 f64 directed_f64(char mode, char operation, f64 a, f64 b, f64 c) {
   const RoundingMode set(mode);
   volatile f64 x = a, y = b, z = c, result = 0;

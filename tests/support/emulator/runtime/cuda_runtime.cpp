@@ -1,6 +1,6 @@
 // A replacement for the CUDA runtime library. It accepts the registrations and calls of host code
 // compiled by nvcc, checks launches as a real device would, and runs them on the emulator. "Device
-// memory" is host memory. All work of a call is finished when it returns.
+// memory" is host memory. When a call returns, all its work is finished.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -123,7 +123,7 @@ struct Configuration {
 
 Dim3 dims(const dim3& d) { return {d.x, d.y, d.z}; }
 
-// Returns the error with which a device would refuse this launch before it starts.
+// Returns the error with which a device would refuse to start this launch.
 cudaError_t check_launch(const Function& f, Configuration& c) {
   const Kernel& kernel = *f.kernel;
   const u64 threads = u64(c.block.x) * c.block.y * c.block.z;
@@ -380,7 +380,7 @@ EXPORT const Kernel* cudaemu_kernel(const char* name) {
     if (const Kernel* kernel = kernel_in(modules[m], name)) return kernel;
   return nullptr;
 }
-// name, then parameter bytes, static shared memory, registers, bytes of stack
+// Writes the parameter bytes, static shared memory, registers and stack bytes of the kernel `name`.
 EXPORT int cudaemu_kernel_info(const char* name, unsigned values[4]) {
   const Kernel* kernel = cudaemu_kernel(name);
   if (!kernel) return 0;
@@ -416,8 +416,8 @@ EXPORT const char* cudaemu_launch(const char* name, const unsigned grid[3], cons
 
 // --- What nvcc's host code calls when a library is loaded ---
 // The host object of each .cu file is linked directly after its translated kernels, and both are
-// initialised in that order. So the module registered last has the kernels of the calling host
-// code. Names alone are not enough: static kernels of different files may share them.
+// initialised in that order. So the module registered last holds the kernels of the calling host
+// code. Names alone are not enough: static kernels of different files may have the same name.
 struct FatBinary {
   const Module* module;
 };

@@ -18,7 +18,8 @@ inline u16 to_bf16(f32 x) {
   const u32 b = bits<u32>(x);
   return x != x ? u16(0x7FFF) : u16((b + 0x7FFFu + (b >> 16 & 1)) >> 16);
 }
-// f64 to f32, rounded to odd, so that a second rounding to 16 bits gives the exact result.
+// Converts f64 to f32, rounding to odd, so that a second rounding to 16 bits gives the exact
+// result.
 inline f32 to_odd(f64 x) {
   const f32 nearest = f32(x);
   if (f64(nearest) == x || x != x || __builtin_isinf(nearest)) return nearest;
@@ -154,7 +155,7 @@ template <class T>
 inline bool is_nan(T x) {
   return x != x;
 }
-// min and max of integers; of floats, a number wins over NaN, and -0 is below +0.
+// min and max of integers and floats: a number wins over NaN, and -0 is below +0.
 template <class T>
 inline T minimum(T a, T b) {
   if (a != a) return b;
@@ -179,8 +180,8 @@ inline T maximum_nan(T a, T b) {
 }
 
 // Directed rounding of value + error, where value is the sum rounded to nearest in f64 and error is
-// what that rounding left out. Exact, and much cheaper than changing the FPU's rounding mode, which
-// matters because nvcc's expf contains an fma.rm.
+// what that rounding left out. It is exact, and much cheaper than changing the FPU's rounding mode.
+// The cost matters because nvcc's expf contains an fma.rm.
 template <char mode>
 inline f32 round_to_f32(f64 value, f64 error) {
   const f32 nearest = f32(value);
@@ -251,7 +252,8 @@ inline To to_integer(From x) {
   return To(whole);
 }
 inline u32 to_tf32(f32 x) { return x != x ? 0x7FFFFFFFu : (bits<u32>(x) + 0x1000u) & 0xFFFFE000u; }
-// The hardware's tanh.approx is accurate to 11 bits. More would make tests of its use too lenient.
+// The hardware's tanh.approx is accurate to 11 bits. More would hide errors from the tests of code
+// that uses it.
 inline f32 tanh_approx(f32 x) {
   const f32 y = __builtin_tanhf(x);
   return y != y ? y : bits<f32>((bits<u32>(y) + 0x800u) & 0xFFFFF000u);
@@ -269,8 +271,8 @@ inline u64 next_tick() {
 }
 
 // --- Memory ---
-// One branch for both checks: kernels have thousands of accesses, and each branch costs time to
-// compile. `bytes` is a power of two.
+// There is one branch for both checks: kernels have thousands of accesses, and each branch costs
+// time to compile. `bytes` is a power of two.
 [[gnu::always_inline]] inline char* shared_at(Thread& self, char* base, u32 size, u32 address,
                                               u32 bytes, const Site& site) {
   if (__builtin_expect((u64(address) + bytes > size) | ((address & (bytes - 1)) != 0), 0))
@@ -290,14 +292,14 @@ template <class T>
 [[gnu::always_inline]] inline void store(char* p, T value) {
   *reinterpret_cast<T*>(p) = value;
 }
-// Under AddressSanitizer, prefetched addresses must be valid, although CUDA does not require it.
+// Under AddressSanitizer, prefetched addresses must be valid, although CUDA does not require that.
 [[gnu::always_inline]] inline void prefetch([[maybe_unused]] const char* p) {
 #ifdef __SANITIZE_ADDRESS__
   (void)*static_cast<const volatile char*>(p);
 #endif
 }
-// A polling thread must let the thread that it waits for run: each time it reads the same address
-// again, and on every 16th poll if it alternates between addresses.
+// A polling thread must let the thread that it waits for run. It yields when it reads the same
+// address again, and on every 16th poll in case it alternates between addresses.
 inline void poll(Thread& self, const void* p, const Site& site) {
   if (self.polled == p || ++self.polls % 16 == 0) yield(self, site);
   self.polled = p;

@@ -1,5 +1,5 @@
-// The numbers are those that NVIDIA publishes (data sheets, tuning guides, table of compute
-// capabilities); the division into GPCs is one that occurs.
+// The emulated GPUs. Their figures are those that NVIDIA publishes (data sheets, tuning guides,
+// table of compute capabilities); the division into GPCs is one that occurs on real chips.
 #include "devices.h"
 
 #include <cstring>
@@ -148,7 +148,7 @@ const std::vector<Device>& devices() {
        .memory_bytes = 16 * gib,
        .largest_cluster = 0,
        .gpcs = {}},
-      // Not a real GPU: small shapes reach the limits that only large ones reach elsewhere.
+      // Not a real GPU: small shapes reach the limits that only large shapes reach on the others.
       {.name = "tiny",
        .full_name = "emulated tiny GPU",
        .major = 9,

@@ -17,7 +17,8 @@ struct Device {
   int clock_khz, memory_clock_khz, memory_bus_bits;
   size_t memory_bytes;
   int largest_cluster;  // 0: no clusters
-  // Multiprocessors of each GPC; a cluster lies in one GPC. Real chips differ in what is disabled.
+  // Multiprocessors of each GPC; a cluster lies in one GPC. On real chips it varies which are
+  // disabled.
   std::vector<int> gpcs;
 
   int architecture() const { return 10 * major + minor; }

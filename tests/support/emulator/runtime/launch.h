@@ -1,4 +1,4 @@
-// Running a grid, and the settings for tests.
+// Runs a grid, with settings for tests.
 #pragma once
 #include <string>
 
@@ -15,7 +15,7 @@ struct Settings {
   double yield_probability = 0;  // random order: the chance to be interrupted at an atomic or fence
   // For ThreadSanitizer: what a lane did before it passed on a value (by a shuffle or a tensor-core
   // multiplication) happens before what the receiving lanes do afterwards. On a GPU this holds for
-  // the reads from which the value was computed, but not for writes.
+  // the reads that the value was computed from, but not for writes.
   bool values_order = false;
 };
 extern Settings settings;

@@ -5,7 +5,7 @@
 // switch only where CUDA threads wait for each other (barriers, warp operations) or poll memory;
 // between such points a thread runs alone.
 //
-// This header is parsed once for each translated .cu file: it includes nothing that is slow to
+// This header is parsed once for each translated .cu file, so it includes nothing that is slow to
 // parse.
 #pragma once
 #include <cstdint>
@@ -60,7 +60,7 @@ struct Thread {
   u32 polls = 0;
 };
 
-// End the launch with an error; the thread does not continue.
+// These end the launch with an error; the thread does not continue.
 [[noreturn, gnu::cold]] void fail(Thread&, const Site&, const char* text);
 [[noreturn, gnu::cold]] void fail_shared_access(Thread&, const Site&, u32 address, u32 bytes);
 [[noreturn, gnu::cold]] void fail_alignment(Thread&, const Site&, u64 address, u32 bytes);
@@ -129,7 +129,8 @@ void wmma_store_f32(Thread&, const Site&, const f32 value[8], char* tile, u32 st
 void wmma_mma(Thread&, const Site&, Half, f32 d[8], const u32* a, const u32* b, const f32 c[8]);
 
 // --- Asynchronous copies and mbarriers (async.cpp) ---
-// Data arrives as late as the program allows, so that a missing wait is found.
+// Data arrives as late as the program allows (in random order, sometimes at once), so that a
+// missing wait is found.
 void copy_async(Thread&, const Site&, char* to, const char* from, u32 bytes, u32 source_bytes);
 void copy_async_commit(Thread&);
 void copy_async_wait(Thread&, u32 groups_left);

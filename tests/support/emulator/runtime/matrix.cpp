@@ -14,7 +14,7 @@ constexpr u32 all_lanes = ~0u;
 f32 half_of(Half type, u32 pair, u32 which) {
   const u16 x = u16(pair >> (16 * which));
   f32 value = type == Half::bf16 ? from_bf16(x) : from_f16(x);
-  asm("" : "+x"(value));  // or the compiler would convert f16 to f64 directly, by a slow function
+  asm("" : "+x"(value));  // or the compiler would call a slow function from f16 to f64
   return value;
 }
 

@@ -15,8 +15,9 @@
 #include <memory>
 #include <mutex>
 
-// Saves the callee-saved registers and continues where `load` was saved. With a jump: the processor
-// would predict that a `ret` returns to its caller, and mispredict each switch.
+// Saves the callee-saved registers and continues where `load` was saved. It jumps instead of
+// returning, because the processor predicts that a `ret` returns to its caller, and would
+// mispredict each switch.
 extern "C" void emulator_switch_stack(void** save, void* load);
 #if !defined(__x86_64__)
 #error "the emulator switches stacks in x86-64 assembly; other processors need their own"
@@ -58,10 +59,10 @@ constexpr u32 barriers_per_block = 16;
 constexpr u64 most_idle_polls = 20'000'000;
 
 // --- Stacks ---
-// Address space is reserved in slabs and only what a fiber touches is mapped, so stacks can be
-// large. They have no guard pages: each would split a mapping in two, and a grid on all of an H100
-// has more threads than a process may have mappings. Instead, build.py makes the compiler refuse
-// kernels whose frame comes near the size of a stack.
+// Address space is reserved in slabs, and only the pages that a fiber touches are mapped, so stacks
+// can be large. They have no guard pages: each would split a mapping in two, and a grid on all of
+// an H100 has more threads than a process may have mappings. Instead, build.py makes the compiler
+// refuse kernels whose frame comes near the size of a stack.
 #ifdef EMULATOR_ASAN
 constexpr size_t stack_bytes = 512 << 10;
 #else
@@ -124,8 +125,9 @@ class ReadyQueue {
   void push_front(ThreadState* thread) { ring_[--head_ & mask_] = thread; }
   ThreadState* pop() {
     ThreadState* thread = ring_[head_++ & mask_];
-    // Most of a switch is waiting for the other stack to be loaded into the cache. So choose the
-    // next thread now and prefetch its stack; push_front may still put another one first.
+    // Most of the time of a switch is spent waiting for the other stack to reach the cache. So
+    // choose the next thread now and prefetch its stack; push_front may still put another thread
+    // first.
     const size_t count = tail_ - head_;
     if (settings.order == Order::random) {
       if (count == 0) return thread;
@@ -161,7 +163,7 @@ struct Machine {
   u64 fault_at = 0;  // the instruction that accessed an illegal address
   u64 random_state = 1;
 #ifdef EMULATOR_TSAN
-  char start = 0;  // by whose address ThreadSanitizer orders threads
+  char start = 0;  // ThreadSanitizer orders threads by its address
   std::vector<void*> fibers;
   size_t fibers_used = 0;  // in this launch
 #endif
@@ -194,8 +196,8 @@ void prepare(ThreadState&);
 // The next thread to run; null if all have exited or are waiting.
 ThreadState* next_ready() { return machine.ready.empty() ? nullptr : machine.ready.pop(); }
 
-// The first function on a fiber's stack. Runs threads that have not started yet one after another,
-// which needs no switch, until the next thread is a suspended one.
+// The first function on a fiber's stack. Runs one after another the threads that have not started
+// yet, which needs no switch, until the next thread is a suspended one.
 [[noreturn]] void fiber_main() {
 #ifdef EMULATOR_ASAN
   // The first fiber of a launch is entered from the OS thread's stack: record its bounds.
@@ -328,7 +330,7 @@ void thread_exits(ThreadState& self) {
   if (block.live == 0)
     for (u32 i = 0; i < machine.grid.threads.count(); ++i) finish_copies(block.threads[i]);
   if (block.live == 0 && block.shared_bytes) {
-    // The block's shared memory is no longer valid, also for its peers in the cluster.
+    // The block's shared memory is no longer valid, not even for its peers in the cluster.
     std::memset(block.shared, 0xFF, block.shared_bytes);
 #ifdef EMULATOR_ASAN
     __asan_poison_memory_region(block.shared, block.shared_bytes);
@@ -444,9 +446,10 @@ void start_randomness() {
 }
 
 #ifdef EMULATOR_TSAN
-// Gives fibers to the first `count` threads, which are ordered after all that the launching thread
-// did. Fibers are kept, since each takes a millisecond to create. The clusters of one launch get
-// different fibers while there are enough, because the accesses of one fiber are ordered.
+// Gives fibers to the first `count` threads. To ThreadSanitizer, they run after everything that the
+// launching thread did. Fibers are kept, since each takes a millisecond to create. The clusters of
+// one launch get different fibers while there are enough, because ThreadSanitizer finds no race
+// between accesses of one fiber.
 void give_fibers(u32 count) {
   constexpr size_t most = 6000;
   if (machine.fibers_used + count > most) machine.fibers_used = 0;
@@ -505,8 +508,8 @@ void run_threads(u32 count) {
 }
 
 // --- Illegal addresses ---
-// A kernel that accesses an illegal address must fail its launch, not end the process. Sanitizers
-// have their own handlers, which report more.
+// A kernel that accesses an illegal address must fail its launch, and not end the process.
+// Sanitizers have their own handlers, which report more.
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
 struct FaultHandler {
   FaultHandler() {}
@@ -612,8 +615,9 @@ Failure run(const Launch& launch) {
   const u32 blocks_per_cluster = launch.cluster.count();
   const u32 clusters = launch.grid.count() / blocks_per_cluster;
   const u32 threads_per_cluster = blocks_per_cluster * launch.block.count();
-  // All blocks of a cooperative grid are alive at the same time. Otherwise one cluster runs after
-  // another, as on a GPU with a single SM, so that a kernel that waits for another block fails.
+  // All blocks of a cooperative grid are alive at the same time. In other grids one cluster runs
+  // after another, as on a GPU with a single SM, so that a kernel that waits for another block
+  // fails.
   const u32 resident = launch.cooperative ? clusters : 1;
   if (machine.threads.size() < size_t(resident) * threads_per_cluster)
     machine.threads.resize(size_t(resident) * threads_per_cluster);
@@ -633,7 +637,7 @@ Failure run(const Launch& launch) {
                     &machine.threads[size_t(i) * threads_per_cluster], shared_bytes);
     run_threads(resident * threads_per_cluster);
   }
-  // Not after each cluster: their order here must not hide a race between them.
+  // Only here, not after each cluster: an order between clusters would hide races between them.
   tsan_acquire(&machine.end_of_launch);
   for (char* stack : machine.dead_stacks) machine.stacks.give(stack);
   machine.dead_stacks.clear();

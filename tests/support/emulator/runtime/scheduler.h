@@ -35,8 +35,8 @@ namespace emulator {
 #ifdef EMULATOR_TSAN
 inline void tsan_acquire(const void* p) { __tsan_acquire(const_cast<void*>(p)); }
 inline void tsan_release(const void* p) { __tsan_release(const_cast<void*>(p)); }
-// Report accesses that the runtime makes for a kernel (ldmatrix) as the kernel's, at the line that
-// called the runtime. They are ignored while a `Quiet` exists.
+// Report accesses that the runtime makes for a kernel (ldmatrix) as accesses of the kernel, at the
+// line that called the runtime. They are ignored while a `Quiet` exists.
 [[gnu::always_inline]] inline void note_read(const void* p, size_t n) {
   __tsan_read_range_pc(const_cast<void*>(p), n, __builtin_return_address(0));
 }
@@ -132,17 +132,17 @@ struct ClusterState {
 inline ThreadState& state(Thread& thread) { return static_cast<ThreadState&>(thread); }
 inline BlockState& block_of(Thread& thread) { return static_cast<BlockState&>(*thread.block); }
 
-// Runs when all lanes of `mask` have arrived: reads operands[lane], writes results[lane].
+// Runs when all lanes of `mask` have arrived. It reads operands[lane] and writes results[lane].
 using WarpFunction = void (*)(const void* const operands[32], void* const results[32], u32 mask,
                               const void* shared_argument);
-// `kind` distinguishes operations that must not be combined.
+// Operations of different `kind` are not combined.
 void warp_operation(Thread&, const Site&, u32 mask, u32 kind, const void* operand, void* result,
                     WarpFunction, const void* shared_argument);
 
 [[noreturn, gnu::cold]] void fail(Thread&, const Site&, const std::string& text);
 
 u64 random_number();
-void progress();  // records that something changed that polling threads may wait for
+void progress();  // records a change that polling threads may be waiting for
 
 // async.cpp
 bool run_one_async_operation();  // false if there is none
