@@ -150,7 +150,7 @@ std::mutex mutex;  // guards the next two variables
 std::map<int, std::unique_ptr<const Device>> known;
 Overrides current_overrides;
 
-// Whether rows of `count` numbers can be copied `bytes` at a time.
+// Whether rows of `count` elements can be copied `bytes` at a time.
 bool fits(const Series& series, int64_t count, int64_t number_size, int64_t bytes) {
   const auto whole = [&](int64_t n) { return n * number_size % bytes == 0; };
   return reinterpret_cast<uintptr_t>(series.data) % uintptr_t(bytes) == 0 && whole(series.row) &&

@@ -1,5 +1,5 @@
-// The kernels of a tile. Included by kernels_*.cu, one file per arithmetic so that they compile in
-// parallel.
+// The kernels of a tile, and those of the step regime. Included by kernels_*.cu, one file per
+// arithmetic, so that they compile in parallel.
 #pragma once
 
 #include "persistent.cuh"

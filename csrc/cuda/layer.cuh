@@ -1,6 +1,6 @@
-// The computation of a step for one unit of one row, and the addresses of what it loads and stores.
-// Common to the kernels that keep weights on the chip (persistent.cuh, plain.cuh) and the one that
-// does not (step.cuh).
+// Computes a step for one unit of one row, and the addresses of what the step loads and stores.
+// Shared by the kernels that keep weights on the chip (persistent.cuh, plain.cuh) and the kernel
+// that does not (step.cuh).
 #pragma once
 
 #include "exchange.cuh"

@@ -1,5 +1,5 @@
 // Conversions between the types in which numbers are stored and computed, and the functions that
-// epilogues.h needs for its type V, here float and double in device code.
+// epilogues.h needs for its type V, which is float or double in device code.
 #pragma once
 
 #include <cuda_bf16.h>

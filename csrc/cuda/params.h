@@ -24,7 +24,7 @@ struct Params {
   int e_offset, carry_offset, vectors_offset, partial_offset, arrivals_offset;
   int x_copy;         // bytes of x copied at a time; 0: element by element
   bool state_copies;  // rows of out[0] can be copied 16 bytes at a time
-  bool packs;         // all series can be loaded and stored two numbers at a time
+  bool packs;         // all series can be loaded and stored two elements at a time
   bool plain;         // plain.cuh can run the problem
   int64_t in_step, gate_step, out_step;  // plain.cuh: bytes from one step to the next
 };

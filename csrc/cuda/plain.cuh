@@ -21,7 +21,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
 
   // The number of shuffles in which lanes gather 16 bytes of neighbouring units.
   static constexpr int kJoins = sizeof(Numbers) == 8 ? 1 : 2;
-  // The number of lanes that then hold the same 16 bytes. Each sends them to other peers.
+  // The number of lanes that then hold the same 16 bytes. Each sends them to different peers.
   static constexpr int kSenders = Product::kCopies << kJoins;
   static constexpr int kSent = 16 / int(sizeof(S));
 

@@ -133,7 +133,7 @@ struct SlabProduct<__nv_bfloat16, forward> {
   using type = SlabMma<__nv_bfloat16, forward>;
 };
 
-// Copies 16 bytes, of which only the first `count` numbers exist; the others become zeros. It is
+// Copies 16 bytes, of which only the first `count` elements exist; the others become zeros. It is
 // one copy if all exist and `from` is aligned.
 template <class S>
 __device__ __forceinline__ void copy_some(S* to, const S* from, int64_t count) {
@@ -147,8 +147,8 @@ __device__ __forceinline__ void copy_some(S* to, const S* from, int64_t count) {
 }
 
 // Step s of the time loop; s = T is the product after the last step, which gives ∂L/∂h0. Two blocks
-// fit on an SM, so that those of the next step can start; in float64 one block needs the registers
-// of two.
+// fit on an SM, so that blocks of the next step can start early; in float64 one block needs the
+// registers of two.
 template <class S, Pass pass>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     fused_step(const __grid_constant__ Params p, const int64_t s) {

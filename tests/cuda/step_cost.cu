@@ -1,7 +1,7 @@
-// Prints how a forward pass would be launched, for step_cost.py: given the dtype, T, B, I, H and
-// the fields of Device, it prints the plan as JSON and in words, and the bytes of Params. Tensor n
-// has the address n << 40. The planner and launcher of the engine are compiled in; nothing is
-// launched.
+// Prints how a forward pass would be launched, for step_cost.py. The arguments are the dtype, T, B,
+// I, H and the fields of Device; the output is the plan as JSON and in words, and the bytes of
+// Params. Tensor n has the address n << 40. The planner and launcher of the engine are compiled in;
+// nothing is launched.
 #include "../../csrc/cuda/engine.cu"
 #include "../../csrc/cuda/plan.cpp"
 

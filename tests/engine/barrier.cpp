@@ -1,5 +1,5 @@
-// Threads synchronise at the CPU engine's barrier, and each reads what every thread wrote before
-// it. Prints the number of wrong values.
+// Tests the CPU engine's barrier: each thread reads what every thread wrote before the barrier.
+// Prints the number of wrong values.
 #include "../../csrc/cpu/barrier.h"
 
 #include <atomic>

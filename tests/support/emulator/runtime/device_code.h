@@ -319,7 +319,7 @@ inline void store_strong(Thread& self, char* p, T value, bool release) {
   self.polled = nullptr;
   preempt(self);
 }
-// T is the unsigned type of the width; `update` turns the old value into the new one.
+// T is the unsigned type of the operation's width; `update` turns the old value into the new one.
 template <class T, class Update>
 inline T read_modify_write(Thread& self, char* p, bool acquire, bool release, const Site& site,
                            Update update) {
