@@ -32,7 +32,7 @@ nitpicky = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_typehints = "none"  # the docstrings have the shapes, which types cannot express
+autodoc_typehints = "none"  # the docstrings give the shapes, which types cannot express
 napoleon_attr_annotations = False
 napoleon_custom_sections = [
     ("Inputs", "params_style"),
@@ -46,7 +46,7 @@ html_title = f"fusedrnn {version}"
 html_math_renderer = "mathml"
 html_show_sphinx = False
 
-# Not in README.md itself, where GitHub would show it.
+# Appended here, because GitHub would show it if it were part of README.md.
 CONTENTS = """
 ```{toctree}
 :hidden:

@@ -2,8 +2,8 @@
 
     python docs/figures.py
 
-Trains the character model of examples/charlm.py and the variations of examples/variations.py; two
-minutes on two cores. Needs matplotlib.
+Trains the character model of examples/charlm.py and the variations of examples/variations.py. This
+takes two minutes on two cores, and needs matplotlib.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def gradients(layers: list[tuple[str, fusedrnn.LayerTrace]]) -> Figure:
 
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
-    torch.set_num_threads(1)  # threads that share such small steps mostly wait
+    torch.set_num_threads(1)  # threads that share such small steps mostly wait for each other
     model, vocabulary = trained_model(read_text(None, 400_000))
     short = trace_of(model, vocabulary, SENTENCE[:9])
     long = trace_of(model, vocabulary, SENTENCE)

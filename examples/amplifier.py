@@ -9,9 +9,9 @@ The circuit is a diode clipper: a resistor, and a capacitor parallel to two anti
 
 integrated by the trapezoidal rule with Newton's method, at eight times the sample rate. An RNN is
 trained on pairs of input and output by truncated backpropagation through time: the state passes
-from segment to segment, gradients do not. This is the method of Wright, Damskägg, Juvela and
+from segment to segment, but gradients do not. This is the method of Wright, Damskägg, Juvela and
 Välimäki, "Real-time guitar amplifier emulation with deep learning", Applied Sciences 10(3), 2020.
-Then the model processes a stream in blocks of 64 samples, as an audio driver delivers it.
+Then the model processes a stream in blocks of 64 samples, as an audio driver delivers them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import fusedrnn
 
 RATE, OVERSAMPLING = 44100, 8
-R, C, I_S, V_T = 2.2e3, 10e-9, 2.52e-9, 45.3e-3  # V_T contains the ideality of 1N4148 diodes
+R, C, I_S, V_T = 2.2e3, 10e-9, 2.52e-9, 45.3e-3  # V_T includes the ideality factor of 1N4148 diodes
 GAIN = 3.0  # volts at the input of the circuit
 SEGMENT, BLOCK = 441, 64  # samples
 UNITS = 24
@@ -103,9 +103,9 @@ def train(model: Model, x: Tensor, target: Tensor, epochs: int) -> None:
 
 
 class Result(NamedTuple):
-    error_to_signal: float  # on notes that were not trained on
-    real_time_factor: float  # seconds of audio in a second
-    same_bits: bool  # of blocks and of the whole sequence
+    error_to_signal: float  # on notes that were not used in training
+    real_time_factor: float  # seconds of audio processed per second
+    same_bits: bool  # whether blocks give the same bits as the whole sequence
 
 
 @torch.inference_mode()
@@ -143,7 +143,7 @@ def draw(path: Path, x: Tensor, target: Tensor, y: Tensor) -> None:
 
 
 def main(epochs: int = 60, samples: int = 8820, path: Path | None = None) -> Result:
-    """Train; return the quality and the speed of the model."""
+    """Train a model; return its quality and its speed."""
     generator = np.random.default_rng(0)
     volts = GAIN * guitar(48, samples, generator)
     pairs = [torch.from_numpy(s).float().unsqueeze(-1) for s in (volts, circuit(volts))]
@@ -155,7 +155,8 @@ def main(epochs: int = 60, samples: int = 8820, path: Path | None = None) -> Res
         error = error_to_signal(y_test, target_test).item()
         one = x_test[: samples // BLOCK * BLOCK, :1]
         runs = [stream(model, one) for _ in range(9)]
-        y, factor = runs[0][0], max(factor for _, factor in runs)  # without interruptions
+        # The largest factor is that of the run with the fewest interruptions.
+        y, factor = runs[0][0], max(factor for _, factor in runs)
         whole, _ = model(one, model.rnn.init_state(1))
     if path is not None:
         draw(path, one[:, 0, 0], target_test[: len(y), 0, 0], y[:, 0, 0])
@@ -168,7 +169,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("amplifier.png"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # more would spend their time waiting for each other
+    torch.set_num_threads(1)  # more threads would mostly wait for each other
     result = main(options.epochs, path=options.out)
     print(f"error to signal  {result.error_to_signal:.4f}")
     print(f"blocks of {BLOCK}     {result.real_time_factor:.0f} times real time")

@@ -2,10 +2,11 @@
 
     python examples/charlm.py
 
-Part 1 is the blog post's model: eight characters predict the next one. A Python loop runs against
-``fusedrnn.recurrence``. Part 2 is its sequence form: every character predicts the next one, and the
-state is carried from chunk to chunk. A Python loop and ``nn.RNN`` run against ``fusedrnn.RNN``. In
-each part, all models start from the same weights and see the same batches, so their losses agree.
+Part 1 is the blog post's model: eight characters predict the next one. It compares a Python loop
+with ``fusedrnn.recurrence``. Part 2 is the sequence form of the model: every character predicts the
+next one, and the state is carried from chunk to chunk. It compares a Python loop and ``nn.RNN``
+with ``fusedrnn.RNN``. In each part, all models start from the same weights and see the same
+batches, so their losses agree.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fusedrnn.unmask.model import CharLoopModel, UserError, Vocabulary, read_tex
 
 EMBEDDING, CONTEXT, BATCH = 42, 8, 16  # BATCH windows of CONTEXT characters in part 1
 CHUNK, STREAMS = 64, 4  # STREAMS parts of the text, read in parallel, in part 2
-TEMPERATURE = 0.8  # of the text that is written at the end; low ones favour likely characters
+TEMPERATURE = 0.8  # for the text written at the end; lower values favour likely characters
 
 
 class CharFusedModel(CharLoopModel):
@@ -36,7 +37,7 @@ class CharFusedModel(CharLoopModel):
 
         l_hidden(hidden + v)  =  hidden @ W.T + u      where  u = v @ W.T + b = l_hidden(v)
 
-    u depends only on the character, so it is computed once for each character of the batch.
+    u depends only on the character, so it is computed once for each distinct character.
     """
 
     def forward(self, *cs: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class CharFusedModel(CharLoopModel):
 
 
 class CharSequenceModel(nn.Module):
-    """The sequence form, whose RNN is a layer: ``torch.nn.RNN`` or ``fusedrnn.RNN``."""
+    """The sequence form of the model, whose RNN is ``torch.nn.RNN`` or ``fusedrnn.RNN``."""
 
     def __init__(
         self, vocab_size: int, n_in: int, h: int, rnn: Callable[[int, int], nn.RNNBase] = nn.RNN
@@ -112,7 +113,7 @@ class Run:
 def compete(runs: dict[str, Run], epochs: list[list[tuple[Tensor, Tensor]]]) -> None:
     """Train the runs in turns of 25 batches, so that other load on the machine affects all alike.
 
-    Each starts an epoch with an untimed pass, because first calls are slower.
+    Each run starts an epoch with an untimed pass, because first calls are slower.
     """
     start = next(iter(runs.values())).model.state_dict()
     for run in runs.values():
@@ -155,7 +156,7 @@ def write(model: nn.Module, prompt: Tensor, count: int) -> list[int]:
 
 
 def main(words: list[str] | None = None) -> tuple[dict[str, Run], dict[str, Run]]:
-    """Train both parts; return the runs of each."""
+    """Train the models of both parts; return the runs of each part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", metavar="FILE", help="default: Python's language reference")
     parser.add_argument("--chars", type=int, default=400_000, help="length of the text")
@@ -192,7 +193,8 @@ def main(words: list[str] | None = None) -> tuple[dict[str, Run], dict[str, Run]
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # for pipes; for plain terminals
+    # Print each line at once, also to a pipe, and replace characters that a terminal does not have.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
     except UserError as error:

@@ -5,17 +5,18 @@
 
 The data are the concentrations of CO2 at Mauna Loa, weekly from 1958 to 2001 with missing weeks, as
 statsmodels ships them. A fifth of the weeks is kept, at random, so that the gaps are between one
-and some thirty weeks. From each observation and those before it, a model predicts how much the next
-one will differ, and it knows when that will be:
+and about thirty weeks. At each observation, a model predicts how much the next one will differ. It
+sees the observations up to then and the length of the gap, in one of three ways:
 
 - on a grid: a step for each week, with the last observation as the input, and a flag for a new one;
 - the gap as an input: a step for each observation;
 - the leak, too: the same with the leak 1 - exp(-gap / tau) and a learned tau for each unit, which
-  is the solution of tau h' = -h + phi(...) if phi(...) stays constant in the gap.
+  is the solution of tau h' = -h + phi(...) if phi(...) stays constant during the gap.
 
-A parabola through all years is subtracted first. All models read the same windows, from before
-1990; the test is after it, also with other fractions of the weeks. Two rows of the table need no
-training: no change, and harmonics of the year, which know the season that the models must find.
+A parabola through all years is subtracted first. All models train on the same windows, from before
+1990. The test windows are from 1990 on, also with other fractions of the weeks. Two rows of the
+table need no training: no change, and harmonics of the year fitted to all data, which contain the
+season that the models must learn.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from torch import Tensor, nn
 import fusedrnn
 
 UNITS, WINDOW, BATCH = 32, 30, 32  # WINDOW observations are predicted, after the first one
-SKIPPED = 10  # predictions at the start of a window, which do not count
+SKIPPED = 10  # predictions at the start of a window, which are not scored
 KEPT, LR = 0.2, 1e-2
 TEST_KEPT = (0.5, 0.2, 0.1)
 YEAR = 365.25 / 7  # weeks
 
 
 class Series:
-    """The observations: their weeks, their values without the trend."""
+    """The observations: their weeks, and their values without the trend."""
 
     def __init__(self) -> None:
         data = co2.load_pandas().data["co2"]
@@ -143,7 +144,7 @@ def train(series: Series, updates: int) -> tuple[dict[str, Model], dict[str, flo
 
 @torch.no_grad()
 def predict(models: dict[str, Model], windows: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    """Return the changes that each model and the two others predict, and the true ones."""
+    """Return the changes by each model, by the two rows without training, and the true ones."""
     values, harmonics, weeks = windows
     found = {name: model(values[:-1], weeks.diff(dim=0)) for name, model in models.items()}
     found["no change"] = torch.zeros_like(values[1:])
@@ -189,7 +190,7 @@ if __name__ == "__main__":
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("irregular_series.png"))
     options = parser.parse_args()
-    torch.set_num_threads(1)  # more would spend their time waiting for each other
+    torch.set_num_threads(1)  # more threads would mostly wait for each other
     errors, times = main(options.updates, path=options.out)
     kept = "".join(f"{kept:8.0%}" for kept in TEST_KEPT)
     print(f"error in ppm, of weeks kept:{kept}   ms of an update")

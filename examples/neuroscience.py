@@ -5,10 +5,11 @@
 
 A trial presents noisy evidence for left or right. Its coherence is the difference of the two means.
 After a delay without stimulus, the network reports which side was stronger. The network is a
-continuous-time RNN (tau = 100 ms, in steps of 20 ms), whose state is a current and whose output a
-firing rate, with noise and with 80 % excitatory and 20 % inhibitory units (Dale's principle):
-Song, Yang and Wang, PLOS Computational Biology 12(2), 2016. The figure has the psychometric curve
-and, in the plane of the first two principal components, trials and the fixed points of the delay.
+continuous-time RNN (tau = 100 ms, in steps of 20 ms). Its state is a current, and its output a
+firing rate. It has noise, and 80 % of its units are excitatory and 20 % inhibitory (Dale's
+principle), as in Song, Yang and Wang, PLOS Computational Biology 12(2), 2016. The figure shows the
+psychometric curve and, in the plane of the first two principal components, trials and the fixed
+points during the delay.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Network(nn.Module):
         self.readout = nn.Linear(EXCITATORY, 2)  # only excitatory units project to other areas
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the choice and the rate of each step, and the current."""
+        """Return the choices, the rates and the currents of all steps."""
         rates, _, currents = self.rnn(x, return_potential=True)
         return self.readout(rates[..., :EXCITATORY]), rates, currents
 
@@ -66,7 +67,7 @@ def train(network: Network, iterations: int, batch: int = 64) -> None:
         coherence = torch.tensor(COHERENCES)[torch.randint(len(COHERENCES), (batch,))]
         sides = torch.where(coherence == 0, torch.rand(batch) < 0.5, coherence > 0).long()
         choices, rates, _ = network(trials(coherence))
-        held = choices[-DELAY - RESPONSE :]  # the choice must be held from the stimulus on
+        held = choices[-DELAY - RESPONSE :]  # the choice must be held after the stimulus
         loss = nn.functional.cross_entropy(held.flatten(0, 1), sides.repeat(len(held)))
         optimizer.zero_grad()
         (loss + 1e-3 * rates.square().mean()).backward()
@@ -121,7 +122,7 @@ def draw(
 def main(
     iterations: int = 600, repeats: int = 200, path: Path | None = None
 ) -> tuple[list[float], fusedrnn.FixedPoints]:
-    """Train; return the psychometric curve and the fixed points of the delay."""
+    """Train a network; return its psychometric curve and its fixed points during the delay."""
     network = Network()
     train(network, iterations)
     curve = psychometric_curve(network, repeats)
@@ -144,7 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("neuroscience.png"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # more would spend their time waiting for each other
+    torch.set_num_threads(1)  # more threads would mostly wait for each other
     curve, found = main(options.iterations, path=options.out)
     print("\ncoherence  choices of the right side")
     for coherence, fraction in zip(COHERENCES, curve):

@@ -6,8 +6,8 @@
 DP-SGD clips the gradient of each sample to the norm C, and adds noise with the standard deviation
 noise multiplier × C to their sum. ``vmap(grad(loss))`` computes the gradients of all samples;
 fusedrnn runs its kernel once for all of them. The end of the output compares this with a loop over
-the samples, and with nn.RNN. The data are the handwritten digits of scikit-learn, 8 by 8 pixels,
-read row by row: a sequence of 8 steps.
+the samples, and both with nn.RNN. The data are the handwritten digits of scikit-learn, 8 by 8
+pixels, read row by row: a sequence of 8 steps.
 
 No epsilon is given, because this file has no privacy accountant. ``examples/private_training.py``
 trains with opacus, which has one.
@@ -69,7 +69,7 @@ def by_vmap(model: Classifier, x: Tensor, y: Tensor) -> Gradients:
 
 
 def by_loop(model: Classifier, x: Tensor, y: Tensor) -> Gradients:
-    """Do the same, sample by sample."""
+    """Return the same gradients, computed sample by sample."""
     parameters = dict(model.named_parameters())
     rows = [
         torch.autograd.grad(loss_of(model, parameters, *sample), list(parameters.values()))
@@ -101,7 +101,7 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(reduce: Callable[[Gradients], Gradients], updates: int) -> float:
-    """Train with the gradients of each sample, reduced to one; return the accuracy in the test."""
+    """Train with per-sample gradients, which ``reduce`` combines; return the test accuracy."""
     torch.manual_seed(0)
     x, y, test_x, test_y = data()
     model = Classifier(fusedrnn.RNN)
@@ -123,7 +123,7 @@ class Row(NamedTuple):
 
 
 def compare(rounds: int) -> list[Row]:
-    """Time the gradients of each sample of one batch, in turns."""
+    """Compute the per-sample gradients of one batch in four ways, and time them in turns."""
     torch.manual_seed(0)
     x, y = data()[0][:, :BATCH], data()[1][:BATCH]
     torchs, fused = Classifier(nn.RNN), Classifier(fusedrnn.RNN)
@@ -157,7 +157,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=400)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # more would spend their time waiting for each other
+    torch.set_num_threads(1)  # more threads would mostly wait for each other
     with_privacy, without, rows = main(options.updates)
     print(f"{options.updates} updates with about {BATCH} samples each; accuracy in the test:")
     print(f"  {with_privacy:.3f} with C = {CLIP:g} and noise multiplier {NOISE_MULTIPLIER:g}")

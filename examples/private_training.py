@@ -29,7 +29,7 @@ class Classifier(nn.Module):
 
 
 def main(epochs: int = 10) -> tuple[float, float]:
-    """Train; return the accuracy on the training data and the epsilon that was spent."""
+    """Train a model; return the accuracy on the training data and the epsilon that was spent."""
     x = torch.randn(2048, 12, 4)
     y = (x[:, 6:].sum((1, 2)) > x[:, :6].sum((1, 2))).long()
     model = Classifier()
@@ -44,7 +44,7 @@ def main(epochs: int = 10) -> tuple[float, float]:
     )
     for _ in range(epochs):
         for inputs, targets in loader:
-            if len(inputs) == 0:  # opacus samples each batch, which may be empty
+            if len(inputs) == 0:  # opacus draws batches at random, so one may be empty
                 continue
             optimizer.zero_grad()
             nn.functional.cross_entropy(private(inputs), targets).backward()

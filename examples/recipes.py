@@ -1,10 +1,10 @@
-"""Update equations of public codebases: as a plain Python loop, and as one call of fusedrnn.
+"""Compute update equations of public codebases, by a plain Python loop and by a call of fusedrnn.
 
     python examples/recipes.py
 
-docs/recipes.md explains them. Every loop multiplies all inputs by W_in at once, which most of the
-codebases do step by step. Letters: x inputs, h rate, v potential (the codebases call it h, x or
-state), r = φ(v), u = W_in x + b, α = dt / τ, ξ noise with variance 1, σ its scale, ⊙ elementwise.
+docs/recipes.md explains them. Every loop multiplies all inputs by W_in at once, although most of
+the codebases do this step by step. Letters: x inputs, h rate, v potential (the codebases call it h,
+x or state), r = φ(v), u = W_in x + b, α = dt / τ, ξ noise with variance 1, σ its scale, ⊙ elementwise.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Recipe:
     source: str
     equation: str
     loop: Callable[..., Any]  # returns the output of every step, [T, B, H], and the last state
-    call: Callable[..., Any]  # the same with fusedrnn
-    note: str = ""  # where the codebase differs from the equation in order or by a step
+    call: Callable[..., Any]  # returns the same, computed by fusedrnn
+    note: str = ""  # how the codebase differs from the equation
 
     def make(self, T: int, B: int, I: int, H: int, dtype: torch.dtype) -> dict[str, Any]:
         """Return random arguments for ``loop`` and ``call``, by the names of the parameters."""

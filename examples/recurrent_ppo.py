@@ -3,10 +3,10 @@
     pip install fusedrnn[examples]
     python examples/recurrent_ppo.py
 
-CartPole shows the policy only the two positions, so the RNN must estimate the velocities. A rollout
-holds parts of several episodes for each environment. ``reset`` marks where they begin, so that the
-update runs the RNN over whole rollouts with one call; the usual loop multiplies the state by a mask
-at each step. The end of the output compares the two.
+The policy sees only the two positions of CartPole, so the RNN must estimate the velocities. A
+rollout holds parts of several episodes for each environment. ``reset`` marks where episodes begin,
+so that the update runs the RNN over a whole rollout with one call. The usual way is a loop that
+applies a mask to the state at each step. The end of the output compares the two.
 
 Source: Schulman, Wolski, Dhariwal, Radford and Klimov, "Proximal policy optimization algorithms",
 arXiv:1707.06347, 2017.
@@ -48,7 +48,7 @@ class Agent(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """Everything is ``[STEPS, ENVIRONMENTS, ...]``."""
+    """The steps of all environments; every tensor is ``[STEPS, ENVIRONMENTS, ...]``."""
 
     x: Tensor
     starts: Tensor  # whether an episode begins at the step
@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
 
 
 class Player:
-    """Play the environments; an environment that ends starts anew in the same step."""
+    """Play the environments. When an episode ends, the next one begins in the same step."""
 
     def __init__(self, agent: Agent, seed: int) -> None:
         mode = gymnasium.vector.AutoresetMode.SAME_STEP
@@ -70,7 +70,7 @@ class Player:
         self.x = self.positions(self.environments.reset(seed=seed)[0])
         self.start = torch.ones(ENVIRONMENTS, dtype=torch.bool)
         self.state = agent.rnn.init_state(ENVIRONMENTS)
-        self.scores = np.zeros(ENVIRONMENTS)  # of the running episodes
+        self.scores = np.zeros(ENVIRONMENTS)  # of the current episodes
         self.finished: list[float] = []
 
     @staticmethod
@@ -178,7 +178,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=150)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # more would spend their time waiting for each other
+    torch.set_num_threads(1)  # more threads would mostly wait for each other
     score, (fused, loop) = main(options.updates)
     print(f"\nmean score of the last 50 episodes: {score:.1f} of 500")
     print(f"RNN with reset: {fused:9.0f} steps a second, forward and backward")

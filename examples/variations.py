@@ -2,9 +2,10 @@
 
     python examples/variations.py [--figure FILE] [--chars N] [--epochs N]
 
-Every variation reads the same characters, in batches of the same number of characters, and takes
-turns with the others, so that the load of the machine affects all alike. Two minutes at most on two
-cores. The figure, which needs matplotlib, shows the loss of each against the characters read.
+Every variation reads the same characters, in batches of the same number of characters. The
+variations take turns, so that other load on the machine affects all alike. This takes two minutes
+at most on two cores. The figure, which needs matplotlib, shows the loss of each variation against
+the characters read.
 
 Letters: T steps, B rows, V symbols, H hidden units.
 """
@@ -37,13 +38,15 @@ RNNMaker = Callable[..., fusedrnn.RNN | fusedrnn.LeakyRNN]
 
 @dataclass(frozen=True)
 class Variation:
-    """What is predicted, and by which RNN."""
+    """A task and a model: what is predicted, and by which RNN."""
 
     name: str
     steps: int  # characters between two updates, through which gradients flow
     rnn: RNNMaker = fusedrnn.RNN
-    carry: bool = False  # start from the last state of the batch before, without its gradient
-    predict: str = "next"  # the next character of every step, of the "last" step, or the "hidden"
+    carry: bool = False  # start from the last state of the previous batch, without its gradient
+    # "next": the character after every step; "last": that after the last step; "hidden": the hidden
+    # characters.
+    predict: str = "next"
 
 
 def leaky(*args: int) -> fusedrnn.LeakyRNN:
@@ -69,7 +72,7 @@ VARIATIONS = [
     Variation("carried, relu", 64, relu, carry=True),
     Variation("carried, leaky", 64, leaky, carry=True),
     Variation("carried, stacked", 64, stacked, carry=True),
-    # Sees what comes after, so it cannot be asked for the next character. One in five is hidden.
+    # Sees what follows, so it cannot predict the next character: it predicts hidden ones instead.
     Variation("bidirectional tagger", 64, both_ways, predict="hidden"),
 ]
 
@@ -100,7 +103,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
-        self.generator = torch.Generator().manual_seed(0)  # of the hidden characters
+        self.generator = torch.Generator().manual_seed(0)  # selects the hidden characters
 
     def loss(self, cs: Tensor, following: Tensor) -> Tensor:
         """Compute the mean negative log likelihood, in nats, of the characters to predict."""
@@ -120,7 +123,7 @@ class Run:
         self.optimizer.zero_grad()
         loss = self.loss(cs, following)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # relu may explode
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # the gradient of relu may explode
         self.optimizer.step()
         self.losses.append(loss.item())
 
