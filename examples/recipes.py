@@ -4,7 +4,8 @@
 
 docs/recipes.md explains them. Every loop multiplies all inputs by W_in at once, although most of
 the codebases do this step by step. Letters: x inputs, h rate, v potential (the codebases call it h,
-x or state), r = φ(v), u = W_in x + b, α = dt / τ, ξ noise with variance 1, σ its scale, ⊙ elementwise.
+x or state), r = φ(v), u = W_in x + b, α = dt / τ, ξ noise with variance 1, σ its scale, ⊙ the
+elementwise product.
 """
 
 from __future__ import annotations
