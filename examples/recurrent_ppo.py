@@ -5,8 +5,8 @@
 
 The policy sees only the two positions of CartPole, so the RNN must estimate the velocities. A
 rollout holds parts of several episodes for each environment. ``reset`` marks where episodes begin,
-so that the update runs the RNN over all steps of a rollout with one call. The usual way is a loop that
-applies a mask to the state at each step. The end of the output compares the two.
+so that the update runs the RNN over all steps of a rollout with one call. The usual way is a loop
+that applies a mask to the state at each step. The end of the output compares the two.
 
 Source: Schulman, Wolski, Dhariwal, Radford and Klimov, "Proximal policy optimization algorithms",
 arXiv:1707.06347, 2017.
