@@ -1,4 +1,6 @@
-"""Build fusedrnn._C: ``pip install --no-build-isolation .`` (or ``-e .``), with torch installed.
+"""Build fusedrnn._C.
+
+Install torch first, then run ``pip install --no-build-isolation .`` (or ``-e .``).
 
 Environment variables:
     FUSEDRNN_CUDA         0: no CUDA engine; 1: fail if it cannot be built. Unset: build it if
@@ -7,12 +9,14 @@ Environment variables:
                           /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST  GPU architectures, e.g. "8.0;9.0". Unset: all from 7.5 on. The build
                           machine needs no GPU.
-    FUSEDRNN_CHECK=1      A CUDA kernel that waits for two seconds prints where, and traps.
-    DEBUG=1               No optimisation, debug symbols.
+    FUSEDRNN_CHECK=1      A CUDA kernel traps when one of its waits has taken two seconds, and
+                          prints which one.
+    DEBUG=1               Disable optimisation and add debug symbols.
     WERROR=1              Treat warnings as errors.
-    SANITIZE              Passed to -fsanitize=, e.g. ``address,undefined``
-                          (tests/cuda/test_sanitizers.py). Leaves out the CUDA engine.
-    MAX_JOBS              Parallel compilers (read by torch; default: the number of cores).
+    SANITIZE              Value for -fsanitize=, e.g. ``address,undefined``
+                          (tests/cuda/test_sanitizers.py). The CUDA engine is left out.
+    MAX_JOBS              Number of compilers that run at the same time. Read by torch. Unset: the
+                          number of cores.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ from setuptools import setup
 def find_toolkit() -> Path | None:
     """Find the CUDA toolkit.
 
-    nvcc on PATH may be a link, or a wrapper script outside the toolkit, so check for its files.
+    The nvcc on PATH may be a link, or a wrapper script outside the toolkit. Therefore accept only a
+    folder that contains the toolkit's files.
     """
     nvcc = shutil.which("nvcc")
     for home in (
@@ -47,7 +52,7 @@ def find_toolkit() -> Path | None:
 
 TOOLKIT = find_toolkit()
 if TOOLKIT is not None:
-    os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch searches on import, in fewer places
+    os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch searches fewer places, on import
 
 try:
     import torch
@@ -77,7 +82,7 @@ def nvcc_says(*question: str) -> str:
 
 
 def why_no_cuda() -> str | None:
-    """Return why the CUDA engine is not built, or None. A GPU is not required for building."""
+    """Return why the CUDA engine is not built, or None if it is. Building requires no GPU."""
     wanted = os.getenv("FUSEDRNN_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"FUSEDRNN_CUDA must be 0 or 1, got {wanted!r}")
@@ -107,7 +112,7 @@ REASON = why_no_cuda()
 if REASON is not None and os.getenv("FUSEDRNN_CUDA") == "1":
     sys.exit(f"FUSEDRNN_CUDA=1, but the CUDA engine cannot be built: {REASON}")
 if REASON is None:
-    # torch's own default is the architecture of the visible GPU, and an error without one
+    # By default, torch would build for the visible GPU alone, and fail if there is none.
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     CUDA = f"CUDA {torch.version.cuda}, architectures {architectures.replace(';', ' ')}"
@@ -116,7 +121,7 @@ else:
 
 
 class BuildExtensionAndInfo(BuildExtension):
-    """Also record the torch version of the build, which the package compares on import."""
+    """Build the extension, and record the torch version, which the package compares on import."""
 
     def run(self) -> None:
         super().run()
@@ -125,10 +130,10 @@ class BuildExtensionAndInfo(BuildExtension):
         (package / "_build_info.py").write_text('"""Written by setup.py."""\n\n' + info)
 
 
-level = "-O0" if DEBUG else "-O1" if SANITIZE else "-O3"  # more is very slow with a sanitizer
+level = "-O0" if DEBUG else "-O1" if SANITIZE else "-O3"  # -O3 is very slow with a sanitizer
 cxx_args = [level, "-g" if DEBUG else "-g1" if SANITIZE else "-g0"]
 cxx_args += ["-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
-cxx_args += ["-Wno-unused-parameter"]  # torch's headers cause many
+cxx_args += ["-Wno-unused-parameter"]  # torch's headers cause many of these
 nvcc_args = [level, "-G" if DEBUG else "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 nvcc_args += ["-Xfatbin=-compress-all"]  # reduces the size to a fifth
 if os.getenv("FUSEDRNN_CHECK") == "1":

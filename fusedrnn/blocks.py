@@ -1,10 +1,9 @@
-"""Long sequences in blocks of steps, for the options ``checkpoint_every`` and ``truncate``.
+"""Run long sequences in blocks of steps, for the options ``checkpoint_every`` and ``truncate``.
 
-Each block starts from the state in which the block before it ended. Autograd therefore continues
-through the states between the blocks, unless one is detached there (``truncate``). With
-``checkpoint_every``, autograd keeps only these states, and ``torch.utils.checkpoint`` runs a block
-again when backward arrives there (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
-2016).
+Each block starts from the state in which the block before it ended. Gradients pass from block to
+block through these states, except where ``truncate`` detaches them. With ``checkpoint_every``,
+autograd keeps only these states, and ``torch.utils.checkpoint`` runs a block again when backward
+reaches it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from .torch_state import compiling, exporting, forward_mode, transformed
 
 
 class Blocks:
-    """How a call is divided into blocks. Without blocks to make, it is false.
+    """How a call is divided into blocks; false if the call needs no blocks.
 
-    ``last_only`` means that the call needs no series but those between layers, and ``draws`` that
-    it draws random numbers.
+    ``last_only`` is true if the caller reads no series, so that only those between layers are
+    needed. ``draws`` is true if the call draws random numbers.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class Blocks:
             in_one_piece = exporting()
             tangents = not in_one_piece  # unknown, so assume that there are some
         else:
-            in_one_piece = transformed()  # torch.func has no checkpoints
+            in_one_piece = transformed()  # torch.func does not support checkpoints
             tangents = forward_mode() or in_one_piece
         self.truncate = truncate if gradients or tangents else None
         self.every = every if (gradients or last_only) and not in_one_piece else None
@@ -62,12 +61,12 @@ class Blocks:
         """Run ``layers(x, state, batch_sizes, options)`` block by block.
 
         Args:
-            layers: Returns ``output``, the last state, and the potential if the options ask for it.
+            layers: Returns ``output``, the last state, and the potential if the options request it.
             x: Input, ``[T, B, I]`` or packed ``[N, I]``.
             state: State before the first step, ``[B, H]`` or ``[L, B, H]``, or None.
             options: Arguments of :func:`fusedrnn.rnn` for each layer.
-            reverse: The blocks run from the last one to the first.
-            last_only: Return series without steps.
+            reverse: Run the blocks from the last one to the first.
+            last_only: Return empty series, with 0 steps.
 
         Returns:
             What ``layers`` returns for the whole sequence.
@@ -83,12 +82,12 @@ class Blocks:
         times = list(itertools.pairwise(borders))
         if reverse:
             times = [(steps - stop, steps - start) for start, stop in times]
-        # The number of rows at each time, and after the last one none.
+        # The number of rows at each step, followed by 0 for the end of the sequence.
         rows = None if batch_sizes is None else [*batch_sizes.tolist(), 0]
         counts = [b - a if rows is None else sum(rows[a:b]) for a, b in times]
 
         def split(series: Tensor) -> tuple[Tensor, ...]:
-            # Not slices, because each would have a gradient of the size of the whole series.
+            # Not slices: the gradient of each slice would have the size of the whole series.
             parts = series.split(counts[::-1] if reverse else counts)
             return parts[::-1] if reverse else parts
 
@@ -115,7 +114,8 @@ class Blocks:
                 for option, part in zip(options, parts)
             ]
             block_sizes = None if batch_sizes is None else batch_sizes[start:stop]
-            # Backward begins with the last block, so it would be recomputed at once.
+            # Do not checkpoint the block that runs last: backward begins with it, so it would be
+            # recomputed at once.
             again = self.recomputes and borders[i + 1] < steps
             run = functools.partial(self._run_again, layers) if again else layers
             output, state, *potential = run(xs[i], state, block_sizes, block_options)
@@ -132,7 +132,7 @@ class Blocks:
         return output, state, *potential
 
     def _run_again(self, layers: Callable[..., Any], *args: Any) -> Any:
-        """Run a block now without keeping its series, and again in backward."""
+        """Run a block without keeping its series; backward runs it again."""
         options: Any = args[-1]
         generator = options[0].get("generator") if options and self.draws else None
         more: Any = {} if generator is None else {"context_fn": lambda: _same_draws(generator)}
@@ -142,7 +142,7 @@ class Blocks:
 def _with_new_rows(
     state: Tensor | None, first: Tensor | None, before: int, now: int
 ) -> Tensor | None:
-    """Append the rows of a packed sequence that begin in this block of the reverse direction."""
+    """Append the states of the packed rows that begin in this block of the reverse direction."""
     if state is None:
         return None if first is None else first[..., :now, :]
     if first is None:
@@ -153,7 +153,7 @@ def _with_new_rows(
 
 
 def _for_rows(option: dict[str, Any], rows: int | None) -> dict[str, Any]:
-    """Select what belongs to the rows of a block of a packed sequence."""
+    """Reduce ``reset_to`` to the rows of a block of a packed sequence."""
     target = option.get("reset_to")
     if rows is None or target is None or target.dim() == 1:
         return option
@@ -165,7 +165,7 @@ def _each(function: Callable[[Tensor], Any], series: Any) -> Any:
 
 
 def _nothing(series: Tensor) -> Tensor:
-    return series.new_empty(0, *series.shape[1:])  # no view, which would keep the memory
+    return series.new_empty(0, *series.shape[1:])  # not a view, which would keep the memory
 
 
 def _joined(series: Any) -> Any:
@@ -176,7 +176,7 @@ def _joined(series: Any) -> Any:
 
 
 class _State:
-    """A context in which a generator has the given state."""
+    """A context in which a generator has the state that it had when this object was created."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -191,5 +191,8 @@ class _State:
 
 
 def _same_draws(generator: torch.Generator) -> Any:
-    """Return the contexts of a block and of its repetition, for ``torch.utils.checkpoint``."""
+    """Return contexts for ``torch.utils.checkpoint`` in which a block draws the same values twice.
+
+    The first is that of the block, the second that of its repetition in backward.
+    """
     return nullcontext(), _State(generator)

@@ -1,4 +1,4 @@
-"""Checks that the ops cannot make: argument types, and everything that the plain loop needs.
+"""Check what the ops cannot: argument types, and all arguments of the plain loop.
 
 The ops check their arguments in ``csrc/checks.h``. But an argument that is not a dense tensor never
 reaches them, and the dispatcher's error does not name the argument.
@@ -143,7 +143,7 @@ def check_for_loop(
 
 
 def steps(name: str, value: Any) -> int | None:
-    """Return a number of steps, or None, that the constructor of a module received."""
+    """Check a constructor argument that must be a number of steps or None, and return it."""
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
@@ -160,7 +160,7 @@ def no_lengths(padding_value: Any) -> ValueError:
 def check_ragged(
     input: Any, lengths: Any, batch_first: bool, padding_value: Any, name: str = "input"
 ) -> None:
-    """Check a padded input with ``lengths``, or a jagged one without, but no values of lengths."""
+    """Check a padded input and its ``lengths``, except their values, or a jagged input."""
     if lengths is None:
         if padding_value != 0.0:
             raise no_lengths(padding_value)
@@ -199,7 +199,7 @@ def _shape(input: Tensor) -> str:
 
 
 def longest(lengths: Tensor, steps: int | None) -> int:
-    """Return the first of ``lengths``, which are sorted, after checking that all are in [0, T]."""
+    """Check that ``lengths``, which are in descending order, are in [0, T]; return the largest."""
     if lengths.size(0) == 0:
         return 0
     most, least = lengths[0].item(), lengths[-1].item()

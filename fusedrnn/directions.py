@@ -1,13 +1,14 @@
-"""Concurrent execution of the two directions of a layer, on CUDA.
+"""Run the two directions of a layer concurrently, on CUDA.
 
-A recurrence often fills few of a GPU's SMs, so the reverse direction runs on a side stream. That
-stream first waits for the current stream, and the current stream waits for it afterwards. To all
-other code, including the capture of a CUDA graph, everything ran on the current stream. Autograd
-runs each node on the stream of its forward and synchronises streams where gradients pass between
-them, so the directions also overlap in backward.
+A recurrence often occupies only a few of a GPU's SMs, so the reverse direction runs on a side
+stream. The side stream first waits for the current stream, and afterwards the current stream waits
+for the side stream. For all other code, including the capture of a CUDA graph, it is as if
+everything ran on the current stream. Autograd runs each node on the stream of its forward and
+synchronises streams where gradients pass between them, so the directions also overlap in backward.
 
-Neither direction waits for the other while it runs, and neither can stall half started: in a
-cooperative grid, and in a cluster, all threads make progress once one does ("Device threads" in
+Neither direction waits for the other while it runs, and neither can stall with only some of its
+blocks running: in a cooperative grid or a cluster, all threads make progress once one of them does
+("Device threads" in
 nvidia.github.io/cccl/libcudacxx/extended_api/execution_model.html). If there are not enough SMs for
 both, one runs after the other. Each direction computes the same values in the same order as it
 would alone, so the results are bitwise equal.
@@ -65,7 +66,7 @@ def pays(
     They should not when tracing or a transform is active, nor in forward mode, because streams are
     not synchronised for tangents. Nor should they with saved-tensor hooks:
     ``torch.utils.checkpoint`` recomputes all saved tensors on the stream of the first node that
-    needs one, and a node on the other stream would not wait for that.
+    needs one, and a node on the other stream would not wait for the recomputation.
     """
     return (
         eager(x, *h0s, *weights[0], *weights[1])
@@ -84,11 +85,11 @@ def both_directions(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run ``rnn`` forward and, on the side stream, in reverse; return outputs and last states.
 
-    The allocator reuses freed memory at once for the stream that it was allocated on, so
-    ``record_stream`` must report what another stream uses, too. That applies to the results of the
-    side stream, and to the tensors that autograd saves for the reverse direction, which are freed
-    when its node has been queued, not when it has run. The other inputs are safe: their owner comes
-    after the current stream in stream order, and the current stream waits for the side stream.
+    The allocator may reuse freed memory at once on the stream on which it was allocated, so
+    ``record_stream`` must report every tensor that another stream also uses. These are the results
+    of the side stream, and the tensors that autograd saves for the reverse direction, which are
+    freed when its node has been queued, not when it has run. Inputs that autograd does not save are
+    safe: they are freed in the order of the current stream, which waits for the side stream.
 
     Autograd records the stream itself for each gradient that passes between nodes on two streams.
     But if a weight were first used on the side stream, its ``.grad`` would be allocated there and
@@ -107,7 +108,7 @@ def both_directions(
         with torch.cuda.stream(side):
             reverse = run(x_there, *weights_there, h0=h0_there, reverse=True)  # type: ignore[misc, arg-type]
         forward = run(x, *weights[0], h0=h0s[0])  # type: ignore[misc]
-    finally:  # also after an error, since that frees memory in use on the side stream
+    finally:  # also after an error, which frees memory that the side stream still uses
         here.wait_stream(side)
     if reverse[0].requires_grad:
         for t in inputs:

@@ -1,6 +1,7 @@
-"""Dropout inside the recurrence, composed of calls of the engine without changing it.
+"""Apply dropout inside the recurrence by combining calls of the engine.
 
-Everything here is differentiable torch code around :func:`fusedrnn.rnn`.
+The engine itself has no dropout: everything here is differentiable torch code around
+:func:`fusedrnn.rnn`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from .torch_state import any_autocast
 
 
 class Rates(NamedTuple):
-    """The probabilities of dropping in a call.
+    """The dropout probabilities of a call.
 
-    In evaluation, only ``zoneout`` may be above 0; it then acts by its mean.
+    In evaluation, only ``zoneout`` may be above 0; its mask is then replaced by the mask's mean.
     """
 
     recurrent_dropout: float
@@ -47,7 +48,7 @@ def draw(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Draw from ``torch.rand`` or ``torch.randn``."""
-    # Torch cannot trace sizes that depend on data if the argument generator is there, even as None.
+    # Torch cannot trace data-dependent sizes if the argument ``generator`` is passed, even as None.
     source = {} if generator is None else {"generator": generator}
     return distribution(sizes, device=device, dtype=dtype, **source)
 
@@ -55,9 +56,9 @@ def draw(
 def draw_mask(
     sizes: Sequence[int], rate: float, like: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """Return a mask: 0 with the probability ``rate``, otherwise 1.
+    """Draw a mask whose elements are 0 with the probability ``rate``, otherwise 1.
 
-    It is drawn in float32, so that one seed gives one mask in every dtype.
+    It is drawn in float32, so that a seed gives the same mask in every dtype.
     """
     drawn = draw(torch.rand, sizes, like.device, torch.float32, generator)
     return (drawn >= rate).to(like.real.dtype)
@@ -85,25 +86,30 @@ def rnn(
 ) -> tuple[Tensor, ...]:
     r"""Run :func:`fusedrnn.rnn` with dropout inside the recurrence.
 
-    With k, the state that a step starts from, and k', the state that it would compute:
+    Let p be a rate, k the state that a step starts from, and k' the state that it computes before
+    zoneout.
 
-    - ``weight_drop`` zeroes elements of ``W_hh``, once a call (DropConnect; Merity et al. 2018).
-    - ``recurrent_dropout`` zeroes what units send to ``W_hh``, with one mask m for each row and
-      unit (Gal and Ghahramani 2016): ``(m * k) @ W_hh.T`` replaces ``k @ W_hh.T``. What remains is
-      divided by 1 - p.
+    - ``weight_drop`` zeroes elements of ``W_hh``, once per call (DropConnect; Merity et al. 2018).
+      The other elements are divided by 1 - p.
+    - ``recurrent_dropout`` zeroes the outputs of units where they enter ``W_hh``, with one mask m
+      for each row and unit (Gal and Ghahramani 2016): ``(m * k) @ W_hh.T / (1 - p)`` replaces
+      ``k @ W_hh.T``.
     - ``zoneout`` leaves units in their state, with a mask z for each step, row and unit (Krueger
-      et al. 2017): the new state is ``z k + (1 - z) k'``. Without training, z is its mean p.
+      et al. 2017): the new state is ``z k + (1 - z) k'``. In evaluation, z is its mean, p.
 
-    Masks are drawn in this order. ``reset_to`` is ``[H]`` or ``[B, H]``. The rest of the arguments,
-    and the results, are those of :func:`fusedrnn.rnn`.
+    Masks are drawn in the order of this list. ``reset_to`` is ``[H]`` or ``[B, H]``. The other
+    arguments, and the results, are those of :func:`fusedrnn.rnn`.
 
-    Zoneout is a leak: ``alpha`` times 1 - z. The form "inside", whose leak is inside phi, is first
-    written as the form "rate" of the matrix ``diag(alpha) W_hh + diag(1 - alpha)``.
+    Zoneout is computed as a leak: ``alpha`` is multiplied by 1 - z. The form "inside", whose leak
+    is inside phi, is first rewritten as the form "rate" with the matrix
+    ``diag(alpha) W_hh + diag(1 - alpha)``.
 
-    Recurrent dropout needs two passes. Units that are dropped do not act on others, so the chain of
-    the others runs first: with ``alpha = 0`` where m is 0, dropped units stay at 0. Its states give
-    the pre-activations of all units in one product. The second pass, without ``W_hh``, computes
-    the states of all units from them. Without a leak, these are phi of the pre-activations.
+    Recurrent dropout is computed in two passes. Dropped units do not act on other units, so the
+    first pass runs the recurrence of the units that are kept: with ``alpha = 0`` where m is 0,
+    dropped units stay at 0. One GEMM then computes the pre-activations of all units from these
+    states. The second pass, without ``W_hh``, computes the states of all units from their
+    pre-activations. Without a leak, these states are phi of the pre-activations, and torch computes
+    them instead.
     """
     if any_autocast() and x.device.type in autocast.DEVICES:
         x, w_ih, w_hh, b_ih, b_hh, h0, reset_to, state_input = autocast.cast(
@@ -155,7 +161,7 @@ def rnn(
             state_input=state_input, return_potential=return_potential,
         )  # fmt: skip
 
-    # The chain of the units that are not dropped.
+    # First pass: the recurrence of the units that are not dropped.
     potential = form == "potential"
     phi = NONLINEARITIES[nonlinearity]
     sent = phi if potential else NONLINEARITIES["identity"]
@@ -163,7 +169,7 @@ def rnn(
         h0 = x.new_zeros(batch, size)
     u = forms.drive(x, w_ih, b_ih, b_hh)
     w_hh = w_hh / (1 - rates.recurrent_dropout)
-    if potential and nonlinearity in forms._NOT_ZERO_AT_ZERO:  # a unit at 0 sends phi(0)
+    if potential and nonlinearity in forms._NOT_ZERO_AT_ZERO:  # a unit at 0 adds phi(0)
         excess = ((1 - mask) * phi(mask.new_zeros(()))) @ w_hh.mT
         u = u - _for_every_row(excess, u, batch_sizes)
     kept = _for_every_row(mask, u, batch_sizes)
@@ -174,7 +180,7 @@ def rnn(
         state_input=None if state_input is None else kept * state_input,
     )[0]  # fmt: skip
 
-    # All units.
+    # Second pass: all units.
     before = ops.previous(chain, sent(start), None, batch_sizes, reverse)
     if reset is not None:
         target = mask.new_zeros(size) if target is None else target

@@ -1,7 +1,7 @@
-"""Cells and layers as dynamical systems: the Jacobian of a step, and fixed points.
+"""Analyse cells and layers as dynamical systems: the Jacobian of a step, and fixed points.
 
-With a constant input, a cell is a map from one state to the next, ``h -> F(h)``. What it computes
-often shows in the points where ``F(h) = h`` and in the Jacobian of F at these points.
+With a constant input, a cell is a map from one state to the next, ``h -> F(h)``. The points where
+``F(h) = h``, and the Jacobian of F at these points, often show what the cell computes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Step:
             )
 
     def _argument(self, h: Tensor) -> Tensor:
-        """Return the argument of phi, in the form "potential" the next state."""
+        """Return the argument of phi; in the form "potential", that is the next state."""
         phi = NONLINEARITIES[self.nonlinearity]
         z = self.u + (phi(h) if self.form == "potential" else h) @ self.w_hh.mT
         if self.alpha is None or self.form == "rate":
@@ -99,14 +99,15 @@ class _Step:
 def jacobian(cell: nn.Module, x: Tensor, h: Tensor) -> Tensor:
     r"""Return the Jacobian of a step, :math:`\partial h' / \partial h`, in closed form.
 
-    With the slope :math:`\phi'` at the step from h, and without ``alpha`` equal to 1,
+    With the slope :math:`\phi'`, taken at the argument of :math:`\phi` in the step from h unless
+    written otherwise, and with :math:`\alpha = 1` for a cell without a leak, it is
 
     .. math::
         \text{rate:} \quad & (1 - \alpha) I + \alpha \, \mathrm{diag}(\phi') W_{hh} \\
         \text{potential:} \quad & (1 - \alpha) I + \alpha W_{hh} \, \mathrm{diag}(\phi'(h)) \\
         \text{inside:} \quad & \mathrm{diag}(\phi') ((1 - \alpha) I + \alpha W_{hh})
 
-    The result is differentiable. Noise is left out.
+    The result is differentiable. It does not include noise.
 
     Args:
         cell: ``RNNCell``, ``LeakyRNNCell``, or ``RNN`` or ``LeakyRNN`` of one layer and direction.
@@ -118,9 +119,10 @@ def jacobian(cell: nn.Module, x: Tensor, h: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``cell`` is another module, or ``x`` or ``h`` is not a tensor.
-        ValueError: ``x`` or ``h`` has a wrong shape, or ``cell`` more than one layer or direction,
-            or ``zoneout``.
-        RuntimeError: ``x`` or ``h`` has another dtype or device than the weights, or another B.
+        ValueError: ``x`` or ``h`` has a wrong shape, or ``cell`` has ``zoneout`` or more than one
+            layer or direction.
+        RuntimeError: ``x`` or ``h`` has another dtype or device than the weights, or their B
+            differ.
 
     Example::
 
@@ -137,14 +139,14 @@ def jacobian(cell: nn.Module, x: Tensor, h: Tensor) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class FixedPoints:
-    """Fixed points of a cell: the result of :func:`fixed_points`, with K of them.
+    """The K fixed points of a cell that :func:`fixed_points` found.
 
     Attributes:
-        points: The states, ``[K, H]``, most frequent first.
+        points: The states, ``[K, H]``, in descending order of ``counts``.
         residuals: The largest change of a unit in a step from each point, ``[K]``.
         counts: How many starts led to each point, ``[K]``.
-        eigenvalues: Those of the Jacobian at each point, complex ``[K, H]``, the largest magnitude
-            first.
+        eigenvalues: Eigenvalues of the Jacobian at each point, complex ``[K, H]``, in descending
+            order of magnitude.
         starts: The number of starts.
     """
 
@@ -195,9 +197,9 @@ def fixed_points(
     .. math:: (A^T A + \lambda I) \, d = -A^T r
 
     and takes the step d if it reduces :math:`|r|`. The damping :math:`\lambda` of each start falls
-    after a step that was taken and rises after one that was not, so the step goes from Newton's to
-    one along the gradient (Levenberg 1944, Marquardt 1963). A may thus be singular, as it is on a
-    line of fixed points.
+    after a step that was taken and rises after one that was not, so the steps range from Newton's
+    to short ones down the gradient (Levenberg 1944, Marquardt 1963). A may thus be singular, as it
+    is on a line of fixed points.
 
     Sources: Sussillo and Barak, "Opening the black box: low-dimensional dynamics in
     high-dimensional recurrent neural networks", Neural Computation 25(3), 2013; Golub and Sussillo,
@@ -207,18 +209,19 @@ def fixed_points(
     Args:
         cell: As in :func:`jacobian`.
         x: The input, ``[I]``.
-        starts: States to start from, ``[N, H]``: for example those that a trial visits, with noise.
-            A point that no start leads to is not found.
+        starts: States to start from, ``[N, H]``: for example states that occur during a trial, with
+            noise added. A point that no start leads to is not found.
         tolerance: A point is kept if no unit changes by more than this in a step. A larger value
             also keeps slow points.
-        distance: Points are the same if no unit differs by more than this.
-        iterations: The most iterations of a start.
+        distance: Two points count as the same if no unit differs by more than this.
+        iterations: Maximum number of iterations for each start.
 
     Returns:
         A :class:`FixedPoints`, in the dtype of the weights.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As in :func:`jacobian`; or a number is not positive.
+        TypeError, ValueError, RuntimeError: As in :func:`jacobian`; also ValueError if
+            ``tolerance``, ``distance`` or ``iterations`` is not positive.
 
     Example::
 
@@ -266,9 +269,9 @@ def fixed_points(
 
 
 def _distinct(points: Tensor, residuals: Tensor, distance: float) -> tuple[Tensor, Tensor]:
-    """Return the indices of distinct points, and how many are the same as each.
+    """Return the indices of the distinct points, and how many points are the same as each of them.
 
-    Of those that are the same, the one with the smallest residual is kept.
+    Of points that are the same, the one with the smallest residual is kept.
     """
     left = torch.ones_like(residuals, dtype=torch.bool)
     found, counts = [], []

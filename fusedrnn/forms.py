@@ -15,7 +15,7 @@ from .reference import NONLINEARITIES
 from .torch_state import equal_sizes
 
 FORMS = ("rate", "potential", "inside")
-# With the form "potential", units at 0 add phi(0) W_hh.T to the next step.
+# Here phi(0) is not 0: in the form "potential", units at 0 still add phi(0) W_hh.T to the next step.
 _NOT_ZERO_AT_ZERO = ("sigmoid", "softplus")
 
 
@@ -30,7 +30,7 @@ def drive(x: Tensor, w_ih: Tensor | None, *biases: Tensor | None) -> Tensor:
 def checked_alpha(
     alpha: Tensor | float, x: Tensor, w_hh: Tensor, batch_sizes: Tensor | None
 ) -> Tensor:
-    """Return alpha in the dtype of ``w_hh``: ``[H]``, or ``[T, B, H]`` (packed ``[N, H]``)."""
+    """Check alpha and return it in the dtype of ``w_hh``: ``[H]``, ``[T, B, H]`` or ``[N, H]``."""
     if w_hh.dim() == 0:
         raise RuntimeError("fusedrnn: w_hh must be [H, H], got []")
     size = w_hh.size(0)
@@ -108,7 +108,7 @@ def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
 
 
 def _for_every_row(states: Tensor, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
-    """Repeat ``states [B, H]`` for every row of x, unless it broadcasts or has them already."""
+    """Repeat ``states [B, H]`` for every row of x, unless it broadcasts or has as many rows."""
     rows = x.size(0)
     if batch_sizes is None or states.dim() == 1 or equal_sizes(states.size(0), rows):
         return states
@@ -151,7 +151,7 @@ def translate(
     if reset_to is not None:
         resets = check_reset_to(reset, reset_to, x, w_hh, h0, batch_sizes).unsqueeze(-1)
         if reset_to.dim() == x.dim() and all(map(equal_sizes, reset_to.shape[:-1], x.shape[:-1])):
-            reset_to = torch.where(resets, reset_to, 0)  # a NaN elsewhere would spread
+            reset_to = torch.where(resets, reset_to, 0)  # a NaN at another step would spread
         product = _for_every_row(output_of(reset_to) @ w_hh.mT, x, batch_sizes)
         x = drive(x, w_ih, b_ih, b_hh) + torch.where(resets, product, 0)
         w_ih = b_ih = b_hh = None

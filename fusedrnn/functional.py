@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "meta", "cuda") if ops._C.has_cuda else ("cpu", "meta")
 
-# Below this many multiplications per step, torch.rnn_tanh_cell is at least as fast as the engine:
-# forward alone, and with backward. Measured with `bench/bench_rnn.py --set cell` on AVX-512.
+# Below this many multiplications per step, torch.rnn_tanh_cell is at least as fast as the engine.
+# The first limit is for forward alone, the second for forward and backward. Measured with
+# `bench/bench_rnn.py --set cell` on AVX-512.
 _SMALL_STEP = 1 << 14
 _SMALL_STEP_WITH_GRAD = 3 << 20
 
@@ -42,9 +43,9 @@ def _warn_slow(reason: str) -> None:
 def rows_of(batch_sizes: Tensor) -> int | None:
     """Read B when compiling: a data-dependent output size would break the graph at every layer.
 
-    This call breaks it once, or not at all where a single graph is required. Return None while
-    ``torch.export`` traces ``pack_padded_sequence``: by a bug in torch, ``batch_sizes`` is floating
-    point there.
+    This call breaks the graph only once, or not at all if the caller requires a single graph.
+    Return None while ``torch.export`` traces ``pack_padded_sequence``: because of a bug in torch,
+    ``batch_sizes`` is floating point there.
     """
     if batch_sizes.dtype != torch.int64:
         return None
@@ -116,7 +117,8 @@ def rnn(
     r"""Run one layer of an RNN in one direction, with one call of the engine.
 
     With the input product :math:`u_t = x_t W_{ih}^T + b_{ih} + b_{hh}`, the state :math:`k_t` from
-    which step t starts, and an input of the state, :math:`q_t` (``state_input``):
+    which step t starts, and an additional input :math:`q_t` of the state (``state_input``), step t
+    computes one of
 
     .. math::
         \text{rate} \quad & h_t = (1 - \alpha) k_t + \alpha \, \phi(u_t + k_t W_{hh}^T) + q_t \\
@@ -128,7 +130,8 @@ def rnn(
     then the firing rate). Without ``alpha``, "rate" and "inside" are the plain RNN
     :math:`h_t = \phi(u_t + h_{t-1} W_{hh}^T)`.
 
-    With T steps, B batch rows, I inputs and H hidden units:
+    In the shapes below, T is the number of steps, B of batch rows, I of inputs and H of hidden
+    units. Packed tensors have N rows, the sum of ``batch_sizes``.
 
     Args:
         x: Input, ``[T, B, I]`` with any strides; packed, ``[N, I]``.
@@ -144,35 +147,35 @@ def rnn(
         reverse: Run from the last step to the first; ``h0`` is then the state from which the last
             step starts.
         batch_sizes: For packed input, the number of active rows at each step, ``[T]``, int64 on the
-            CPU: that of a ``torch.nn.utils.rnn.PackedSequence``, whose ``data`` is ``x``.
-        reset: Bool, ``[T, B]`` or packed ``[N]``: True where an episode starts, so that the step
-            starts from ``reset_to`` and not from the state of the step before. None means no
-            resets.
+            CPU: the ``batch_sizes`` of a ``torch.nn.utils.rnn.PackedSequence`` whose ``data`` is
+            ``x``.
+        reset: Bool, ``[T, B]`` or packed ``[N]``: True at the first step of an episode, which then
+            starts from ``reset_to`` instead of the previous state. None means no resets.
         reset_to: The state after a reset: ``[H]``, ``[B, H]`` or ``[T, B, H]`` (packed
             ``[N, H]``). None means zeros.
         alpha: Leak in (0, 1], ``dt / tau`` of a continuous-time RNN: a number, or a tensor ``[]``
             or ``[H]``, which may be learned and reach 0; or a leak for each step and row,
             ``[T, B]``, ``[T, B, 1]`` or ``[T, B, H]`` (packed ``[N]``, ``[N, 1]`` or ``[N, H]``; a
             tensor ``[H]`` is always per unit). None means 1. On a GPU, the values of a tensor are
-            not checked, since that would wait for the device.
-        state_input: Added to the state of each step, in the shape of the output: noise, for
-            example.
+            not checked, because the check would wait for the device.
+        state_input: :math:`q_t` of the equations, such as noise, in the shape of the output.
         return_potential: In the form "potential", return v of every step as a third result.
         lengths: Number of steps of each row of a padded ``x``, ``[B]``, integers in any order, 0
-            allowed. What is in the padding is not read, and the last state of a row is that after
-            its own last step. A tensor on the CPU spares waiting for the GPU. With lengths of
-            zeros, T may be 0: the last state is then ``h0``.
+            allowed. The padding is not read, and the last state of a row is that after its own last
+            step. A tensor on the CPU avoids waiting for the GPU. If all lengths are 0, T may be 0;
+            the last state is then ``h0``.
         padding_value: Value of the results in the padding; only with ``lengths``.
 
     Returns:
         ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``; the last state of each row,
-        ``[B, H]``, which shares no memory with the former; with ``return_potential``, ``v`` of
-        every step.
+        ``[B, H]``, which shares no memory with ``h``; with ``return_potential``, ``v`` of every
+        step.
 
-    All tensors but ``reset`` and ``batch_sizes`` must have the same dtype, to which ``alpha`` is
-    converted: float32, float64, bfloat16 or float16. The last two are computed in float32. All but
-    ``reset`` and ``batch_sizes`` have derivatives of every order, in reverse and forward mode
-    (``fusedrnn/ops/autograd.py``). Other dtypes and devices run as a plain loop, with one warning.
+    All tensors but ``reset``, ``batch_sizes`` and ``lengths`` must have the same dtype: float32,
+    float64, bfloat16 or float16; ``alpha`` is converted to it. Computations in bfloat16 and float16
+    use float32 internally. The result is differentiable with respect to the same tensors, to every
+    order, in reverse and forward mode (``fusedrnn/ops/autograd.py``). For other dtypes and devices,
+    a plain loop runs, with one warning.
 
     Raises:
         RuntimeError: Sizes, dtypes or devices do not match, or T is 0.
@@ -273,8 +276,9 @@ def recurrence(
 def recurrence(u: Tensor, h0: Tensor | None, w_hh: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """Run the recurrence alone: :func:`rnn` with ``u [T, B, H]`` in place of the input product.
 
-    ``h[t] = (1 - alpha) k + alpha * phi(u[t] + k @ w_hh.T)`` from ``h0 [B, H]``, or from zeros if
-    it is None. For the options, the results and the errors see :func:`rnn`.
+    In the form "rate", it computes ``h[t] = (1 - alpha) * k + alpha * phi(u[t] + k @ w_hh.T)``. The
+    first step starts from ``k = h0``, ``[B, H]``, or from zeros if ``h0`` is None. For the options,
+    the results and the errors see :func:`rnn`.
     """
     return rnn(u, None, w_hh, None, None, h0, **options)
 
@@ -289,7 +293,7 @@ def _padded(
     h0: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Run :func:`rnn` with its series packed."""
+    """Run :func:`rnn` on a padded input: pack all series, and unpack the results."""
     if options["batch_sizes"] is not None:
         raise ValueError("fusedrnn: batch_sizes must be None with lengths, got a tensor")
     ragged = Ragged(x, lengths, False, padding_value, "x")
@@ -383,11 +387,11 @@ def rnn_cell(
 ) -> Tensor:
     """Compute the state after one step from ``h [B, H]`` with input ``x [B, I]``.
 
-    On a CPU, a small step is dominated by overhead, and torch's own op, differentiated in C++, has
-    the least. On a GPU, that op launches several kernels, and the engine launches one.
+    On a CPU, overhead dominates a small step, and torch's own op, which is differentiated in C++,
+    has the least overhead. On a GPU, that op launches several kernels but the engine only one.
     """
-    # Skipped when compiling, which would specialise on these sizes, and under a transform, because
-    # vmap has no rule for torch's op.
+    # Do not use torch's op when compiling, which would specialise on these sizes, or under a
+    # transform, because vmap has no rule for it.
     if x.device.type == "cpu" and not (compiling() or transformed()):
         small = _SMALL_STEP_WITH_GRAD if torch.is_grad_enabled() else _SMALL_STEP
         if x.size(0) * (w_ih.numel() + w_hh.numel()) < small:

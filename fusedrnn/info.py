@@ -1,4 +1,4 @@
-"""Report versions, what was built, and why the rest was not: ``python -m fusedrnn info``."""
+"""Report versions, what was built, and why other parts were not: ``python -m fusedrnn info``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def report() -> tuple[list[tuple[str, str]], bool]:
 
 
 def cpu() -> tuple[str, set[str]]:
-    """Return the processor's name and flags; without /proc/cpuinfo, Python's name and no flags."""
+    """Return the processor's name and flags.
+
+    Without /proc/cpuinfo, the name comes from Python's ``platform``, and there are no flags.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

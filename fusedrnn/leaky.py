@@ -1,6 +1,6 @@
 """Leaky (continuous-time) RNNs as modules: leak, noise and the form of the state.
 
-The layers, layouts and resets are those of ``fusedrnn.RNN``; this file adds alpha and noise.
+The layers, layouts and resets are those of ``fusedrnn.RNN``; this file adds alpha, noise and forms.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _leak(
     size: int,
     learned: bool,
 ) -> Tensor | float | None:
-    """Return alpha, checked, from the arguments of a constructor."""
+    """Check the leak arguments of a constructor and return alpha."""
     name = "alpha"
     if tau is not None or dt is not None:
         if alpha is not None:
@@ -126,7 +126,7 @@ class _Leaky(nn.Module):
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """Create the buffer ``alpha``, or if it is learned one parameter for each name."""
+        """Create the buffer ``alpha``, or, if alpha is learned, a parameter for each name."""
         self.learn_alpha = learned
         self._initial_alpha = alpha
         shape = alpha.shape if isinstance(alpha, Tensor) else ()
@@ -142,7 +142,7 @@ class _Leaky(nn.Module):
         self._reset_alpha()
 
     def reset_parameters(self) -> None:
-        """Initialise the weights as ``nn.RNN`` does, and alpha with the constructor's argument."""
+        """Initialise the weights as ``nn.RNN`` does, and alpha from the constructor's argument."""
         bound = self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
         for name, parameter in self.named_parameters():
             if "alpha_logit" not in name:
@@ -173,7 +173,7 @@ class _Leaky(nn.Module):
         rates: dropout.Rates | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, ...]:
-        """Run one layer in one direction, and draw its noise, first that of the drive."""
+        """Run one layer in one direction with its noise, of which the drive's is drawn first."""
         w_ih: Tensor | None
         w_ih, w_hh = weights[:2]
         b_ih, b_hh = weights[2:] if len(weights) == 4 else (None, None)
@@ -246,9 +246,9 @@ class LeakyRNN(_Leaky, Layers):
 
     where :math:`x_t` is the input, or the :math:`h_t` of the layer below, and :math:`\xi_t` and
     :math:`\zeta_t` are Gaussian with variance 1, drawn anew for every row, unit, step and layer.
-    The state is h, but v in the form ``"potential"``. Where ``reset`` is true, the step starts from
-    ``reset_to`` instead of the previous state. With the default arguments this is
-    :class:`fusedrnn.RNN`.
+    The state is h, or v in the form ``"potential"``. A step at which ``reset`` is true starts from
+    ``reset_to`` instead of the previous state. With the default arguments, this layer computes the
+    same as :class:`fusedrnn.RNN`.
 
     Args:
         input_size: Number of features in the input, I.
@@ -258,42 +258,42 @@ class LeakyRNN(_Leaky, Layers):
         form: ``"rate"``, ``"potential"`` or ``"inside"``.
         alpha: Leak, a number in (0, 1] or a tensor ``[]`` or ``[H]`` with values in [0, 1]; the
             same in every layer. None means 1 (no leak).
-        tau, dt: Given together in place of ``alpha``, which is then dt / tau; numbers or tensors
-            ``[]`` or ``[H]``.
+        tau, dt: Time constant and step, given together in place of ``alpha``, which is then
+            dt / tau; numbers or tensors ``[]`` or ``[H]``.
         learn_alpha: Learn alpha for each unit, layer and direction; ``alpha`` gives its initial
             value, which must be in (0, 1).
-        noise: Standard deviation :math:`\sigma` of noise in the drive u. In the form ``"rate"`` it
-            is inside phi; in the other forms the state receives it times alpha.
+        noise: Standard deviation :math:`\sigma` of noise in the drive u. In the form ``"rate"``,
+            this noise is inside phi; in the other forms, it is multiplied by alpha.
         state_noise: Standard deviation :math:`\sigma_s` of noise that is added to the state.
         bias: Whether the layers have ``b_ih`` and ``b_hh``.
-        batch_first: Input and output are ``[B, T, ...]`` and not ``[T, B, ...]``. Does not apply to
-            ``hx`` and ``h_n``, and is ignored for unbatched and packed input.
+        batch_first: Whether input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``. Does
+            not apply to ``hx`` and ``h_n``, and is ignored for unbatched and packed input.
         dropout: Probability of zeroing an element of the output of every layer but the last, in
             training.
-        bidirectional: Whether a second set of weights runs from the last step to the first. D is
-            then 2, otherwise 1.
+        bidirectional: Whether a second set of weights runs from the last step to the first. The
+            number of directions, D, is then 2, otherwise 1.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         checkpoint_every, truncate: As in :class:`fusedrnn.RNN`.
         recurrent_dropout, zoneout, weight_drop: As in :class:`fusedrnn.RNN`. In the form
-            ``"potential"``, ``recurrent_dropout`` zeroes the :math:`\phi(v)` that a unit sends, and
-            ``zoneout`` keeps v. ``recurrent_dropout`` costs a second pass of the engine if there is
-            a leak.
+            ``"potential"``, ``recurrent_dropout`` zeroes :math:`\phi(v)` where it enters ``W_hh``,
+            and ``zoneout`` keeps v. With a leak, ``recurrent_dropout`` costs a second pass of the
+            engine.
 
     Inputs:
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, a
             ``PackedSequence``, or a nested tensor of B rows ``[length, I]`` with the layout
             ``torch.jagged``.
-        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; the same for every
-            row if ``[L*D, 1, H]``, and for every layer and direction, too, if ``[H]``. None means
-            zeros.
-        reset, reset_to: As in :class:`fusedrnn.RNN`; ``reset_to`` is a state.
+        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; or
+            ``[L*D, 1, H]``, the same for every row; or ``[H]``, the same for every row, layer and
+            direction. None means zeros.
+        reset, reset_to: As in :class:`fusedrnn.RNN`; ``reset_to`` is v in the form ``"potential"``.
         alpha: Leak of each step, in place of the module's, in every layer: ``[T, B]``,
             ``[T, B, 1]`` or ``[T, B, H]``, with ``batch_first`` ``[B, T, ...]``, unbatched ``[T]``,
             ``[T, 1]`` or ``[T, H]``, packed ``[N]``, ``[N, 1]`` or ``[N, H]`` or a
             ``PackedSequence``; nested with a nested input. Values must be in [0, 1].
         generator: Source of the noise and of the masks of dropout inside the recurrence, a
-            ``torch.Generator`` on the device of the input; None means torch's default one.
+            ``torch.Generator`` on the device of the input; None means torch's default generator.
         return_potential: Return v as well; only in the form ``"potential"``.
         lengths: As in :class:`fusedrnn.RNN`.
         padding_value, return_all_layers, last_only: As in :class:`fusedrnn.RNN`, for ``output`` and
@@ -309,16 +309,18 @@ class LeakyRNN(_Leaky, Layers):
 
     Noise is drawn in training only: ``eval()`` turns it off. To evaluate a model with noise, call
     ``train()`` of this module alone. Two runs on one device from the same state of the
-    generator give the same bits. Layers draw in order, forward before reverse, and drive noise
-    before state noise before the masks of dropout inside the recurrence. ``torch.utils.checkpoint``
-    repeats the draws only of torch's default generator, and ``torch.compile`` breaks the graph at
-    any other one. For noise of the form :math:`\sqrt{2 \alpha} \sigma \zeta`, as the
-    Euler-Maruyama method adds to the state, pass ``state_noise=(2 * alpha) ** 0.5 * sigma``.
+    generator give the same bits. Layers draw in order, forward before reverse. Each draws first
+    drive noise, then state noise, then the masks of dropout inside the recurrence.
+    ``torch.utils.checkpoint`` repeats only the draws of torch's default generator, and
+    ``torch.compile`` breaks the graph at draws of any other generator. For noise of the form
+    :math:`\sqrt{2 \alpha} \sigma \zeta`, which the Euler-Maruyama method adds to the state, pass
+    ``state_noise=(2 * alpha) ** 0.5 * sigma``.
 
     Parameters are named, shaped and initialised as in :class:`fusedrnn.RNN`, with the same values
-    for the same seed, and a ``state_dict`` of ``nn.RNN`` can be loaded: it leaves alpha as it is.
+    for the same seed. A ``state_dict`` of ``nn.RNN`` can be loaded; it does not change alpha.
     ``alpha`` is a buffer, or None. With ``learn_alpha`` it is None, and each layer k has a
-    parameter ``alpha_logit_l{k}`` ``[H]``, also with the suffix ``_reverse``; alpha is its sigmoid.
+    parameter ``alpha_logit_l{k}`` ``[H]``, whose sigmoid is alpha; the reverse direction has
+    another one, with the suffix ``_reverse``.
 
     Raises in the constructor:
         ValueError: As in :class:`fusedrnn.RNN`, or ``form`` is unknown, ``alpha`` or dt / tau is
@@ -327,7 +329,7 @@ class LeakyRNN(_Leaky, Layers):
         TypeError: An argument has the wrong type.
 
     Raises in a call:
-        ValueError: As in :class:`fusedrnn.RNN`, or ``return_potential`` is given for another form
+        ValueError: As in :class:`fusedrnn.RNN`, or ``return_potential`` is true in a form other
             than ``"potential"``, a value of ``alpha`` is outside [0, 1] (not checked on a GPU), or
             ``alpha`` is given in the form ``"inside"`` with ``zoneout`` or ``recurrent_dropout``.
         RuntimeError: As in :class:`fusedrnn.RNN`, or ``alpha`` does not match ``input``.
@@ -557,8 +559,8 @@ class LeakyRNNCell(_Leaky, nn.RNNCellBase):
         generator: Source of the noise; None means torch's default generator.
 
     Outputs:
-        state: h', in the form ``"potential"`` v', whose output is phi(v'); ``[B, H]``, or unbatched
-        ``[H]``.
+        state: h', or v' in the form ``"potential"``, in which the output is phi(v'); ``[B, H]``, or
+        unbatched ``[H]``.
 
     Raises in the constructor:
         ValueError: As in :class:`LeakyRNN`.
@@ -635,5 +637,5 @@ class LeakyRNNCell(_Leaky, nn.RNNCellBase):
         return state if batched else state.squeeze(0)
 
 
-# As in fusedrnn/modules.py: lets torch.load read whole models with weights_only=True.
+# Let torch.load read whole models with weights_only=True, as in fusedrnn/modules.py.
 torch.serialization.add_safe_globals([LeakyRNN, LeakyRNNCell])
