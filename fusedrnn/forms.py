@@ -15,7 +15,7 @@ from .reference import NONLINEARITIES
 from .torch_state import equal_sizes
 
 FORMS = ("rate", "potential", "inside")
-# Here phi(0) is not 0: in the form "potential", units at 0 still add phi(0) W_hh.T to the next step.
+# phi(0) is not 0, so in the form "potential", units at 0 add phi(0) W_hh.T to the next step.
 _NOT_ZERO_AT_ZERO = ("sigmoid", "softplus")
 
 

@@ -42,7 +42,7 @@ class Layers(nn.RNNBase):
     A subclass defines ``forward``, which calls :meth:`_forward`.
     """
 
-    # Class attributes: modules that torch created, or an earlier version saved, have no others.
+    # Class attributes, because modules that torch created, or an earlier version saved, lack them.
     checkpoint_every: int | None = None
     truncate: int | None = None
     recurrent_dropout: float = 0.0
@@ -54,14 +54,14 @@ class Layers(nn.RNNBase):
         self.truncate = checks.steps("truncate", truncate)
 
     def _set_rates(self, **rates: float) -> None:
-        """Check and set the rates of dropout inside the recurrence, except those that are 0."""
+        """Check the rates of dropout inside the recurrence, and set those that are not 0."""
         for name, rate in rates.items():
             dropout.check_rate(name, rate)
             if rate:
                 setattr(self, name, rate)
 
     def _rates(self) -> dict[str, Any]:
-        """Return the option ``rates`` of :meth:`_rnn`, or none if nothing is dropped."""
+        """Return the argument ``rates`` of :meth:`_rnn` in a dict, empty if nothing is dropped."""
         training = self.training
         rates = dropout.Rates(
             self.recurrent_dropout if training else 0.0,
@@ -72,7 +72,7 @@ class Layers(nn.RNNBase):
         return {"rates": rates} if any(rates[:3]) else {}
 
     def _check_no_rates(self, where: str, names: Sequence[str]) -> None:
-        """Raise an error if one of these rates is on, for code that cannot take it into account."""
+        """Raise an error if one of these rates is not 0, for code that does not support it."""
         for name in names:
             if rate := getattr(self, name):
                 raise ValueError(f"fusedrnn: {name} must be 0 {where}, got {rate}")
@@ -84,8 +84,8 @@ class Layers(nn.RNNBase):
 
     @property  # type: ignore[override]
     def _flat_weights(self) -> tuple[Tensor | None, ...]:
-        # nn.RNNBase stores a list here, which it must keep up to date. Computed on demand, it is
-        # also correct when functional_call, a parametrization or weight drop swaps the weights.
+        # nn.RNNBase stores a list here, which it must keep up to date. A tuple computed on demand
+        # is also correct when functional_call, a parametrization or weight drop swaps the weights.
         return tuple(getattr(self, name, None) for name in self._flat_weights_names)
 
     @_flat_weights.setter
@@ -103,15 +103,15 @@ class Layers(nn.RNNBase):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super(nn.RNNBase, self).__setattr__(name, value)  # nn.RNNBase's writes to its list as well
+        super(nn.RNNBase, self).__setattr__(name, value)  # nn.RNNBase's also updates its list
 
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels read the weights wherever they are in memory."""
 
     def init_state(self, batch: int | None = None) -> Tensor:
-        """Return the state before a stream, for :meth:`step`: zeros ``[L, B, H]``.
+        """Return the initial state of a stream for :meth:`step`: zeros ``[L, B, H]``.
 
-        Without ``batch`` it is unbatched, ``[L, H]``.
+        Without ``batch``, the state is unbatched, ``[L, H]``.
         """
         if self.bidirectional:
             raise _no_stream()
@@ -122,28 +122,31 @@ class Layers(nn.RNNBase):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Advance every layer by one time step, for samples that arrive one by one.
 
-        Equal to ``output, state = self(x[None], state)`` with ``output[0]``, but where gradients
-        are off it takes a fraction of the time. Forward hooks do not run.
+        For an input with time first, the results are ``output[0]`` and ``state`` of ``output, state
+        = self(x[None], state)``, but if gradients are disabled, a step takes a fraction of the
+        time. Forward hooks do not run.
 
-        For blocks of samples call the module itself with the state: ``output, state = self(block,
-        state)``. On a CPU, the outputs are bitwise those of the whole sequence in float32 and
-        float64, if each block has more than 24 rows (steps times B) and the form is not
-        ``"potential"``. Otherwise they agree to rounding: the engine multiplies fewer rows in
-        another order, rounds the state between blocks in low precision, and has its own phi.
+        For blocks of samples, call the module itself with the state: ``output, state = self(block,
+        state)``. On a CPU, in float32 and float64, the outputs are bitwise those of the whole
+        sequence if each block has more than 24 rows (steps times B) and the form is not
+        ``"potential"``. Otherwise they agree up to rounding: for fewer rows, the engine sums in
+        another order; in low precision, the state is rounded between blocks; in the form
+        ``"potential"``, the phi of the engine differs by rounding from torch's, which the first
+        step of each block uses.
 
         Args:
             x: Input of the step, ``[B, I]``, or unbatched ``[I]``.
-            state: State of every layer, ``[L, B, H]``, or unbatched ``[L, H]``: that of
-                :meth:`init_state` or of the previous step.
+            state: State of every layer, ``[L, B, H]``, or unbatched ``[L, H]``, from
+                :meth:`init_state` or from the previous step.
 
         Returns:
             The output of the last layer, ``[B, H]`` or ``[H]``, and the new state, which shares
             no memory with the old one.
 
         Raises:
-            ValueError: The module is bidirectional, ``x`` has a wrong number of dimensions, or
-                the module drops, in training, with masks that last for a whole call:
-                ``recurrent_dropout`` or ``weight_drop``.
+            ValueError: The module is bidirectional, ``x`` has a wrong number of dimensions, or,
+                in training, the module has ``recurrent_dropout`` or ``weight_drop``, whose masks
+                last for a whole call.
             RuntimeError: Sizes, dtypes or devices do not match.
 
         Example::
@@ -156,8 +159,8 @@ class Layers(nn.RNNBase):
         """
         if self.bidirectional:
             raise _no_stream()
-        # Wrong arguments, and tensors that have no kernel, raise an error in _step; the module then
-        # raises its own, or runs a plain loop.
+        # _step raises an error for wrong arguments and for tensors that have no kernel. The call of
+        # forward below then raises the module's own error, or runs a plain loop.
         if not (torch.is_grad_enabled() or self.zoneout or self._draws() or compiling()):
             try:
                 return self._step(x, state)
@@ -198,7 +201,7 @@ class Layers(nn.RNNBase):
             last_only: The caller reads ``h_n`` alone; any other result may be incomplete.
 
         Returns:
-            ``output``, ``h_n``, and the potential if the last layer's options ask for it.
+            ``output``, ``h_n``, and the potential if the last layer's options request it.
         """
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -259,7 +262,7 @@ class Layers(nn.RNNBase):
         hx: Tensor | None,
         **options: Any,
     ) -> tuple[Any, ...]:
-        """Run ``forward`` with the input packed; ``options`` are its other arguments."""
+        """Run ``forward`` with the input packed; ``options`` are the other arguments of forward."""
         ragged = Ragged(input, lengths, self.batch_first, padding_value)
         for name, widths in (("reset", ()), ("alpha", (1, self.hidden_size))):
             series = options.get(name)
@@ -303,8 +306,8 @@ class Layers(nn.RNNBase):
     def _for_every_row(self, hx: Tensor, batch: int | None) -> Tensor:
         """Expand ``hx`` of one row, ``[L*D, 1, H]`` or ``[H]``, over the batch.
 
-        ``batch`` is None for an unbatched input. Other sizes are returned as they are: the checks
-        of nn.RNN reject them.
+        ``batch`` is None for an unbatched input. An ``hx`` of other sizes is returned unchanged;
+        the checks of nn.RNN reject wrong ones.
         """
         states, size = len(self._all_weights), self.hidden_size
         if hx.shape == (size,):
@@ -328,7 +331,7 @@ class Layers(nn.RNNBase):
         return last(self._sent(h_n)), h_n, *(last(h_n) for _ in potential)
 
     def _sent(self, states: Tensor) -> Tensor:
-        """Return what units in these states send to other units: the output of the last step."""
+        """Return the outputs of units in these states."""
         return states
 
     def _run_layers(
@@ -354,7 +357,7 @@ class Layers(nn.RNNBase):
             and self.num_layers == 1
             and not self.bidirectional
         ):
-            # The loop below gives the same, but costs 0.7 us more.
+            # The code below gives the same results, but takes 0.7 us longer.
             one_layer = _tensors(self, names[0])
             self._check(x, hx, batch_sizes, one_layer[0])
             h0 = None if hx is None else hx[0]
@@ -395,7 +398,7 @@ class Layers(nn.RNNBase):
         options: list[dict[str, Any]] | None,
         blocks: Blocks | None = None,
     ) -> tuple[Any, ...]:
-        """Run every layer, each direction in ``blocks``; see :meth:`_run_layers`."""
+        """Run every layer, with each direction divided into ``blocks``; see :meth:`_run_layers`."""
         num_directions = 2 if self.bidirectional else 1
         h0s = [None] * len(weights) if hx is None else hx.unbind(0)
         on_gpu = num_directions == 2 and x.is_cuda and options is None and not blocks
@@ -483,7 +486,7 @@ class Layers(nn.RNNBase):
         if hx is not None:
             if batch_sizes is None:
                 batch = x.size(1)
-            elif compiling():  # data-dependent: left to the op
+            elif compiling():  # depends on data: the op checks it
                 batch = hx.size(1)
             else:
                 batch = int(batch_sizes[0])
@@ -526,7 +529,7 @@ class Layers(nn.RNNBase):
         states, size = len(self._all_weights), self.hidden_size
         shapes: list[tuple[int, ...]] = [(size,), (states, size)]
         if isinstance(input, PackedSequence):
-            # B depends on data when compiling, and is left to the op.
+            # When compiling, B depends on data, and the op checks it.
             given = compiling() and reset_to.dim() == 3
             batch = reset_to.size(1) if given else int(input.batch_sizes[0])
             shapes.append((states, batch, size))
@@ -562,7 +565,7 @@ class Layers(nn.RNNBase):
         rows = tuple(data.shape[:-1])
         shapes = [rows, *((*rows, width) for width in widths)]
         packed = isinstance(input, PackedSequence)
-        # N depends on data when compiling, and is left to the op.
+        # When compiling, N depends on data, and the op checks it.
         if not (packed and compiling()) and series.shape not in shapes:
             raise RuntimeError(
                 f"fusedrnn: {name} must have sizes {_either(shapes)}, got {list(series.shape)}"
@@ -597,7 +600,7 @@ def _map_series(function: Callable[[Any], Any], results: tuple[Any, ...]) -> tup
 
 
 def _each(function: Callable[[Any], Any], series: Any) -> Any:
-    """Apply ``function`` to a series, or to that of each layer."""
+    """Apply ``function`` to a series, or to each one in a list of series."""
     return [function(s) for s in series] if isinstance(series, list) else function(series)
 
 
@@ -626,7 +629,7 @@ def _values(tensor: Tensor | None) -> Any:
 
 
 def _last_steps(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
-    """Return whether each step is the last one of its episode, as the next step is a reset.
+    """Return whether each step is the last one of its episode: whether the next step is a reset.
 
     The reverse direction reaches step t - 1 from step t, so an episode that begins at t resets
     the state before step t - 1.
@@ -643,7 +646,7 @@ class RNN(Layers):
         h_t = \tanh(x_t W_{ih}^T + b_{ih} + h_{t-1} W_{hh}^T + b_{hh})
 
     where :math:`x_t` is the input, or the :math:`h_t` of the layer below; with
-    ``nonlinearity="relu"``, ReLU replaces tanh. Where ``reset`` is true, the step starts from
+    ``nonlinearity="relu"``, ReLU replaces tanh. A step at which ``reset`` is true starts from
     ``reset_to`` instead of :math:`h_{t-1}`.
 
     Args:
@@ -652,60 +655,62 @@ class RNN(Layers):
         num_layers: Number of stacked layers, L.
         nonlinearity: ``"tanh"`` or ``"relu"``.
         bias: Whether the layers have ``b_ih`` and ``b_hh``.
-        batch_first: Input and output are ``[B, T, ...]`` and not ``[T, B, ...]``. Does not apply to
-            ``hx`` and ``h_n``, and is ignored for unbatched and packed input.
+        batch_first: Whether input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``. Does
+            not apply to ``hx`` and ``h_n``, and is ignored for unbatched and packed input.
         dropout: Probability of zeroing an element of the output of every layer but the last, in
             training.
-        bidirectional: Whether a second set of weights runs from the last step to the first. D is
-            then 2, otherwise 1. On CUDA, both directions run concurrently, on two streams, if there
-            are 128 steps or more, no resets and no dropout inside the recurrence.
+        bidirectional: Whether a second set of weights runs from the last step to the first. The
+            number of directions, D, is then 2, otherwise 1. On CUDA, both directions run
+            concurrently, on two streams, if there are 128 steps or more, no resets and no dropout
+            inside the recurrence.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
-        checkpoint_every: Keep every k-th state for backward, and compute the others there again:
-            the memory of about T/k + k states, plus what the caller keeps. It pays off with
-            ``last_only`` and where there are several layers in one direction, because their
-            outputs are not kept either. With ``bidirectional``, the outputs between layers are.
-            None means to keep all states.
+        checkpoint_every: Keep only every k-th state for backward, which computes the others again.
+            This takes the memory of about T/k + k states, plus what the caller keeps. It pays off
+            with ``last_only``, or with several layers in one direction, because the outputs of
+            layers are then not kept either. With ``bidirectional``, the outputs between layers are
+            kept. None means to keep all states.
         truncate: Truncated backpropagation through time: no gradient passes from step k, 2k, ...
-            to the step before, counted from the first step of the direction (for packed and ragged
-            input in reverse, from the end of the longest row). The gradients are those of a loop
-            over chunks of k steps that detaches the state after each; the output is that without
-            ``truncate``. None means not to truncate.
-        recurrent_dropout: Probability, in training, that what a unit sends to ``W_hh`` is zeroed:
-            with one mask m for each row and unit of a layer and direction, :math:`(m \odot h_{t-1})
-            W_{hh}^T / (1 - p)` replaces :math:`h_{t-1} W_{hh}^T` (Gal and Ghahramani, 2016). The
-            output is not masked.
-        zoneout: Probability, in training, that a unit keeps its state: with a mask z for each step,
-            row and unit, the new state is :math:`z \odot k + (1 - z) \odot h_t`, where k is the
-            state that the step starts from (Krueger et al., 2017). In evaluation, z is p.
-        weight_drop: Probability, in training, that an element of ``W_hh`` is zeroed; the others are
-            divided by 1 - p (DropConnect; Merity et al., 2018).
+            to the step before it. Steps are counted from 0 in the order in which the direction runs
+            (for packed and ragged input in reverse, from the end of the longest row). The gradients
+            are those of a loop over chunks of k steps that detaches the state after each chunk; the
+            output is the same as without ``truncate``. None means not to truncate.
+        recurrent_dropout: Probability p, in training, that the output of a unit is zeroed where it
+            enters ``W_hh``: with one mask m for each row and unit of a layer and direction,
+            :math:`(m \odot h_{t-1}) W_{hh}^T / (1 - p)` replaces :math:`h_{t-1} W_{hh}^T` (Gal and
+            Ghahramani, 2016). The output of the layer is not masked.
+        zoneout: Probability p, in training, that a unit keeps its state: with a mask z for each
+            step, row and unit, the new state is :math:`z \odot k + (1 - z) \odot h_t`, where k is
+            the state that the step starts from (Krueger et al., 2017). In evaluation, z is p.
+        weight_drop: Probability p, in training, that an element of ``W_hh`` is zeroed; the others
+            are divided by 1 - p (DropConnect; Merity et al., 2018).
 
     Inputs:
         input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, a
             ``PackedSequence``, or a nested tensor of B rows ``[length, I]`` with the layout
             ``torch.jagged``.
-        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; the same for every
-            row if ``[L*D, 1, H]``, and for every layer and direction, too, if ``[H]``. None means
-            zeros.
-        reset: Where an episode begins, bool ``[T, B]``, with ``batch_first`` ``[B, T]``, unbatched
-            ``[T]``; with a packed input ``[N]``, the rows of its ``data``, or a ``PackedSequence``
-            with the same layout; nested with a nested input. Every layer is reset at the same
-            steps. The reverse direction runs from later episodes to earlier ones, so its state is
-            reset before the last step of each episode that another one follows. None means no
-            resets.
+        hx: State before the first step, ``[L*D, B, H]``, unbatched ``[L*D, H]``; or
+            ``[L*D, 1, H]``, the same for every row; or ``[H]``, the same for every row, layer and
+            direction. None means zeros.
+        reset: True at the first step of each episode: bool ``[T, B]``, with ``batch_first``
+            ``[B, T]``, unbatched ``[T]``; with a packed input ``[N]``, the rows of its ``data``, or
+            a ``PackedSequence`` with the same layout; nested with a nested input. Every layer is
+            reset at the same steps. The reverse direction runs from later episodes to earlier ones,
+            so its state is reset before it computes the last step of any episode but the final one.
+            None means no resets.
         reset_to: State after a reset, ``[H]``, or for each layer and direction ``[L*D, H]`` or
             ``[L*D, B, H]`` (not unbatched); may be learned. None means zeros.
         lengths: Number of steps of each row of a padded input, ``[B]``, integers in any order, 0
-            allowed. What is in the padding is not read, and every state of a row ends with its
-            last step, as with a packed input. A tensor on the CPU spares waiting for the GPU. With
-            lengths of zeros, T may be 0: ``h_n`` is then ``hx``.
+            allowed. The padding is not read, and each row ends at its own last step, as with a
+            packed input. A tensor on the CPU avoids waiting for the GPU. If all lengths are 0, T
+            may be 0; ``h_n`` is then ``hx``.
         padding_value: Value of ``output`` in the padding; only with ``lengths``.
         return_all_layers: Return a list in place of ``output``, with the output of each layer,
             before the dropout that follows it.
-        last_only: Return only the last step of each row in place of ``output``, ``[B, D*H]``,
-            unbatched ``[D*H]``: ``h_n`` of the layer, with both directions side by side. The last
-            step of the reverse direction is the first one in time, where it has read the whole row.
+        last_only: In place of ``output``, return only the last step of each row, ``[B, D*H]``,
+            unbatched ``[D*H]``: the layer's part of ``h_n``, with both directions side by side. The
+            last step of the reverse direction is the first one in time, so each direction has read
+            the whole row.
 
     Outputs:
         output: Every state of the last layer, in the shape of the input but with D*H features. A
@@ -715,32 +720,32 @@ class RNN(Layers):
 
     With ``checkpoint_every`` or ``truncate``, the layers run in blocks of k steps (with both, the
     borders of both apply). Each block costs a few hundred microseconds of overhead, so k should be
-    some hundreds at least. The output is bitwise that without blocks under the conditions of
-    :meth:`step`, otherwise it agrees to rounding. Random numbers are drawn block by block, and the
-    same ones again in backward, also from a ``generator``. Do not switch between ``train()`` and
-    ``eval()`` between forward and backward. ``torch.compile`` unrolls the blocks, and compiles
+    at least a few hundred. Under the conditions of :meth:`step`, the output is bitwise that without
+    blocks; otherwise it agrees up to rounding. Random numbers are drawn block by block, and
+    backward draws the same ones again, also from a ``generator``. Do not switch between ``train()``
+    and ``eval()`` between forward and backward. ``torch.compile`` unrolls the blocks, and compiles
     again for another T. ``torch.func`` and ``torch.export`` keep all states, whatever
     ``checkpoint_every`` is. To export a module with ``truncate`` for any T, export it under
     ``torch.no_grad()``.
 
-    Parameters for each layer k, and again with the suffix ``_reverse`` for the second direction:
-    ``weight_ih_l{k}`` ``[H, I]`` (above the first layer ``[H, D*H]``), ``weight_hh_l{k}``
-    ``[H, H]``, ``bias_ih_l{k}`` and ``bias_hh_l{k}`` ``[H]``. All are initialised from
+    Each layer k has the parameters ``weight_ih_l{k}`` ``[H, I]`` (above the first layer
+    ``[H, D*H]``), ``weight_hh_l{k}`` ``[H, H]``, ``bias_ih_l{k}`` and ``bias_hh_l{k}`` ``[H]``; the
+    reverse direction has others, with the suffix ``_reverse``. All are initialised from
     :math:`U(-1/\sqrt{H}, 1/\sqrt{H})`, with the same values as in ``nn.RNN`` for the same seed.
 
     Dropout inside the recurrence costs nothing when it is off. The masks of ``recurrent_dropout``
-    and ``weight_drop`` last for a whole call, and are the same for all steps and episodes. They are
-    drawn from torch's default generator in training only: layers in order, forward before reverse,
-    and in each ``weight_drop``, then ``recurrent_dropout``, then ``zoneout``. ``weight_drop`` costs
-    one copy of ``W_hh``. ``zoneout`` costs a tensor in the shape of the output, and the leak of
-    the engine. ``recurrent_dropout`` costs another GEMM and two such tensors, and together with
-    ``zoneout`` a second pass of the engine.
+    and ``weight_drop`` last for a whole call, and are the same for all steps and episodes. All
+    masks are drawn from torch's default generator, in training only: layers in order, forward
+    before reverse, and for each of them ``weight_drop``, then ``recurrent_dropout``, then
+    ``zoneout``. ``weight_drop`` costs one copy of ``W_hh``. ``zoneout`` costs a tensor in the shape
+    of the output, and the leak of the engine. ``recurrent_dropout`` costs another GEMM and two such
+    tensors, and together with ``zoneout`` a second pass of the engine.
 
     Raises in the constructor:
         ValueError: A size or a number of steps is not positive, the nonlinearity is unknown,
             ``dropout`` is outside [0, 1], a rate of dropout inside the recurrence is outside
             [0, 1), or ``proj_size`` is given.
-        TypeError: A size or a number of steps is not an int, a rate not a number, ``bias`` or
+        TypeError: A size or a number of steps is not an int, a rate is not a number, ``bias`` or
             ``batch_first`` is not a bool, or an argument is unknown or missing.
 
     Raises in a call:
@@ -752,7 +757,8 @@ class RNN(Layers):
         RuntimeError: ``hx``, ``reset`` or ``reset_to`` does not match ``input``, ``reset`` is not
             bool, ``input`` does not have ``input_size`` features, there is no time step, or tensors
             are on different devices.
-        TypeError: ``reset``, ``reset_to`` or ``lengths`` is not a tensor, or of a wrong kind.
+        TypeError: ``reset``, ``reset_to`` or ``lengths`` is not a tensor, or is a tensor of a wrong
+            kind.
         NotImplementedError: ``lengths`` differs between the samples of ``torch.vmap``, or packed or
             ragged input is compiled with ``checkpoint_every`` or ``truncate``.
 
@@ -766,8 +772,8 @@ class RNN(Layers):
           ``flatten_parameters`` does nothing on any device: no kernel needs the weights in one
           block of memory.
         - ``forward`` also takes nested input, ``reset``, ``reset_to``, ``lengths``,
-          ``padding_value``, ``return_all_layers`` and ``last_only``, and a state ``hx`` for every
-          row.
+          ``padding_value``, ``return_all_layers`` and ``last_only``, and an ``hx`` that is the same
+          for every row.
         - ``output`` itself is saved for backward; modifying it in place before backward raises an
           error there.
         - ``torch.jit.script`` cannot compile it; ``torch.compile`` and ``torch.export`` can.
@@ -948,10 +954,10 @@ class RNNCell(nn.RNNCell):
 
     Inputs:
         input: ``[B, I]``, or unbatched ``[I]``.
-        hx: ``[B, H]``, or unbatched ``[H]``; None means zeros.
+        hx: State before the step, h, ``[B, H]``, or unbatched ``[H]``; None means zeros.
 
     Outputs:
-        h': ``[B, H]``, or unbatched ``[H]``.
+        h': State after the step, ``[B, H]``, or unbatched ``[H]``.
 
     Raises in a call:
         ValueError: ``input`` or ``hx`` is neither 1-D nor 2-D.
@@ -1013,7 +1019,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def replace(model: _Module) -> _Module:
-    """Convert every ``nn.RNN`` and ``nn.RNNCell`` in ``model`` to this package's, in place.
+    """Convert every ``nn.RNN`` and ``nn.RNNCell`` in ``model`` to this package's class, in place.
 
     Nothing is copied: only the class of each module changes. Its identity, its parameters (and an
     optimizer that holds them), buffers, hooks, parametrizations and training mode stay the same.
@@ -1034,7 +1040,7 @@ def replace(model: _Module) -> _Module:
 
 
 def restore(model: _Module) -> _Module:
-    """Convert every ``fusedrnn.RNN`` and ``fusedrnn.RNNCell`` in ``model`` to torch's, in place.
+    """Convert each ``fusedrnn.RNN`` and ``fusedrnn.RNNCell`` in ``model`` to torch's, in place.
 
     This is the inverse of :func:`replace`, with the same rules. It also accepts a model that was
     built with this package's modules. Use it to save a whole model for an environment without
@@ -1048,7 +1054,7 @@ def restore(model: _Module) -> _Module:
 
     Raises:
         ValueError: A module has dropout inside the recurrence, which ``nn.RNN`` does not have.
-            Nothing is changed then.
+            ``model`` is then left unchanged.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Export of a layer as an ONNX ``RNN`` node.
+"""Export a layer as an ONNX ``RNN`` node.
 
 ``torch.onnx.export(model, ...)`` works without preparation: during the export, :func:`fusedrnn.rnn`
 emits this node instead of its own op. A program that was made by ``torch.export`` beforehand
@@ -17,7 +17,7 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[Any, Callable[..., object]]:
-    """Return decompositions that make a ``torch.export`` program fit for ``torch.onnx.export``.
+    """Return decompositions that prepare a ``torch.export`` program for ``torch.onnx.export``.
 
     Example::
 

@@ -2,7 +2,7 @@ r"""Parametrizations of weights for ``torch.nn.utils.parametrize``, and an initi
 
 They constrain the recurrent weight of :class:`fusedrnn.RNN` and the other modules, and work for any
 weight ``[H, J]`` whose columns belong to the presynaptic units. Several can be registered for one
-weight, and apply in that order::
+weight; they apply in the order of their registration::
 
     >>> rnn = fusedrnn.LeakyRNN(10, 100, nonlinearity="relu", alpha=0.2)
     >>> signs = torch.cat([torch.ones(80), -torch.ones(20)])
@@ -26,7 +26,8 @@ class Dale(nn.Module):
         W = |V| \, \mathrm{diag}(s)
 
     All outgoing weights of unit j, column j of W, have the sign :math:`s_j`. V is the parameter. A
-    weight that is registered or assigned keeps its magnitudes. A V of exactly 0 has no gradient.
+    weight that is registered or assigned keeps its magnitudes. An element of V that is exactly 0
+    has the gradient 0.
 
     Source: Song, Yang and Wang, "Training excitatory-inhibitory recurrent neural networks for
     cognitive tasks: a simple and flexible framework", PLOS Computational Biology 12(2), 2016.
@@ -37,8 +38,8 @@ class Dale(nn.Module):
 
     Raises:
         TypeError: ``signs`` is not a tensor.
-        ValueError: ``signs`` is not 1-D or has other values; or, when registered, it does not have
-            as many elements as the weight has columns.
+        ValueError: ``signs`` is not 1-D or has values other than +1 and -1; or, when registered, it
+            does not have as many elements as the weight has columns.
 
     Example::
 
@@ -82,7 +83,7 @@ class Masked(nn.Module):
     .. math::
         W = M \odot V
 
-    V is the parameter. Its elements where M is 0 have the gradient 0.
+    V is the parameter. Where M is 0, the gradient of V is 0.
 
     Source: the connectivity masks of Song, Yang and Wang, "Training excitatory-inhibitory
     recurrent neural networks for cognitive tasks: a simple and flexible framework", PLOS

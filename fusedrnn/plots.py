@@ -1,14 +1,14 @@
-"""Pictures of a trace: ``fusedrnn.trace`` records the numbers, this file draws them.
+"""Plot a trace that ``fusedrnn.trace`` recorded, with matplotlib.
 
-Needs matplotlib. Each function draws into an ``Axes`` and returns it, so that the caller can
-arrange and change the plots; `overview` arranges all of them. Each takes one layer and direction of
-one sequence, such as ``trace.row(0)[0]``. Steps are numbered from 1, since h with the number 0 is
-the state before the first step.
+Each function draws into an ``Axes`` and returns it, so that the caller can arrange and change the
+plots; `overview` arranges all of them except `cell`. Each takes one layer and direction of one
+sequence, such as ``trace.row(0)[0]``. Steps are numbered from 1, because h with the number 0 is the
+state before the first step.
 
 Colours follow the background of the ``Axes``; `style` has settings for a light and for a dark one.
-They are chosen for colour-blind readers: lines and areas from the palette of Okabe and Ito (2008),
-cividis where a value has a magnitude only, and where it also has a sign a map from blue to red, or
-to orange on a dark background.
+They are chosen for colour-blind readers: lines and areas use the palette of Okabe and Ito (2008),
+unsigned values use cividis, and signed values a map from blue to red (on a dark background, to
+orange).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _state_letter(layer: LayerTrace) -> str:
 
 
 def _sent_name(layer: LayerTrace) -> str:
-    """Return the mathtext of what a step gets from the step before it, without dollars."""
+    """Return the mathtext, without dollar signs, for the output that a step starts from."""
     return f"h_{{t{'+' if layer.reverse else '-'}1}}"
 
 
@@ -212,8 +212,8 @@ def saturation(axes: Axes, layer: LayerTrace) -> Axes:
 def gradient_norm(axes: Axes, layer: LayerTrace) -> Axes:
     r"""Draw the norm of the gradient for each state on a log axis.
 
-    The dashed line is the norm that backpropagation from the last step alone would leave if the
-    gradient shrank or grew by the spectral radius of the recurrent weight in each step, as it would
+    The dashed line starts from the norm at the last step and multiplies it, at each step back, by
+    ``LayerTrace.spectral_radius``. The gradient from the last step alone would change at this rate
     in the long run if every slope were 1 (Bengio, Simard and Frasconi, 1994; Pascanu, Mikolov and
     Bengio, 2013).
     """
@@ -279,7 +279,7 @@ def shares(axes: Axes, layer: LayerTrace) -> Axes:
 def eigenvalues(axes: Axes, layer: LayerTrace) -> Axes:
     """Draw the eigenvalues of the recurrent weight and the unit circle.
 
-    With a leak they are those of ``LayerTrace.step_matrix``.
+    With a leak, draw the eigenvalues of ``LayerTrace.step_matrix``.
     """
     _check(layer)
     c = _colours(axes)
@@ -306,8 +306,8 @@ def unrolled(
 
     Args:
         inputs: What to write below each step; by default x with its number.
-        steps: Number of steps that fit, at least 2; of a longer sequence, the first and the last
-            are drawn.
+        steps: Maximum number of steps to draw, at least 2; of a longer sequence, only the first and
+            the last steps are drawn.
     """
     _check(layer)
     if steps < 2:
@@ -371,7 +371,7 @@ def cell(axes: Axes, layer: LayerTrace, step: int, units: int = 8) -> Axes:
 
     Args:
         step: Number of the step, from 1.
-        units: Number of units that are drawn, from the first.
+        units: Number of units to draw, starting with the first.
     """
     _check(layer)
     T, H = layer.h.shape
@@ -412,7 +412,7 @@ def cell(axes: Axes, layer: LayerTrace, step: int, units: int = 8) -> Axes:
 def overview(layer: LayerTrace, dark: bool = False) -> Figure:
     """Arrange the plots of one layer and direction of one sequence in a new figure.
 
-    Without gradients, their plot is left out.
+    If the trace has no gradients, `gradient_norm` is left out.
     """
     _check(layer)
     below = ["shares", "eigenvalues"]

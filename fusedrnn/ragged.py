@@ -1,4 +1,4 @@
-"""Ragged batches: packed by one gather before the layers, and unpacked by another one after them.
+"""Pack ragged batches by one gather before the layers, and unpack the results by another one.
 
 The engine takes packed sequences: step 0 of every row, the longest row first, then step 1 of the
 rows that have one, and so on. In a padded tensor and in a jagged nested one, step t of row b is row
@@ -21,8 +21,8 @@ from .torch_state import compiling, torch_check
 class Ragged:
     """The packing of a padded input with lengths, or of a jagged input without.
 
-    ``batch`` is B, ``order`` are the rows that are not empty, the longest first, and ``count`` is
-    the number of their steps.
+    ``batch`` is B, ``order`` has the indices of the rows that are not empty, the longest first, and
+    ``count`` is the total number of their steps.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Ragged:
         self.count = index.size(0)
         if compiling():
             torch_check(self.count > 0, lambda: "fusedrnn: one of the lengths must be above 0")
-        # Where each row of the matrix is in the packed data. Padding is one row after the last.
+        # Position of each row of the matrix in the packed data. Padding is one row after the last.
         self.place = torch.full((rows,), self.count, device=index.device)
         self.place.index_copy_(0, index, torch.arange(self.count, device=index.device))
 

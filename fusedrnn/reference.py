@@ -43,15 +43,15 @@ def recurrence(
     state_input: Tensor | None = None,
     return_potential: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Run one of three forms of the recurrence, from ``k``, the state that step t starts from:
+    """Run one of three forms of the recurrence, whose step t starts from the state ``k``:
 
     - ``"rate"``: ``h[t] = (1 - alpha) * k + alpha * phi(u[t] + k @ w_hh.T)``
     - ``"potential"``: ``v[t] = (1 - alpha) * k + alpha * (u[t] + phi(k) @ w_hh.T)``, and
       ``h[t] = phi(v[t])``; the state is v
     - ``"inside"``: ``h[t] = phi((1 - alpha) * k + alpha * (u[t] + k @ w_hh.T))``
 
-    ``k`` is the state after step t-1; where ``reset[t]`` is true, it is ``reset_to``. Without
-    ``alpha`` it is 1.
+    ``k`` is the state after step t-1, or ``reset_to`` if ``reset[t]`` is true. If ``alpha`` is
+    None, there is no leak: alpha is 1.
 
     Args:
         u: Input product of each step, ``[T, B, H]``; with ``batch_sizes``, packed, ``[N, H]``.
@@ -97,7 +97,7 @@ def recurrence(
     states: list[Tensor] = [h0] * len(sizes)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         k, leak = state[: sizes[t]], leaks[t]
-        if resets is not None:  # where, not a product: 0 * nan is nan
+        if resets is not None:  # not by a product, because 0 * nan is nan
             k = torch.where(resets[t], starts[t], k)
         s = drive[t] + (phi(k) if form == "potential" else k) @ w_hh.T
         if form == "rate":
@@ -129,7 +129,7 @@ def rnn(
 ) -> tuple[Tensor, ...]:
     """Run one layer in one direction: :func:`recurrence` with ``u = x @ w_ih.T + b_ih + b_hh``.
 
-    Without ``w_ih``, ``x`` takes the place of ``x @ w_ih.T``; without ``h0`` it is zeros.
+    If ``w_ih`` is None, ``x`` takes the place of ``x @ w_ih.T``. If ``h0`` is None, it is zeros.
     """
     u = x if w_ih is None else x @ w_ih.T
     if b_ih is not None:

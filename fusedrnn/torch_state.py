@@ -1,8 +1,8 @@
-"""Private names of torch, and questions about what torch is doing.
+"""Private names of torch, and functions that tell what torch is doing.
 
-No other file of the package uses a private name of torch. All of them were tried on torch 2.13.0
-and 2.14.1, and partially on 2.11.0. A later torch may remove one: ``import fusedrnn`` then still
-works, and the comment at each name says what else changes.
+No other file of the package uses a private name of torch. All of them were tested with torch 2.13.0
+and 2.14.1, and partially with 2.11.0. A later torch may remove one: ``import fusedrnn`` then still
+works, and the comment at each name says what else changes ("If gone").
 
 Attributes that ``nn.Module`` and ``nn.RNNBase`` share with their subclasses, such as
 ``_flat_weights``, are used in ``modules.py`` and ``leaky.py`` only, by the subclasses themselves.
@@ -48,17 +48,17 @@ def _needed(name: str, by: str) -> Any:
 
 # ---- questions ----
 
-# Whether torch.compile or torch.export traces. Public, and known to Dynamo by this identity.
+# Whether torch.compile or torch.export is tracing. Public; Dynamo recognises this very object.
 compiling = torch.compiler.is_compiling
 
-# Whether torch.onnx.export traces, by torch.export or by torch.jit.trace. Public.
+# Whether torch.onnx.export is tracing, by torch.export or by torch.jit.trace. Public.
 exporting_onnx = torch.onnx.is_in_onnx_export
 
 # Whether tensors may have tangents. torch.autograd.forward_ad cannot be used for this, because
 # compiled code enters forward mode without updating it; the engine reads torch's C++ state.
 forward_mode: Callable[[], bool] = _C.forward_mode
 
-# Whether torch.export traces. Public.
+# Whether torch.export is tracing. Public.
 exporting = torch.compiler.is_exporting
 
 # The state of torch.jit.trace, or None. If gone: a public function, 0.1 us slower.
@@ -85,16 +85,16 @@ any_requires_grad: Callable[..., bool] = _private(
 # The innermost hooks for tensors that autograd saves, or None. If gone: as if there were some.
 _saved_tensor_hooks = _private("_C._autograd._top_saved_tensors_default_hooks", lambda _: True)
 
-# If gone: a tensor counts as fake unless it is a plain Tensor.
+# The class of fake tensors. If gone: a tensor counts as fake unless it is a plain Tensor.
 _FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", None)
 
 
-# Whether a tensor has a value for each sample of a vmap. If gone: torch's own error for lengths.
+# Whether a tensor differs between the samples of a vmap. If gone: such lengths raise torch's error.
 mapped: Callable[[Tensor], bool] = _private("_C._functorch.is_batchedtensor", lambda _: False)
 
 
 def equal_sizes(a: int, b: int) -> bool:
-    """Return whether two sizes are equal, and False when compiling if that depends on data."""
+    """Return whether two sizes are equal; False if, when compiling, that depends on data."""
     if not compiling():
         return a == b
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy: 1 s
@@ -145,7 +145,7 @@ def saved_tensor_hooks() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether the tensor has sizes but no data, because a compiler traces."""
+    """Return whether the tensor has sizes but no data, because a compiler is tracing."""
     return type(tensor) is not Tensor if _FakeTensor is None else isinstance(tensor, _FakeTensor)
 
 
@@ -189,8 +189,8 @@ unpack_dual = _private("_VF._unpack_dual", forward_ad.unpack_dual)
 
 # ---- other contexts ----
 
-# A context in which subclasses of Tensor do not override functions. If gone: the error for a
-# wrong argument under call_for_per_sample_grads is torch's own.
+# A context in which subclasses of Tensor do not override functions. If gone: a wrong argument under
+# call_for_per_sample_grads raises torch's own error.
 without_torch_function: Callable[[], AbstractContextManager[None]] = _private(
     "_C.DisableTorchFunctionSubclass", nullcontext
 )
@@ -208,7 +208,7 @@ def below_autocast(device_type: str, key: str) -> Callable[[], AbstractContextMa
     return functools.partial(_ExcludeKeys, _DispatchKeySet(getattr(_DispatchKey, key)))
 
 
-# A check that compiled code makes, too. Documented, although its name is private. If gone: an empty
+# A check that compiled code also makes. Documented, although its name is private. If gone: an empty
 # batch_sizes raises torch's own error.
 torch_check = _private("_check", lambda condition, message: None)
 

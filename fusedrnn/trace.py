@@ -1,7 +1,8 @@
-"""Record what an RNN computes inside, at every step, and the gradients that arrive there.
+"""Record what an RNN computes at every step, and the gradients there.
 
-The module runs once, and the calls of the engine's op are intercepted. Autograd gives the gradient
-that the results of each call receive from above, and the engine's adjoint that of every step.
+The module runs once, and the calls of the engine's op are recorded. Autograd computes the gradient
+of the loss with respect to the results of each call, and from it the engine's adjoint computes the
+gradients at every step.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class LayerTrace:
     A series is a tensor with a value for every step. Time comes first, whatever the layout of the
     input: ``[T, B, H]`` (an unbatched input has B = 1, a cell T = 1); packed ``[N, H]``, the rows
     of ``PackedSequence.data``; after :meth:`Trace.row`, ``[T, H]``. Series of the reverse direction
-    are in the order of the input, too, so its step t starts from the state of step t + 1.
+    are in the order of the input, too: in that direction, step t starts from the state of step
+    t + 1.
 
     Attributes:
         layer: Number of the layer, from 0.
@@ -57,7 +59,7 @@ class LayerTrace:
         nonlinearity, form: As in :func:`fusedrnn.rnn`.
         w_hh: Recurrent weight, ``[H, H]``.
         alpha: Leak of each unit, ``[H]``, or None without a leak.
-        batch_sizes: Of packed series, as in ``PackedSequence``, otherwise None.
+        batch_sizes: As in ``PackedSequence`` if the series are packed, otherwise None.
         from_input: Contribution of the input, :math:`x_t W_{ih}^T + b_{ih}`, series. It includes
             the drive noise of a :class:`fusedrnn.LeakyRNN` in training. Above the first layer,
             :math:`x_t` is the output of the layer below, after dropout.
@@ -66,11 +68,11 @@ class LayerTrace:
         state: State after each step, series: h, or v in the form "potential".
         h: Output of each step, series; :math:`\phi(v)` in the form "potential".
         slope: Derivative :math:`\phi'` at the argument of :math:`\phi`, series. The argument is z
-            in the form "rate", v in "potential", and all that is inside :math:`\phi` in "inside".
+            in the form "rate", v in "potential", and in "inside" the leaky sum inside :math:`\phi`.
         grad_state: :math:`\partial L / \partial \text{state}_t`, series, or None without a loss. It
             includes the paths through later steps.
         grad_h: :math:`\partial L / \partial h_t`, series, or None. In the form "potential", it does
-            not include the path from v through the leak, which does not pass h.
+            not include the path from v through the leak, which bypasses h.
         delta: :math:`\delta_t = \partial L / \partial z_t`, series, or None; for a plain RNN
             :math:`\phi'(z_t) \, \partial L / \partial h_t`.
     """
@@ -105,10 +107,10 @@ class LayerTrace:
 
     @property
     def step_matrix(self) -> Tensor:
-        r"""The Jacobian of a step where every slope is 1, ``[H, H]``.
+        r"""The Jacobian of a step if every slope were 1, ``[H, H]``.
 
-        That is :math:`W_{hh}`, and :math:`diag(1 - \alpha) + diag(\alpha) W_{hh}` with a leak. Its
-        eigenvalues tell how fast the state, and the gradient, can grow or vanish.
+        It is :math:`W_{hh}`, or :math:`diag(1 - \alpha) + diag(\alpha) W_{hh}` with a leak. Its
+        eigenvalues show how fast the state and the gradient can grow or vanish.
         """
         if self.alpha is None:
             return self.w_hh
@@ -123,8 +125,8 @@ class LayerTrace:
     def recurrent_share(self) -> Tensor:
         """The share of the recurrence in the pre-activations of each step, in [0, 1].
 
-        A series without H. It is ``|from_state| / (|from_input| + |from_state|)``, with the sum of
-        magnitudes over the units; 0 where both are 0.
+        A series without the dimension H. It is ``|from_state| / (|from_input| + |from_state|)``,
+        where ``| |`` sums the magnitudes over the units, and 0 if both sums are 0.
         """
         ours, other = (_wide(t).abs().sum(-1) for t in (self.from_state, self.from_input))
         return ours / (ours + other).clamp_min(torch.finfo(ours.dtype).tiny)
@@ -143,16 +145,16 @@ def _wide(tensor: Tensor) -> Tensor:
 class Trace(Sequence[LayerTrace]):
     """What an RNN computed in one call: a sequence of :class:`LayerTrace`.
 
-    There is one for each layer and direction, in the order of ``h_n``: layer 0 forward, layer 0
+    It has one for each layer and direction, in the order of ``h_n``: layer 0 forward, layer 0
     reverse, layer 1 forward, and so on.
 
     Attributes:
-        module: The module, in words.
-        layers: The layers and directions.
-        output: What the module returned first; of a cell the state. It is detached, and
-            :meth:`row` leaves it as it is.
+        module: The ``repr`` of the module.
+        layers: The traces of the layers and directions.
+        output: The first result of the module, or the state of a cell, detached. :meth:`row` does
+            not change it.
         loss: The value of the loss, or None.
-        sorted_indices: Of a packed input, as in ``PackedSequence``, otherwise None.
+        sorted_indices: As in ``PackedSequence`` if the input is packed, otherwise None.
     """
 
     module: str
@@ -184,8 +186,8 @@ class Trace(Sequence[LayerTrace]):
     def row(self, b: int) -> Trace:
         """Return the trace of one sequence of the batch, whose series are ``[T, H]``.
 
-        A packed batch has its sequences in the order in which the caller packed them, each with its
-        own T.
+        The sequences of a packed batch are numbered in the order in which the caller packed them,
+        and each has its own T.
 
         Raises:
             IndexError: There is no sequence ``b``.
@@ -218,8 +220,8 @@ class Trace(Sequence[LayerTrace]):
             dark: Draw light on dark.
 
         Returns:
-            A figure that ``matplotlib.pyplot`` shows. ``fusedrnn.plots`` has each of its plots as a
-            function.
+            A figure that ``matplotlib.pyplot`` can show. Each of its plots is also a function of
+            ``fusedrnn.plots``.
         """
         from . import plots
 
@@ -256,7 +258,7 @@ def _table_row(layer: LayerTrace) -> list[str]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Record the arguments and the results of the engine's op, and run torch's cells by it."""
+    """Record the arguments and results of the engine's op, and use it in place of torch's cells."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +274,7 @@ class _Recorder(TorchFunctionMode):
                 return run_layer(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, h, nonlinearity=name)[1]
         results = func(*args, **(kwargs or {}))
         if func is ops.activation:
-            if torch.is_grad_enabled():  # frozen weights: gradients of the results are wanted still
+            if torch.is_grad_enabled():  # even with frozen weights, gradients of the results are wanted
                 for result in results[:2]:
                     if not result.requires_grad:
                         result.requires_grad_()
@@ -404,7 +406,7 @@ def trace(
                 f"{_data(x).dtype} on {_data(x).device}"
             )
         directions = 2 if getattr(rnn, "bidirectional", False) else 1
-        # On CUDA, the reverse direction is called first where the two run concurrently.
+        # On CUDA, the reverse direction is called first if the two run concurrently.
         numbered = sorted(
             enumerate(recorder.calls), key=lambda pair: (pair[0] // directions, pair[1][0][-1])
         )
@@ -428,7 +430,7 @@ def trace(
 def _gradients(
     output: Any, states: list[Tensor], loss: Loss | None, output_grad: Any
 ) -> tuple[float | None, list[Tensor]]:
-    """Return the loss and its gradients for ``states``, apart from those through later steps."""
+    """Return the loss and its gradients for ``states``, without paths through later steps."""
     data = _data(output)
     if loss is None:
         given = _data(output_grad)

@@ -1,7 +1,8 @@
-"""Everything that torch applies to the engine's ops. This file loads them.
+"""Load the engine's ops.
 
-The schemas are in ``csrc/schemas.cpp``, the kernels in ``csrc/cpu`` and ``csrc/cuda``. The other
-files of this folder register the rest with torch, each when it is imported.
+Their schemas are in ``csrc/schemas.cpp``, their kernels in ``csrc/cpu`` and ``csrc/cuda``. Each of
+the other files of this folder, when imported, registers with torch what torch applies to the ops:
+derivatives, autocast, vmap and so on.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ recurrent_product: Any = torch.ops.fusedrnn.recurrent_product.default
 saving_z = _C.saving_z  # the nonlinearities for which the forward pass saves z
 LIBRARY: torch.library.Library = torch.library.Library(
     "fusedrnn", "IMPL"
-)  # registrations end with this object
+)  # the registrations last as long as this object
 
 
 def build_info() -> dict[str, Any]:

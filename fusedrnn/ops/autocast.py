@@ -1,4 +1,4 @@
-"""Autocast: a layer runs in low precision as a whole, as torch's own RNNs do."""
+"""Run a whole layer in low precision under autocast, as torch's own RNNs do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cast(device_type: str, *arguments: Any) -> Any:
 
 
 def _register(device_type: str, key: str) -> None:
-    """Register the same rule for direct calls of the op, as an exported program makes them."""
+    """Register the same rule for direct calls of the op, which exported programs make."""
     guard = below_autocast(device_type, key)
 
     def rule(*args: Any) -> Any:

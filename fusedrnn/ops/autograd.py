@@ -1,9 +1,9 @@
-"""Derivatives of the engine's ops: hand-written backpropagation through time and all others.
+"""Derivatives of the engine's ops: backpropagation through time, forward mode and higher orders.
 
 The engine has three ops. ``activation`` is the forward pass in one of three forms, ``tangent`` its
-directional derivative, ``adjoint`` the transpose of ``tangent``. The last two are the same linear
-recurrence for all forms (``csrc/epilogues.h``). ``'`` stands for the step before in the order in
-which steps run, and for zeros where it is separated by a reset:
+directional derivative, ``adjoint`` the transpose of ``tangent``. ``tangent`` and ``adjoint`` are
+the same linear recurrences for all forms (``csrc/epilogues.h``). Except in phi', a prime marks the
+value at the step that the op computed just before, or zeros if a reset separates the two steps:
 
     tangent    m = w + e' @ W.T      s = q + (1 - alpha) k + P m          e = r + R s
     adjoint    y = g + delta' @ W    a = f + (1 - alpha) a' + R y         delta = d + P a
@@ -13,10 +13,10 @@ which steps run, and for zeros where it is separated by a reset:
     potential  alpha            phi'(v)      s'
     inside     alpha            phi'         e'       ((1 - alpha) a' is added to y, not to a)
 
-They are linear in their driving inputs, so their own derivatives need only these two ops again.
-Three ops therefore give derivatives of every order in both modes. Everything that is not a
-recurrence is a GEMM over all rows or elementwise: plain torch code, which is differentiable
-already.
+``tangent`` and ``adjoint`` are linear in their driving inputs, so their own derivatives need only
+these two ops again. Three ops therefore give derivatives of every order in both modes. Everything
+that is not a recurrence is a GEMM over all rows or elementwise: plain torch code, which is already
+differentiable.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class _Op(SingleLevelFunction):
 
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
-        if transformed():  # called from one of its levels: differentiate at that level
+        if transformed():  # called at one level of torch.func: differentiate there
             _modes.gradients = torch.is_grad_enabled()
             _modes.tangents = tangents_enabled()
             with single_level_functions():
@@ -345,7 +345,7 @@ class FusedRNNTangent(_Linear):
         *coefficients, s0, v0, e, m, s = ctx.saved_tensors
         _, form, _ = ctx.options
         if form == "rate":
-            f = None  # of the empty s
+            f = None  # the gradient of the empty s
         if g is None and g_n is None and d is None and f is None:
             return (None,) * 14
         to_w, to_q, to_r, to_s0, to_v0, *to_coefficients = ctx.needs_input_grad[:8]
@@ -410,9 +410,9 @@ class FusedRNNAdjoint(_Linear):
         if not ctx.to_h0:
             s0 = v0 = None
         if form == "rate":
-            r = None  # of the empty y
+            r = None  # the gradient of the empty y
         if form != "potential":
-            v0 = None  # of the empty dv0
+            v0 = None  # the gradient of the empty dv0
         if w is None and s0 is None and v0 is None and q is None and r is None:
             return (None,) * 14
         to_g, to_d, to_f, to_g_n, *to_coefficients = ctx.needs_input_grad[:7]
@@ -432,7 +432,7 @@ class FusedRNNAdjoint(_Linear):
         g, d, f, g_n, saved_t, w_hh_t, alpha_t, *_ = tangents
         _, form, reverse = ctx.options
         layout.append(reverse)
-        # What the step before hands on also depends on W_hh and alpha directly.
+        # What a step receives from the step before also depends on W_hh and alpha directly.
         product = None if w_hh_t is None else delta @ w_hh_t  # to y, or to a with the form rate
         carry = None if alpha_t is None else -alpha_t * a  # to a, or to y with the form inside
         if form != "potential":

@@ -1,8 +1,8 @@
 """Per-sample gradients through torch's older API, ``call_for_per_sample_grads``, as in nn.RNN.
 
-It calls the module with every weight wrapped in an ``ExpandedWeight``, and the gradient of each
-sample is stored in ``weight.grad_sample``. A sample is a row of the batch. (``vmap(grad(...))``
-does not use this module.)
+That API calls the module with every weight wrapped in an ``ExpandedWeight``. The gradient of
+each sample, that is, of each row of the batch, is stored in ``weight.grad_sample``.
+(``vmap(grad(...))`` does not use this module.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fake kernels and FLOP formulas of the ops: sizes, computed without the data."""
+"""Fake kernels and FLOP formulas of the ops, which need the sizes of tensors but not the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import onnx, saving_z
 
 
 def _batch(states: Tensor | None, series: Tensor, batch_sizes: Tensor | None) -> int | torch.SymInt:
-    """Return B. For a packed sequence without ``states``, only ``batch_sizes`` contains it."""
+    """Return B. For a packed sequence without ``states``, it is known from ``batch_sizes`` only."""
     if states is not None:
         return states.size(0)
     if batch_sizes is None:
@@ -45,7 +45,7 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
 def _(  # type: ignore[no-untyped-def]
     x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, q, reset, batch_sizes, nonlinearity, form, reverse
 ):
-    if exporting_onnx():  # its own error only reports an unknown op
+    if exporting_onnx():  # the exporter would only report an unknown op
         onnx.check(alpha, q, reset, batch_sizes, nonlinearity, form)
         raise NotImplementedError(
             "fusedrnn: torch.onnx.export cannot translate a program that torch.export made; "

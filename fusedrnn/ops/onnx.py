@@ -1,4 +1,4 @@
-"""What runs in place of the op ``activation`` during ``torch.onnx.export``, by each exporter."""
+"""Functions that run in place of the op ``activation`` in the two exporters of torch.onnx."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def activation(
     form: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Emit an ONNX node in place of the op of the same name; for tracing only, computes nothing."""
+    """Emit an ONNX node in place of the op of the same name, while tracing; compute nothing."""
     check(alpha, q, reset, batch_sizes, nonlinearity, form)
     steps, rows, _ = x.shape
     size = w_hh.size(0)

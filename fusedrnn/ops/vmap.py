@@ -1,4 +1,4 @@
-"""Batching rules of the ops for vmap: one more dimension, of size V, in any argument.
+"""Batching rules of the ops for vmap: any argument may have one more dimension, of size V.
 
 Rows of the batch are independent in a recurrence, so V problems of B rows that share ``W_hh`` and
 ``alpha`` are one problem of B V rows. V becomes the fastest-varying dimension of the batch,
@@ -13,8 +13,8 @@ An ensemble has V matrices ``W_hh``. It takes V calls of the engine, each at ful
 
 An ``alpha`` per step and row is folded like a series.
 
-The rules apply below the derivatives of the ops, so a derivative is batched through the ops of
-which it consists.
+The rules apply below the derivatives of the ops, so a derivative is batched by batching the ops
+that compute it.
 """
 
 from __future__ import annotations

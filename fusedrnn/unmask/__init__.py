@@ -1,8 +1,8 @@
 """Show a character model at work in one HTML page: ``python -m fusedrnn unmask``.
 
 The page holds the weights of the blog post's model (`CharLoopModel`) and runs it in JavaScript
-(``page.js``). A reader types a text, follows every value of the forward pass, and then
-the gradient of one prediction through time. The page loads nothing else and works offline.
+(``page.js``). A reader types a text and follows first every value of the forward pass, then the
+gradient of one prediction through time. The page loads nothing else and works offline.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def say(line: str) -> None:
 
 
 def write(path: str, content: bytes) -> None:
-    """Write a file; an error is one sentence."""
+    """Write a file; if that fails, raise a UserError of one sentence."""
     try:
         Path(path).write_bytes(content)
     except OSError as error:
@@ -78,7 +78,7 @@ def write(path: str, content: bytes) -> None:
 def log_probabilities(model: CharLoopModel, cs: Tensor) -> Tensor:
     """Map characters [T, B] to the log probabilities of each next one, [T, B, V].
 
-    The last step is ``model(*cs)``, which predicts only the character after the window. The
+    The last step equals ``model(*cs)``, which predicts only the character after the window. The
     recurrence runs in one call, as in `CharFusedModel` of examples/charlm.py.
     """
     u = model.l_hidden(F.relu(model.l_in(model.e.weight)))  # [V, H], once for each character
@@ -161,7 +161,7 @@ def load(path: str) -> tuple[CharLoopModel, Vocabulary]:
 
 
 def examples(text: str, vocabulary: Vocabulary, count: int = 5) -> list[str]:
-    """Choose beginnings of sentences, evenly spaced in the text, that the model can read."""
+    """Choose beginnings of sentences, spread evenly over the text, that the model can read."""
     known = set(vocabulary.characters)
     sentences = re.findall(r"(?:^|[.!?]\s)([^\W\d_][\w ,;'’-]{19,})", text, re.MULTILINE)
     starts = dict.fromkeys(textwrap.shorten(s, 28, placeholder="").rstrip(",;-") for s in sentences)

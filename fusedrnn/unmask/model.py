@@ -1,4 +1,4 @@
-"""The blog post's character model from which this project began, its text and its batches."""
+"""The character model of the blog post from which this project began, its text and its batches."""
 
 from __future__ import annotations
 
