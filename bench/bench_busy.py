@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Time forward passes where other processes keep the cores busy, or where threads outnumber cores.
+"""Time forward passes while other processes keep the cores busy, or with more threads than cores.
 
-Each condition has its own process, because a thread keeps the cores that it was created with. In
-it, one thread, several threads and nn.RNN with as many threads take turns; values are medians.
+Each condition runs in its own process, because a thread stays on the cores that were allowed when
+it was created. In the process, three calls take turns: fusedrnn with one thread, fusedrnn with
+several threads, and nn.RNN with as many. Values are medians.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Time fusedrnn on a GPU against cuDNN, CUDA graphs, torch.compile and FlashRNN, and measure the
-latencies that its planner relies on. See bench/README.md. gpu_check.py runs some of its groups.
+latencies that fusedrnn's planner relies on. See bench/README.md. gpu_check.py runs some groups of
+this benchmark.
 
-New kernels may hang or take the device down. A child process therefore does the work and announces
-each step. If it goes silent or dies, the parent ends it, records the loss, and starts another child
-for the rest.
+New kernels may hang or crash the device. Therefore a child process does the work and announces each
+step. If the child is silent for too long or dies, the parent ends it, records the loss, and starts
+another child for the rest.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MARK = "@@"  # starts each line that a child prints for its parent
 SILENCE = 30.0  # seconds of silence after which a child counts as hung
 START = 120.0  # the same before its first message: `import torch` has taken 34 s on a fresh machine
 GRACE = 8.0  # seconds that the last case may run past the deadline
-FATAL = 3  # times that a peer may take a child down before it is left out of everything
+FATAL = 3  # a peer that takes a child down this many times is left out of all cases
 GROUPS = ("probes", *PEERS)
 
 
@@ -286,7 +287,7 @@ class Foreman:
         return at
 
     def write_off(self, at: dict[str, Any], how: str) -> None:
-        """Leave out what a child was running when it was lost, from now on."""
+        """From now on, leave out what a child was running when it was lost."""
         task, name, phase = at["task"], at["name"], at["phase"]
         note = f"{phase}: took the process down ({how})"
         where = self.name_of(task)
@@ -304,8 +305,8 @@ class Foreman:
                 self.tasks.remove(task)
             self.without[task][name] = note
             return
-        # A loss that names no peer is blamed on fusedrnn. If the blamed peer was left out before,
-        # the loss would only recur, so the task is dropped.
+        # A loss that names no peer is blamed on fusedrnn. If the child was lost although the blamed
+        # peer was left out, the loss would only recur, so the task is dropped.
         known = {kind.name for kind in self.cases[int(task)].kinds}
         blamed = name if name in known or name.startswith("regime") else "fusedrnn"
         if blamed in self.without[task] and task in self.tasks:

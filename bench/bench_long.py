@@ -1,8 +1,8 @@
-"""Memory and time of one forward+backward of a long sequence, with and without checkpoint_every.
+"""Measure memory and time of forward+backward on a long sequence, with or without checkpoint_every.
 
-Each line is a process of its own: a short call, then the measured one. peak MiB is how much the
-resident set grew in the latter, which includes everything but the input. The states of a layer take
-4 T B H bytes.
+Each line of the table is measured in its own process, by a short call and then the measured one.
+"peak MiB" is the growth of the resident set during the measured call, which includes everything but
+the input. The states of a layer take 4 T B H bytes.
 
     python bench/bench_long.py --cases 5 > bench/results/long.txt    # a minute
 """

@@ -105,7 +105,7 @@ def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked(recipe: Recipe, arguments: dict[str, Any], mode: str) -> Check:
-    """Return the error of the call that is largest relative to its bound."""
+    """Return the check of the result whose error is largest relative to its bound."""
     truth = program(recipe.loop, to_float64(arguments), mode)()
     errors = distances(program(recipe.call, arguments, mode)(), truth)
     others = distances(program(recipe.loop, arguments, mode)(), truth)

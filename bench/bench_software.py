@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Train programs of other people with nn.RNN and with fusedrnn: same losses, and how much faster?
+"""Train programs of other projects with nn.RNN and with fusedrnn; compare their losses and speed.
 
-Installs pyro and darts into an environment of its own, build/software, and runs itself there with
-the fusedrnn of this checkout. Each program is built and trained from the same seed with nn.RNN and
-with ``torch.nn.RNN = fusedrnn.RNN``, in turns A B A B; its code is the same both times. A speed-up
-is that of the whole training, with everything that is no RNN. See bench/README.md.
+This script installs pyro and darts into its own environment, build/software, and runs itself there
+with the fusedrnn of this checkout. Each program is built and trained from the same seed with nn.RNN
+and with ``torch.nn.RNN = fusedrnn.RNN``, in turns A B A B; its code is the same both times. A
+speed-up is that of the whole training, including everything that is not an RNN. See
+bench/README.md.
 
 - **word language model**: the network and the training of pytorch/examples/word_language_model, on
-  Python's language reference. The examples are not packaged, so they are written here anew.
+  Python's language reference. PyTorch's examples are not packaged, so this is a rewrite.
 - **Deep Markov Model**: that of pyro's examples (Krishnan, Shalit and Sontag, "Structured inference
   networks for nonlinear state space models", AAAI 2017). The examples are not in pyro's wheel, so
-  it is written here anew; the music is random.
+  this is a rewrite; the music is random.
 - **darts**: ``RNNModel(model="RNN")``, trained by its ``fit``, on a series with two periods.
 """
 
@@ -41,7 +42,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "build" / "software"
 PACKAGES = ["pyro-ppl", "u8darts[torch]"]
-TOLERANCE = 1e-3  # of the loss of each update, relative: rounding errors grow during a training
+TOLERANCE = 1e-3  # relative, for the loss of each update: rounding errors grow during training
 ROUNDS = 3
 LR = 0.1  # of the word language model; with the 20 of the example, relu diverges
 
@@ -94,7 +95,10 @@ def reverse(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 class DeepMarkovModel(nn.Module):
-    """Notes x_t from latent z_t with gated transitions; an RNN reads the notes backwards for q."""
+    """Model notes x_t by latents z_t with gated transitions.
+
+    For the approximate posterior q of z, pyro's guide, an RNN reads the notes in reverse.
+    """
 
     def __init__(self, notes: int = 88, z: int = 100, hidden: int = 600) -> None:
         super().__init__()
@@ -235,7 +239,7 @@ def assigned(rnn: type[nn.RNNBase]) -> Iterator[None]:
 class Comparison(NamedTuple):
     program: str
     updates: int
-    torchs: float  # median ms of an update, with everything that is no RNN
+    torchs: float  # median ms of an update, with everything in it
     fused: float
     speed_up: float  # median of the ratios of each round
     difference: float  # largest relative difference of the loss of an update
@@ -247,7 +251,7 @@ class Comparison(NamedTuple):
 
 
 def compare(program: Program, rounds: int = ROUNDS) -> Comparison:
-    """Train in turns A B A B, after an update of each that is not timed."""
+    """Train in turns A B A B, after one update of each that is not timed."""
     import fusedrnn
 
     kinds = (nn.RNN, fusedrnn.RNN)
@@ -304,11 +308,11 @@ def describe(threads: int) -> list[str]:
 
 
 def install() -> Path:
-    """Create the environment, if it is not there, and return its Python."""
+    """Create the environment if it does not exist, and return its Python."""
     python, done = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed"
     if not done.exists():
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
-        torch_version = torch.__version__.partition("+")[0]  # that fusedrnn was built with
+        torch_version = torch.__version__.partition("+")[0]  # with which fusedrnn was built
         command = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
         subprocess.run([*command, f"torch=={torch_version}", *PACKAGES], check=True)
         done.touch()

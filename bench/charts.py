@@ -1,4 +1,4 @@
-"""Draw the chart of README.md and three plots from the results, and print the tables of documents.
+"""Draw the chart of README.md and three plots from the results; print the tables of the documents.
 
     python bench/charts.py
 
@@ -28,7 +28,7 @@ CHART = RESULTS / "speed.svg"
 MODES = {FORWARD: "forward", BACKWARD: "forward + backward"}
 OURS, BASELINE, IN_A_GRAPH = "fusedrnn", "nn.RNN", "nn.RNN in a graph"
 
-# The columns of the tables on a CPU, where the peer has been timed.
+# The columns of the CPU tables. A peer that was not timed at every shape is left out.
 TABLES = {
     "README.md": (BASELINE, "JAX scan", OURS),
     "docs/performance.md": (BASELINE, "loop", "JAX scan", "ONNX Runtime", OURS),
@@ -219,7 +219,7 @@ def plot_steps(data: dict[str, Any]) -> Figure:
 
 
 def plot_heat(data: dict[str, Any]) -> Figure:
-    """Colour the speed-up over nn.RNN for each B and H = I; cells that lose have a red frame."""
+    """Colour the speed-up over nn.RNN for each B and H = I; cells below 1 have a red frame."""
     found = by_sizes(data, BACKWARD)
     batches, units = (sorted({sizes[i] for sizes in found}) for i in (1, 2))
     ratios = {(B, H): row[OURS]["ratio"]["median"] for (_, B, H), row in found.items()}
@@ -247,7 +247,7 @@ def plot_heat(data: dict[str, Any]) -> Figure:
 
 
 def plot_memory(data: dict[str, Any]) -> Figure:
-    """Plot the memory of forward + backward against T: the peak, and what is kept in between."""
+    """Plot memory against T: the peak of forward + backward, and what is kept between them."""
     found = by_sizes(data, BACKWARD)
     figure, axis = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for key, style, name in (("peak_bytes", "o-", "peak"), ("kept_bytes", "x:", "kept")):

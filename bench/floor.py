@@ -1,7 +1,7 @@
-"""A floor for the time of a layer: what its arithmetic, its memory traffic and its barriers take.
+"""Estimate a floor for the time of a layer from its arithmetic, memory traffic and barriers.
 
-The rates are those of the fastest library at hand, measured here, in this process. A floor is an
-estimate, not a proof: all three rates are of large or repeated operations, and the time of one
+Three rates are measured in this process, with the fastest library at hand. The floor is an
+estimate, not a proven bound: the rates are those of large or repeated operations, and the time of a
 barrier is assumed.
 """
 
@@ -17,12 +17,12 @@ from peers import FORWARD, Problem
 from report import available_cores
 
 BARRIER = 1e-7  # seconds, assumed: a cache line moves to another core and one moves back
-L1 = 32 << 10  # bytes; products read smaller weights as fast as they multiply
-SIDE = 1536  # of the products
+L1 = 32 << 10  # bytes; weights that fit are read as fast as they are multiplied
+SIDE = 1536  # rows and columns of the matrices whose products are timed
 
 
 def best(call: Callable[[], Any]) -> float:
-    """Return the shortest of several times of a call, in seconds."""
+    """Time a call several times and return the shortest time in seconds."""
     times: list[float] = []
     end = time.perf_counter() + 0.1
     while len(times) < 4 or time.perf_counter() < end:
@@ -52,7 +52,7 @@ def product_rate(dtype: torch.dtype, threads: int) -> float:
 
 @functools.cache
 def read_rate(size: int) -> float:
-    """Return the bytes per second that one thread reads from `size` bytes, again and again."""
+    """Return the bytes per second at which one thread reads the same `size` bytes repeatedly."""
     torch.set_num_threads(1)
     times = max(1, (16 << 20) // size)
     numbers = torch.ones(size // 4).expand(times, -1)
@@ -71,10 +71,11 @@ def copy_rate(size: int, threads: int) -> float:
 def floor(problem: Problem, mode: str) -> float:
     """Return seconds: the largest of three parts, plus barriers if threads share the units.
 
-    The parts are all products; W_hh, read once in every step of a recurrence, by each thread its
-    share, from the cache where that fits; and x, h and the gradients, each read or written once for
-    each pass that needs it. A batch of fewer rows than threads may use one thread for each row or
-    split the units among all threads, whichever is less.
+    The first part is all products. The second is reading W_hh in every step of a recurrence: each
+    thread reads its share, from the cache in which the share fits. The third is x, h and the
+    gradients, each read or written once for each pass that needs it. A batch of fewer rows than
+    threads may use one thread for each row or split the units among all threads; the floor is that
+    of the faster choice.
     """
     T, B, I, H = problem.shape
     rows, recurrences = T * B, 1 if mode == FORWARD else 2

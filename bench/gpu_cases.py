@@ -157,7 +157,7 @@ class Run:
             for mode in MODES:
                 self.check(exact, mode, peers)
             del exact
-            # From here on all steps have a gradient. In place: captured graphs read this memory.
+            # From here on, all steps have a gradient. Set it in place: graphs read this memory.
             random = torch.Generator(self.device).manual_seed(1)
             problem.grad[self.check_steps :].normal_(generator=random)
             peers = [peer for peer in peers if not self.found[peer.name].failed]
@@ -205,7 +205,7 @@ class Run:
             device=self.device,
             directions=self.case.directions,
         )
-        if self.case.directions == 2:  # the reverse one starts at the end
+        if self.case.directions == 2:  # the reverse direction starts at the end
             self.check_steps = self.case.shape.T
         exact.grad[self.check_steps :] = 0
         problem = exact.to(self.precision.dtype)
@@ -247,7 +247,7 @@ class Run:
         calls = {}
         for peer in peers:
             if mode == ALONE and isinstance(peer, CompiledShortLoop):
-                continue  # its graphs would overwrite the forward that this mode keeps
+                continue  # its graphs would overwrite what this mode keeps of the forward
             call = self.attempt(
                 peer.name, f"ready to time {mode}", functools.partial(call_of, peer, mode)
             )
@@ -265,9 +265,9 @@ class Run:
         return take_turns(calls, seconds, timer_for(self.device), pause)
 
     def weigh(self, peer: Peer) -> None:
-        """Measure memory, except of graphs.
+        """Measure the memory of a peer, unless it uses CUDA graphs.
 
-        A graph uses the memory of its peer, which lives as long as the graph.
+        A graph holds the memory of its peer as long as the graph exists.
         """
         if not isinstance(peer, TorchPeer) or isinstance(peer, CompiledShortLoop):
             return

@@ -2,7 +2,7 @@
 """Run the checks that need a GPU, in three short parts: ``make gpu-speed``, ``make gpu-tune`` and
 ``make gpu-truth``, or all three by ``make gpu-check``.
 
-    speed  200 s  build for this GPU, every regime and dtype once, headline shapes beside cuDNN
+    speed  200 s  build for this GPU, every regime and dtype once, headline shapes against cuDNN
     tune   200 s  latencies of the GPU, every regime forced, a sweep of H, ncu for each regime
     truth  240 s  tests, streams, graphs, compute-sanitizer, every kernel, waits with a time limit
 
@@ -140,8 +140,8 @@ class Part:
             **job.environment,
         }
         BUILDS.mkdir(parents=True, exist_ok=True)  # jobs run here: ROOT has another fusedrnn
-        # A process group of its own, so that its children can be killed, too. Not a session of its
-        # own: that would survive this script if it is killed, and keep the GPU.
+        # Give the job its own process group, so that its children can be killed, too, but not its
+        # own session: that would survive this script if the script is killed, and keep the GPU.
         group: dict[str, Any] = {"process_group": 0}
         if sys.version_info < (3, 11):
             group = {"preexec_fn": os.setpgrp}
@@ -181,7 +181,7 @@ class Part:
     def summary(self) -> str:
         """Return a line per stage and job, then the jobs' own summaries.
 
-        Of a stage with more than 20 jobs, only the failed ones are listed.
+        For a stage with more than 20 jobs, only the failed ones are listed.
         """
         lines = [f"== {self.name}: {self.out}"]
         for stage in self.stages:
@@ -292,9 +292,9 @@ class Jobs:
     def sanitizer(self, tool: str) -> Job:
         """Run all small problems under a tool of compute-sanitizer, limited to our kernels.
 
-        initcheck is not limited: it must also see what torch's kernels write. On an H200, cuBLAS's
-        GEMMs of 16 bits end racecheck with an internal error, and initcheck takes their results for
-        uninitialised.
+        initcheck is not limited, because it must also see what torch's kernels write. racecheck and
+        initcheck leave out 16-bit types (--wide): on an H200, cuBLAS's 16-bit GEMMs end racecheck
+        with an internal error, and initcheck takes their results for uninitialised.
         """
         wide = ["--wide"] if tool in ("racecheck", "initcheck") else []
         job = self.job(tool, [TESTS / "cuda" / "smoke.py", *self.word, *wide], 0.4)

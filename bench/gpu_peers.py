@@ -1,4 +1,4 @@
-"""Peers for the GPU besides those of peers.py: CUDA graphs of them, TF32, FlashRNN."""
+"""Peers for the GPU in addition to those of peers.py: CUDA graphs of these, TF32 and FlashRNN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peers import (
 from torch import Tensor
 from torch.nn import functional as F
 
-ALONE = "backward"  # alone, of one kept forward: a third mode, of the GPU benchmark only
+ALONE = "backward"  # alone, repeated after a single forward: a mode of the GPU benchmark only
 GPU_MODES = (FORWARD, BACKWARD, ALONE)
 
 TF32_EPS = 2.0**-10
@@ -35,7 +35,7 @@ def tf32(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32 in float32 GEMMs, torch's own and cuDNN's."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
-    # not through its flag, which torch's own test modules freeze on import
+    # Not by torch.backends.cudnn.allow_tf32, which torch's own test modules freeze on import.
     torch._C._set_cudnn_allow_tf32(allowed)
     try:
         yield
@@ -118,7 +118,7 @@ class GraphedLoop(Graphed):
 
 
 class CompiledShortLoop(CompiledLoop):
-    """Also record the compile time. `reduce-overhead` makes torch.compile use CUDA graphs."""
+    """Compile the loop, on a GPU with CUDA graphs (`reduce-overhead`), and record the time."""
 
     def prepare(self, problem: Problem) -> None:
         super().prepare(problem)
@@ -177,7 +177,7 @@ class FlashRNN(UnbindLoop):
         return states[0, :, :, 0].transpose(0, 1)
 
 
-# By group of cases (gpu_cases.py). Groups for which time is short have few peers.
+# The peers of each group of cases (gpu_cases.py). Groups for which time is short have few peers.
 CUDNN: list[type[Peer]] = [TorchRNN, FusedRNN, GraphedRNN, GraphedFusedRNN, TF32RNN]
 PEERS: dict[str, list[type[Peer]]] = {
     "shapes": CUDNN,

@@ -1,7 +1,7 @@
 """Force each regime of the CUDA engine in turn, to show the planner's options and how well its
 model predicts them. See csrc/cuda/plan.h.
 
-    python bench/gpu_regimes.py [--emulated] REGIME    one layer, to be profiled (gpu_check.py)
+    python bench/gpu_regimes.py [--emulated] REGIME    run one layer, for a profiler (gpu_check.py)
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def nvidia_smi() -> str:
-    """Return driver version, current and maximum clock, power and temperature."""
+    """Return the driver version, current and maximum clock, power and temperature."""
     return output_of(
         "nvidia-smi",
         "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu",
@@ -97,7 +97,7 @@ def us_chain(result: Result, mode: str) -> float:
 
 
 def best_peer(result: Result, mode: str) -> tuple[str, float]:
-    """Return the fastest peer, without fusedrnn, that is as precise as the case requires."""
+    """Return the fastest peer other than fusedrnn that is as precise as the case requires."""
     times = {
         name: us(result, name, mode)
         for name, found in result["peers"].items()

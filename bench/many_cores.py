@@ -1,10 +1,10 @@
 """Print what the CPU planner would do on machines with more cores. Nothing is timed.
 
-For each shape and number of threads: how the work is divided (groups of the batch x groups of the
-units) and the speed-up over one thread that the planner's cost model predicts. The model's figures
-were fitted on two cores; those for more come from published latencies between cores
-(``csrc/cpu/plan.h``). On a machine with many cores, ``bench_rnn.py --threads`` shows how
-well they hold.
+For each shape and number of threads, print how the work is divided (groups of the batch x groups of
+the units) and the speed-up over one thread that the planner's cost model predicts. The model's
+figures were fitted on two cores; those for more come from published latencies between cores
+(``csrc/cpu/plan.h``). On a machine with many cores, ``bench_rnn.py --threads`` shows how well they
+hold.
 
     python bench/many_cores.py
 """

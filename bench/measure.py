@@ -23,7 +23,7 @@ FLOOR = 8.0
 MIN_ROUNDS = 5  # fewer give no meaningful quartiles
 TURNS = 16  # rounds that a time box is divided into, if a single call is short enough
 OVERWRITTEN = 128 << 20  # bytes: more than the caches of most machines
-PAUSE = 0.001  # seconds between turns: thread pools spin for a while after their last task
+PAUSE = 0.001  # seconds between turns, because thread pools spin for a while after their last task
 
 
 @dataclass
@@ -88,7 +88,7 @@ def time_calls(call: Callable[[], Any], calls: int) -> float:
 
 
 def time_calls_on_gpu(call: Callable[[], Any], calls: int) -> float:
-    """Do the same with CUDA events, from the start of the first call to the end of the last."""
+    """Return the same from CUDA events, from the start of the first call to the end of the last."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -103,7 +103,9 @@ def timer_for(device: torch.device) -> Timer:
 
 
 def capture(make: Callable[[], Callable[[], Any]], device: torch.device) -> Callable[[], Any]:
-    """Return a replay of a CUDA graph of the call that `make` returns; without CUDA, that call.
+    """Capture the call that `make` returns in a CUDA graph and return its replay.
+
+    Without CUDA, return the call itself.
 
     `make` runs on the captured stream, because a backward runs on the stream of its forward.
     """
@@ -146,7 +148,7 @@ def take_turns(
     time_calls: Timer = time_calls,
     pause: float = PAUSE,
 ) -> dict[str, list[float]]:
-    """Return the seconds per call of each, one value per round, until the time box is full."""
+    """Time the calls in turns until the time box is full; return seconds per call, by round."""
     slot = seconds / (TURNS * len(calls))
 
     def turn_of(call: Callable[[], Any]) -> Callable[[], float]:
@@ -164,7 +166,7 @@ def take_turns(
 
 
 def take_cold_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Do the same with single calls, before each of which all cores overwrite their caches."""
+    """Time single calls in turns; before each call, all cores overwrite their caches."""
     other = torch.zeros(OVERWRITTEN // 4)
 
     def turn_of(call: Callable[[], Any]) -> Callable[[], float]:
@@ -180,7 +182,7 @@ def take_cold_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict
 def rounds(
     turns: dict[str, Callable[[], float]], seconds: float, pause: float = PAUSE
 ) -> dict[str, list[float]]:
-    """Return what each turn returns, one value per round, until the time box is full."""
+    """Run the turns in rounds until the time box is full; return their results, by round."""
     times: dict[str, list[float]] = {name: [] for name in turns}
     collecting = gc.isenabled()
     gc.collect()

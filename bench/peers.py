@@ -119,22 +119,26 @@ class Problem:
         rows = T * B
         if mode == FORWARD:
             return 2 * rows * H * (I + H)
-        # Besides the forward: the GEMMs of the adjoint, dW_hh and dW_ih; of dx if requested.
+        # In addition to the forward: the GEMMs of the adjoint, of dW_hh and dW_ih, and of dx if
+        # it is requested.
         return 2 * rows * H * (2 * I + 3 * H + (I if self.grad_input else 0))
 
 
 def ragged(T: int, B: int) -> Tensor:
-    """Return the batch sizes of B sequences with lengths from 1 to 2T - 1, evenly, T on average."""
+    """Return the batch sizes of B sequences with lengths spaced evenly from 1 to 2T - 1.
+
+    Their average is T.
+    """
     lengths = torch.tensor([T + int((T - 1) * (B - 1 - 2 * b) / max(B - 1, 1)) for b in range(B)])
     return (lengths > torch.arange(int(lengths.max())).unsqueeze(1)).sum(1)
 
 
 class Peer:
-    """One way to run the layer. Results may be the peer's own arrays, but must be complete."""
+    """A way to run the layer. Results may be arrays of another library, but must be complete."""
 
     name: ClassVar[str]
-    eps: float = 0.0  # of a peer that computes in lower precision than the problem's
-    compile_seconds: float | None = None  # of a peer that measures it
+    eps: float = 0.0  # set by a peer that computes in lower precision than the problem's
+    compile_seconds: float | None = None  # set by a peer that measures it
     requires: ClassVar[tuple[str, ...]] = ()  # modules to import
     packs: ClassVar[bool] = False  # whether it takes packed batches
 
@@ -186,7 +190,7 @@ class TorchPeer(Peer):
         self.x = problem.x.detach().requires_grad_(problem.grad_input)
         wanted = list(self.weights)
         self.h0 = None
-        if problem.h0 is not None:  # a cell's state comes from the step before, so needs a gradient
+        if problem.h0 is not None:  # a cell's state is from the step before, so it needs a gradient
             self.h0 = problem.h0.detach().requires_grad_()
             wanted.append(self.h0)
         self.wanted = [*wanted, self.x] if problem.grad_input else wanted
@@ -262,7 +266,7 @@ class FusedRNN(ModulePeer):
 def fusedrnn_missing() -> str | None:
     try:
         import fusedrnn  # noqa: F401
-    except ImportError as error:  # not built, or with another torch: it says what to do
+    except ImportError as error:  # not built, or with another torch; the message says what to do
         return str(error)
     return None
 

@@ -1,6 +1,6 @@
 """Run the kernels of probes.cu: the latencies of block, cluster and grid barriers, and more.
 
-Each gives a row: its name, and the nanoseconds and cycles of one repetition, or the error.
+Each kernel gives a row: its name, and the nanoseconds and cycles of one repetition, or the error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Report the results and the machine: JSON, tables, a plot."""
+"""Report the results and the machine as JSON, as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Result:
         return self.flops / statistics.median(self.times) / 1e9
 
     def ratio_to(self, other: Result, which: str = "times") -> Quartiles:
-        """Return how many times as fast as `other` this is, by round; `which` may be "cold"."""
+        """Return quartiles, over rounds, of the speed-up over `other`; `which` may be "cold"."""
         pairs = zip(getattr(self, which), getattr(other, which))
         return Quartiles.of([b / a for a, b in pairs])
 
@@ -203,7 +203,7 @@ def git_commit() -> str:
 
 
 class Neighbours:
-    """Count the cores kept busy by other processes, on average since construction (Linux)."""
+    """Count the cores that other processes kept busy, on average since construction (Linux)."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -287,7 +287,7 @@ def number(value: float) -> str:
 
 
 def rows_of(report: Report, mode: str) -> tuple[list[str], list[list[str]]]:
-    """Return the header and a row per shape: the baseline, the subject in full, the others."""
+    """Return the header and a row per shape: the baseline, all of the subject, and the others."""
     base, ours = report.baseline, report.subject
     table = report.timed(mode)
     ran = {peer for row in table.values() for peer in row}

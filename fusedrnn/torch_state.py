@@ -1,4 +1,4 @@
-"""Private names of torch, and functions that tell what torch is doing.
+"""Private names of torch, and functions that report what torch is doing.
 
 No other file of the package uses a private name of torch. All of them were tested with torch 2.13.0
 and 2.14.1, and partially with 2.11.0. A later torch may remove one: ``import fusedrnn`` then still

@@ -68,7 +68,7 @@ class LayerTrace:
         state: State after each step, series: h, or v in the form "potential".
         h: Output of each step, series; :math:`\phi(v)` in the form "potential".
         slope: Derivative :math:`\phi'` at the argument of :math:`\phi`, series. The argument is z
-            in the form "rate", v in "potential", and in "inside" the leaky sum inside :math:`\phi`.
+            in the form "rate", v in "potential", and everything inside :math:`\phi` in "inside".
         grad_state: :math:`\partial L / \partial \text{state}_t`, series, or None without a loss. It
             includes the paths through later steps.
         grad_h: :math:`\partial L / \partial h_t`, series, or None. In the form "potential", it does
@@ -274,7 +274,7 @@ class _Recorder(TorchFunctionMode):
                 return run_layer(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, h, nonlinearity=name)[1]
         results = func(*args, **(kwargs or {}))
         if func is ops.activation:
-            if torch.is_grad_enabled():  # even with frozen weights, gradients of the results are wanted
+            if torch.is_grad_enabled():  # frozen weights must not prevent gradients of the results
                 for result in results[:2]:
                     if not result.requires_grad:
                         result.requires_grad_()
