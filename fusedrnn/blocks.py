@@ -1,9 +1,9 @@
 """Run long sequences in blocks of steps, for the options ``checkpoint_every`` and ``truncate``.
 
 Each block starts from the state in which the block before it ended. Gradients pass from block to
-block through these states, except where ``truncate`` detaches them. With ``checkpoint_every``,
-autograd keeps only these states, and ``torch.utils.checkpoint`` runs a block again when backward
-reaches it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+block through these states, except through those that ``truncate`` detaches. With
+``checkpoint_every``, autograd keeps only these states, and ``torch.utils.checkpoint`` runs a block
+again when backward reaches it (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
 """
 
 from __future__ import annotations

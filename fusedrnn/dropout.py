@@ -93,7 +93,7 @@ def rnn(
       The other elements are divided by 1 - p.
     - ``recurrent_dropout`` zeroes the outputs of units where they enter ``W_hh``, with one mask m
       for each row and unit (Gal and Ghahramani 2016): ``(m * k) @ W_hh.T / (1 - p)`` replaces
-      ``k @ W_hh.T``.
+      ``k @ W_hh.T`` (with phi(k) for k in the form "potential").
     - ``zoneout`` leaves units in their state, with a mask z for each step, row and unit (Krueger
       et al. 2017): the new state is ``z k + (1 - z) k'``. In evaluation, z is its mean, p.
 

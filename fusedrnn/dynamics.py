@@ -99,15 +99,16 @@ class _Step:
 def jacobian(cell: nn.Module, x: Tensor, h: Tensor) -> Tensor:
     r"""Return the Jacobian of a step, :math:`\partial h' / \partial h`, in closed form.
 
-    With the slope :math:`\phi'`, taken at the argument of :math:`\phi` in the step from h unless
-    written otherwise, and with :math:`\alpha = 1` for a cell without a leak, it is
+    In each form of the cell, it is
 
     .. math::
         \text{rate:} \quad & (1 - \alpha) I + \alpha \, \mathrm{diag}(\phi') W_{hh} \\
         \text{potential:} \quad & (1 - \alpha) I + \alpha W_{hh} \, \mathrm{diag}(\phi'(h)) \\
         \text{inside:} \quad & \mathrm{diag}(\phi') ((1 - \alpha) I + \alpha W_{hh})
 
-    The result is differentiable. It does not include noise.
+    where :math:`\phi'` without an argument is the slope at the argument of :math:`\phi` in the step
+    from h, and :math:`\alpha` is 1 if the cell has no leak. The result is differentiable, and does
+    not include noise.
 
     Args:
         cell: ``RNNCell``, ``LeakyRNNCell``, or ``RNN`` or ``LeakyRNN`` of one layer and direction.

@@ -317,7 +317,7 @@ class LeakyRNN(_Leaky, Layers):
     ``state_noise=(2 * alpha) ** 0.5 * sigma``.
 
     Parameters are named, shaped and initialised as in :class:`fusedrnn.RNN`, with the same values
-    for the same seed. A ``state_dict`` of ``nn.RNN`` can be loaded; it does not change alpha.
+    for the same seed. A ``state_dict`` of ``nn.RNN`` can be loaded, which does not change alpha.
     ``alpha`` is a buffer, or None. With ``learn_alpha`` it is None, and each layer k has a
     parameter ``alpha_logit_l{k}`` ``[H]``, whose sigmoid is alpha; the reverse direction has
     another one, with the suffix ``_reverse``.
