@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread and one seed per test."""
+"""Fixtures and hooks of all tests: each test has one thread and one seed."""
 
 from __future__ import annotations
 

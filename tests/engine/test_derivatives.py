@@ -1,6 +1,6 @@
-"""Higher derivatives, written as users write them on modules, against ``torch.nn.RNN``.
+"""Higher derivatives of modules, in the ways that users write them, against ``torch.nn.RNN``.
 
-On CUDA ``torch.nn.RNN`` can do none of this: cuDNN has no double backward.
+On CUDA ``torch.nn.RNN`` supports none of them, because cuDNN has no double backward.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def test_maml(layout):
 
 
 def test_maml_over_all_tasks_at_once():
-    """The same with torch.func: vmap over the tasks, each with its own weights."""
+    """MAML with torch.func: vmap over the tasks, each of which adapts its own weights."""
     ours, theirs = models({})
     support, query = torch.randn(2, 6, 5, 3, dtype=torch.float64)
 
@@ -213,7 +213,7 @@ def test_batched_cotangents():
 
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_orders(order):
-    """The n-th derivative of a scalar by a scalar, by nested grad."""
+    """The function maps a scalar to a scalar, and grad is nested."""
 
     def nth(model: Model) -> Tensor:
         x = torch.randn(3, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

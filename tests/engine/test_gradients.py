@@ -71,7 +71,7 @@ def test_second_derivatives(engine, case):
     )
 
 
-# More rows than the CPU engine keeps of delta at a time, so that sums continue in the next chunk.
+# More rows than the chunk of delta that the CPU engine keeps, so that sums span several chunks.
 LONG = [
     Case(T=300, B=3, I=5, H=33),
     Case(T=300, B=3, I=5, H=33, reverse=True, reset=True, h0=False),
@@ -115,7 +115,7 @@ def derivatives(case: Case, rnn, order: int) -> list[torch.Tensor]:
         SMALL,
         SMALL.with_(reset=True, alpha=True, lengths=(3, 1)),
         *FORMS,
-        # enough units that some are on each side of a kink, and some where the slope is 0
+        # enough units for some on each side of every kink, and some with a slope of 0
         *(Case(nonlinearity=name, alpha=True) for name in reference.NONLINEARITIES),
     ],
     ids=str,
@@ -235,7 +235,7 @@ def test_nothing_is_computed_for_what_needs_no_gradient(wanted, products):
         fusedrnn.rnn(**arguments)[0].sum().backward()
     assert calls.names.count("activation") == 1
     assert calls.names.count("adjoint") == 1
-    # w_hh takes two: the product with h0 is separate, so that the states need not be copied
+    # two for w_hh: the product with h0 is separate, so that the states need not be copied
     assert sum(calls.names.count(name) for name in ("mm", "addmm", "bmm")) == products
 
 

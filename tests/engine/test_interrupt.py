@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Interrupts a call that would take many seconds, and then makes a short one.
+# The child interrupts a call that would take many seconds, and then makes a short one.
 CHILD = """
 import os, signal, sys, threading, time, torch, fusedrnn
 

@@ -1,4 +1,4 @@
-"""How accurate the engines are: the nonlinearities, and low precision."""
+"""The accuracy of the engines: nonlinearities and low precision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def floats(first: int, last: int, stride: int) -> torch.Tensor:
 
 
 def ulps(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return the errors in float32 units in the last place; ``exact`` is float64."""
+    """Return the errors in units in the last place of float32; ``exact`` is float64."""
     _, exponent = torch.frexp(exact)
     return (found.double() - exact).abs() * torch.exp2(24.0 - exponent)
 
@@ -39,7 +39,7 @@ TINY, TEN = 0x20000000, 0x41200000  # bits of 1e-19 and 10.0
 
 
 def stride(engine: Engine) -> int:
-    """Return which floats to test: every 137th, fewer on the emulator, which takes µs for each."""
+    """Return the stride between the floats to test; the emulator takes µs for each float."""
     return 13999 if engine.kind == "emulated" else 137
 
 
@@ -240,7 +240,7 @@ def test_every_16_bit_number_is_widened_and_narrowed_right(engine):
         torch.testing.assert_close(apply("identity", z), z, rtol=0, atol=0, equal_nan=True)
         wide = torch.randn(1 << 16) * torch.exp2(torch.randint(-26, 18, (1 << 16,)).float())
         half, rest = wide.to(dtype), (wide - wide.to(dtype).float()).to(dtype)
-        # u + x @ w is rounded once: the sum of two 16-bit numbers, as torch rounds it
+        # u + x @ w is rounded once, like a sum of two 16-bit numbers in torch
         total = fusedrnn.rnn(
             half.view(1, -1, 1), torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype),
             h0=None, nonlinearity="identity",

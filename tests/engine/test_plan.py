@@ -1,4 +1,4 @@
-"""The CPU planner: its decisions for common shapes, as a table, and limits it must not exceed."""
+"""The CPU planner: a table of its decisions for common shapes, and limits it must not exceed."""
 
 from __future__ import annotations
 

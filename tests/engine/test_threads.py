@@ -1,4 +1,4 @@
-"""The engine's threads: how they divide the work, and that the results do not depend on it."""
+"""The engine's threads divide the work as planned, and results do not depend on their number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-# The first splits the batch, the second the hidden units, the third both ways at once.
+# The first splits the batch, the second the hidden units, and the third both.
 PROBLEMS = [
     Case(T=40, B=64, I=20, H=200),
     Case(T=40, B=1, I=20, H=500),
@@ -103,7 +103,7 @@ def test_set_num_threads_is_obeyed():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the affinity")
 def test_threads_do_not_exceed_the_cores_that_the_process_may_use():
-    """In a process of its own: torch creates threads once, for the number of cores at that time."""
+    """A new process, because torch creates its threads once, for the cores at that time."""
     code = textwrap.dedent("""
         import os, time, torch, fusedrnn
 
@@ -177,9 +177,9 @@ def test_the_quota_of_a_cgroup_in_whole_cores(tmp_path, groups, files, cores):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_thread_keeps_no_scratch_memory_of_a_huge_call():
-    """The matrix is packed into 128 MB; a second call would reuse what the first one kept.
+    """The matrix is packed into 128 MB, and a second call would reuse what the first one kept.
 
-    In a process of its own, whose memory no other test changes.
+    The calls run in a new process, because other tests would change its memory.
     """
     code = textwrap.dedent("""
         import mmap, torch, fusedrnn

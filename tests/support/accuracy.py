@@ -1,4 +1,4 @@
-"""The accuracy rule: an error against float64 of at most twice that of torch in the same dtype."""
+"""The accuracy rule: our error against float64 is at most twice torch's in the same dtype."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def assert_as_accurate_as_torch(
     slack: float = 2.0,
     floor: float = 4.0,
 ) -> None:
-    """Our error against float64 is at most `slack` times torch's own error in the same dtype.
+    """Assert that our error is at most `slack` times torch's own error in the same dtype.
 
-    `reference(*args)` is torch's result in the dtype of `args`. With every floating-point tensor in
-    `args` cast to float64, it is the truth. `floor` is an additional tolerance, in eps of the
-    largest value, because torch may happen to be exact.
+    `reference(*args)` gives torch's result in the dtype of `args`, and the true result once every
+    floating-point tensor in `args` is cast to float64. Because torch may happen to be exact, an
+    error of `floor` times eps times the largest value is always allowed in addition.
     """
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     theirs, truths = as_tensors(reference(*args)), as_tensors(reference(*wide))
@@ -38,7 +38,7 @@ def assert_as_accurate_as_torch(
 
 
 def inaccuracy(our: Tensor, their: Tensor, truth: Tensor, slack: float, floor: float) -> str:
-    """Say how a result breaks the rule of :func:`assert_as_accurate_as_torch`, or return ""."""
+    """Return how a result breaks the rule of :func:`assert_as_accurate_as_torch`, or ""."""
     if truth.numel() == 0:
         return ""
     our_error = (our.detach().double() - truth.detach()).abs().max().item()

@@ -2,15 +2,15 @@
 
 python tests/support/differential.py --minutes 60           new seeds until the time is over
 python tests/support/differential.py --seed 7 --count 1000  the seeds 7, 8, ..., 1006
-python tests/support/differential.py --case 7               one of them, and everything about it
+python tests/support/differential.py --case 7               the seed 7, printed in full
 python tests/support/differential.py --accuracy             errors in float32, and torch.nn.RNN's
 
-A seed determines a trial and all its numbers. The engine is given by --engine, or is one of this
-CPU's instruction sets. tests/engine/test_differential.py runs fixed seeds.
+A seed determines a trial and all its values. --engine chooses the engine; by default, the seed
+chooses one of this CPU's instruction sets. tests/engine/test_differential.py runs fixed seeds.
 
-Every result must be as accurate as torch's in the same dtype, by the rule of conftest.py. A result
-that breaks the rule is checked again. torch's error is then the largest over evaluations whose
-arguments are within one rounding of the given ones, and derivatives are not checked where a
+Every result must be as accurate as torch's in the same dtype, by the rule of accuracy.py. A result
+that breaks the rule is checked again: then torch's error is the largest over evaluations whose
+arguments are within one rounding of the given ones, and derivatives are not checked if a
 pre-activation is that close to a kink of the nonlinearity.
 
 With a NaN or an infinity in one argument, the results must have NaN and infinities where the
@@ -43,12 +43,12 @@ from torch.nn.functional import elu, softplus
 import fusedrnn
 from fusedrnn import _C, reference
 
-SLACK, FLOOR = 2.0, 8.0  # of conftest.py's rule
-FLOOR_FLOAT64 = 64.0  # where the reference is no more accurate than the engine
+SLACK, FLOOR = 2.0, 8.0  # of the rule in accuracy.py
+FLOOR_FLOAT64 = 64.0  # for float64: the reference is no more accurate than the engine
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# The reference's functions, except where torch's are at fault. Above 20, its softplus returns the
-# argument, which is off by up to 2e-9. Its hardtanh and elu give a NaN a slope of 1 in some
-# elements and of 0 or NaN in others, depending on the element's place in a vector.
+# The reference's functions, except those that torch computes wrongly. Above 20, torch's softplus
+# returns the argument, which is off by up to 2e-9. At a NaN, torch's hardtanh and elu have a slope
+# of 1 in some elements and of 0 or NaN in others, depending on the element's place in a vector.
 DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **reference.NONLINEARITIES,
     "softplus": lambda z: softplus(z, threshold=40),
@@ -59,8 +59,8 @@ KINKS = {"relu": [0], "retanh": [0], "leaky_relu": [0], "hardtanh": [-1, 1], "el
 SATURATING = ("tanh", "retanh", "sigmoid")  # torch computes their slopes from rounded values, too
 SELECTED = ("relu", "retanh", "hardtanh")
 
-# Differences in NaN and infinities that are correct: the reason, and a predicate of the trial, the
-# name of the result, our value and the reference's value.
+# Correct differences in NaN and infinities. The keys are the reasons. The predicates recognise a
+# difference by the trial, the name of the result, our value and the reference's value.
 EXPECTED: dict[str, Callable[[Trial, str, str, str], bool]] = {
     "a slope of 0 times NaN or infinity is NaN; torch's relu and hardtanh put 0 there": (
         lambda trial, of, ours, _: (
@@ -95,11 +95,11 @@ class Trial:
     alpha: str  # none, number, one, scalar, vector, ones
     scale: float  # of x
     layouts: dict[str, str]  # of arguments, and of the cotangents, that are not dense
-    poison: tuple[str, float, float]  # argument, value and place, from 0 to 1; or no argument
+    poison: tuple[str, float, float]  # argument or "", value, and relative place from 0 to 1
     wanted: list[str]  # arguments to differentiate with respect to
     used: list[int]  # which of output and h_n the loss depends on
     mode: str
-    batched: dict[str, int]  # for vmap: arguments that have a dimension of samples, and where
+    batched: dict[str, int]  # for vmap: arguments with a dimension of samples, and its index
     samples: int
     threads: int
 
@@ -108,7 +108,7 @@ class Trial:
 
     @property
     def results(self) -> list[str]:
-        """Names of the results; derivatives begin with d."""
+        """The names of the results; those of derivatives begin with d."""
         outputs, gradients = [("h", "h_n")[i] for i in self.used], [f"d{n}" for n in self.wanted]
         mode = self.mode.removeprefix("vmap of ")
         return {
@@ -156,8 +156,8 @@ def make_trial(seed: int) -> Trial:
     every = [*floating, *["reset"] * case.reset]
     mode = rng.choices(list(MODES), [weight for _, weight in MODES.values()])[0]
     poison = ("", 0.0, 0.0)
-    if chance(0.3) and mode != "double" and alpha != "ones":  # (1 - 1) * infinity
-        argument = rng.choice([name for name in floating if name != "alpha"])  # it is in (0, 1]
+    if chance(0.3) and mode != "double" and alpha != "ones":  # (1 - alpha) * inf is NaN
+        argument = rng.choice([name for name in floating if name != "alpha"])  # must be in (0, 1]
         poison = (argument, rng.choice((nan, inf, -inf)), rng.random())
     return Trial(
         seed=seed,
@@ -186,7 +186,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "batch first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t,
     "apart": lambda t: torch.stack([t, t], -1)[..., 0],
     "sliced": _sliced,
-    "expanded": lambda t: t[:1].expand_as(t) if t.dim() else t,  # the first row's numbers
+    "expanded": lambda t: t[:1].expand_as(t) if t.dim() else t,  # every row is the first one
 }
 
 
@@ -327,7 +327,7 @@ MODES: dict[str, tuple[Callable[..., Iterable[Tensor]], float]] = {  # with weig
 def run(rnn: Callable[..., Any], trial: Trial, problem: Problem) -> Sequence[Tensor]:
     names, flags = list(problem.args), dict(problem.flags)
     if rnn is reference.rnn and trial.alpha == "one":
-        del flags["alpha"]  # avoids (1 - 1) * infinity
+        del flags["alpha"]  # avoids (1 - alpha) * inf
 
     def all_outputs(*args: Tensor) -> tuple[Tensor, Tensor]:
         return rnn(**{"w_ih": None, **dict(zip(names, args))}, **flags)
@@ -355,7 +355,7 @@ def run(rnn: Callable[..., Any], trial: Trial, problem: Problem) -> Sequence[Ten
 
 
 def kinds_of(tensor: Tensor) -> Tensor:
-    """0 where finite, 1 for inf, 2 for -inf, 3 for nan."""
+    """Return 0 for finite elements, 1 for inf, 2 for -inf and 3 for nan."""
     return tensor.isnan() * 3 + tensor.isposinf() * 1 + tensor.isneginf() * 2
 
 
@@ -379,7 +379,7 @@ def near_kink(trial: Trial, problem: Problem) -> bool:
 
 
 def farthest(trial: Trial, problem: Problem, truths: Sequence[Tensor]) -> list[Tensor]:
-    """Return torch's results with the largest errors over arguments within one rounding."""
+    """Return torch's worst results over arguments within one rounding of the given ones."""
     eps, name, worst = torch.finfo(trial.case.dtype).eps, trial.case.nonlinearity, list(truths)
 
     for phase in range(6):
@@ -402,7 +402,7 @@ def farthest(trial: Trial, problem: Problem, truths: Sequence[Tensor]) -> list[T
 
 
 def judge(trial: Trial, problem: Problem, notes: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yield the failures of a trial as kind and detail; ``notes`` counts what was excused."""
+    """Yield each failure's kind and details; ``notes`` counts the differences that are allowed."""
     truths = theirs = run(reference.rnn, trial, problem.map(Tensor.double))
     if trial.case.dtype != torch.float64:
         theirs = run(reference.rnn, trial, problem)
@@ -549,7 +549,7 @@ def accuracy(count: int, seed: int) -> None:
         wide = [[t.double() for t in tensors] for tensors in (inputs, cotangents)]
         for name, our, their, truth in zip(names, *both, results(theirs.double(), *wide)):
             error, least = ((t.double() - truth).abs().max().item() for t in (our, their))
-            if least > 0 and truth.numel() >= 100:  # the largest error of a few numbers is chance
+            if least > 0 and truth.numel() >= 100:  # with few values, the largest error is chance
                 ratios[f"{layers}       {name}"].append(error / least)
     print("layers  of             n  median    90 %     max")
     for kind, found in sorted(ratios.items()):

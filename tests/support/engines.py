@@ -125,7 +125,7 @@ EMULATED = [
     Engine("emulated", "h100", "cluster"),
     Engine("emulated", "tiny", "grid"),
 ]
-OLD = Engine("emulated", "t4")  # whose tensor cores support only float16
+OLD = Engine("emulated", "t4")  # its tensor cores support only float16
 ON_GPU = [Engine("cuda", "gpu", regime) for regime in (None, *REGIMES)]
 ENGINES = [
     *(Engine("cpu", name) for name in _C.build_info()["isa_compiled"]),

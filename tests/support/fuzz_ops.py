@@ -2,8 +2,8 @@
 
 python tests/support/fuzz_ops.py [COUNT [FIRST]]    COUNT calls, whose seeds begin at FIRST
 
-A seed determines its call; it is printed if the call fails. Memory is filled with NaN before an op
-writes to it, so that unwritten results are found.
+A seed determines its call, and is printed if the call fails. Memory is filled with NaN before an op
+writes to it, so that results that were never written are found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPS = (
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STRANGE = (torch.int64, torch.bool, torch.complex64, torch.uint8, *DTYPES)
 GRADIENTS = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha", "q")  # of bptt
-UNUSED = ("v0", "r", "f")  # in the form "rate", as is q of activation
+UNUSED = ("v0", "r", "f")  # unused in the form "rate", like q of activation
 ALL_WANTED = [name not in (*UNUSED, "q") for name in GRADIENTS]
 OPTIONAL = ("w_ih", "b_ih", "b_hh", "h0", "reset", "first", "s0", "w", "q", "g", "d", "g_n")
 HUGE = 2**62
@@ -223,7 +223,7 @@ class Call:
         )
 
     def expected(self) -> tuple[tuple[int, ...] | None, ...]:
-        """Return the sizes of the results, by the arguments; None where there is no result."""
+        """Return the sizes of the results, from those of the arguments; None for no result."""
         a = self.arguments
         if self.op in ("previous", "following"):
             return (tuple(a["series"].shape),)

@@ -1,7 +1,7 @@
 """The expected results of stacked layers: the reference, once for each row, layer and direction.
 
-Every row runs alone, without batch, padding or packing, and the reverse direction runs forward over
-its steps in reversed order. So no code for layouts is shared with the modules.
+Every row runs alone, without batch, padding or packing, and the reverse direction is a forward run
+over the reversed steps. The modules' code for layouts is therefore not used here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def state_for(module: nn.RNNBase, x: Any, **kwargs: Any) -> Tensor:
 
 
 def by_row(module: nn.RNNBase, x: Any, series: Any) -> list[Any]:
-    """Split a series in the layout of ``x`` into one ``[length, ...]`` for each row."""
+    """Split a series in the layout of ``x`` into one tensor ``[length, ...]`` for each row."""
     if series is None:
         return [None] * batch_of(module, x)
     if isinstance(series, Tensor) and series.is_nested:

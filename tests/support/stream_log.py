@@ -1,4 +1,4 @@
-"""CUDA streams without a GPU: stand-ins for torch.cuda's streams record the order of calls."""
+"""Stand-ins for torch.cuda's streams, which need no GPU and record the order of calls."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ on_gpu = pytest.mark.skipif(
 
 
 def churn(*sizes: int, dtype: torch.dtype = torch.float64) -> None:
-    """On a GPU, overwrite memory that was freed too early with NaN, on this stream and another."""
+    """Overwrite free GPU memory with NaN on two streams, to reveal memory that was freed too early."""
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     for stream in (torch.cuda.current_stream(), other):
@@ -104,7 +104,7 @@ def assert_like_a_cpu(found: list[Tensor], expected: list[Tensor]) -> None:
 def warm_up(f: Callable[[], Any]) -> None:
     """Run f on a separate stream, as torch's documentation requires before a capture.
 
-    This creates everything that is made on first use.
+    The capture then finds everything that is created on first use.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def compute(f: FunctionTranslator, i: Instruction, formula: str, wide: bool = False) -> None:
     """Emit `formula` of {0}, {1} ..., element by element, in the type's own arithmetic.
 
-    Halves are computed in f32, or in f64 if `wide` (where f32 would round twice).
+    Halves are computed in f32, or in f64 if `wide`, for formulas that f32 would round twice.
     """
     type_ = type_of(i)
     if is_pair(type_):

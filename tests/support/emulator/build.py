@@ -1,4 +1,4 @@
-"""Compile .cu files for the emulator: nvcc, translation, g++ and linking, all of it cached.
+"""Compile .cu files for the emulator: nvcc, translation, g++ and linking. All results are cached.
 
 nvcc runs once for each file, as in a real build. It leaves the host object and, with --keep, the
 PTX that it passed to ptxas; `ptxas -v` prints the number of registers of each kernel.
@@ -29,9 +29,10 @@ CACHE = HERE.parents[2] / "build" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 
 # Flags for the translated kernels. -Og compiles kernels of thousands of instructions in two thirds
-# of the time of -O1, and they run a tenth slower; with -O0 they run seven times slower. Registers
-# wrap around, only PTX decides what is fused, and memory has no types. A frame that comes near the
-# size of a fiber's stack is an error, since the stacks have no guard pages.
+# of the time of -O1, and they run a tenth slower; with -O0 they run seven times slower. As on a
+# GPU, integers wrap around, multiplications and additions are fused only if the PTX says so, and
+# memory has no types. The stacks of fibers have no guard pages, so a frame of nearly a whole stack
+# is an error.
 KERNEL_FLAGS = (
     *("-std=c++20", "-Og", "-g1", "-fPIC", "-w", "-mfma", "-mf16c", "-mavx2"),
     *("-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-fno-exceptions"),
@@ -55,8 +56,10 @@ class BuildError(Exception):
 
 
 def cuda_home() -> Path | None:
-    """Return the CUDA toolkit's folder, or None. nvcc on PATH may be a script that calls one
-    elsewhere."""
+    """Return the CUDA toolkit's folder, or None.
+
+    nvcc on PATH may be a script that calls the nvcc of another folder.
+    """
     nvcc = shutil.which("nvcc")
     places = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
     for home in (*places, nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"):
@@ -74,7 +77,7 @@ def require_cuda_home() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment without preloaded sanitizers, which only the tests' process needs."""
+    """Return the environment without preloaded sanitizers: only the process of the tests needs them."""
     return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
@@ -127,7 +130,7 @@ def tool_version(tool: str) -> str:
 
 
 def system_file(path: str) -> bool:
-    """Return whether a file is of a compiler or library: it changes only with their version."""
+    """Return whether a file belongs to a compiler or library, and changes only with its version."""
     home = cuda_home()
     return path.startswith(("/usr/", "/lib/")) or (home is not None and path.startswith(f"{home}/"))
 
@@ -143,9 +146,10 @@ def read_dependencies(path: Path, folder: Path) -> list[str]:
 def cached(key: str, make: Callable[[Path], None], sources: Path | None = None) -> Path:
     """Return the folder of results for a key and for the contents of the files they were made from.
 
-    The key covers everything except the included headers, which only the compiler knows.
-    `make(folder)` may write a make rule of these to rule.d, with names relative to `sources`. A
-    record for each key lists, for its latest results, the files that were read and their digests.
+    The key covers everything except the included headers, because only the compiler can list them.
+    `make(folder)` may write a make rule of these headers to rule.d, with names relative to
+    `sources`. A record for each key lists its latest results, each with the files that were read
+    and their digests.
     """
     objects = CACHE / "objects"
     record = objects / f"{key}.json"
@@ -205,7 +209,7 @@ def compile_cpp(source: Path, flags: Sequence[str], folder: Path) -> list[Path]:
 
 
 def read_resources(ptxas_output: str) -> dict[str, Resources]:
-    """Registers and stack of each kernel, from `ptxas -v`."""
+    """Return the registers and the stack of each kernel, from the output of `ptxas -v`."""
     found = {}
     for match in re.finditer(
         r"Compiling entry function '([^']+)'.*?(?=Compiling entry function|\Z)", ptxas_output, re.S
@@ -277,7 +281,7 @@ def runtime_objects(sanitizer: str | None) -> list[Callable[[], list[Path]]]:
     """Return the jobs that compile the emulator's own C++."""
     flags = [*RUNTIME_FLAGS, "-I", str(RUNTIME), "-isystem", str(require_cuda_home() / "include")]
     if sanitizer == "thread":
-        flags.append("-DEMULATOR_TSAN")  # and not instrumented, see scheduler.h
+        flags.append("-DEMULATOR_TSAN")  # not instrumented: see scheduler.h
     else:
         flags += sanitizer_flags(sanitizer)
     return [
@@ -338,7 +342,7 @@ def link(
 
 
 def split_sanitizer(flags: Sequence[str]) -> tuple[list[str], str | None]:
-    """Separate -fsanitize=, which is for everything, from the flags for `cpp_sources` alone."""
+    """Separate -fsanitize=, which applies to all sources, from the flags for `cpp_sources` alone."""
     rest = [f for f in flags if not f.startswith("-fsanitize=")]
     chosen = [f.partition("=")[2] for f in flags if f.startswith("-fsanitize=")]
     return rest, chosen[-1] if chosen else None

@@ -175,7 +175,7 @@ def prefetch(f: FunctionTranslator, i: Instruction) -> None:
 @rule("griddepcontrol", "launch_dependents wait")
 @rule("setmaxnreg", "inc dec sync aligned")
 def nothing(f: FunctionTranslator, i: Instruction) -> None:
-    """Emit nothing: these change speed, not results."""
+    """Emit nothing: these instructions change speed, not results."""
 
 
 @rule(

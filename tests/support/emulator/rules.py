@@ -1,7 +1,7 @@
-"""What arithmetic.py, memory.py and threads.py share.
+"""The registry of instruction handlers, and helpers of arithmetic.py, memory.py and threads.py.
 
-A handler is registered with every modifier that it handles, or that has no effect here. An
-instruction with any other modifier is refused, because to ignore it could give wrong results.
+A handler is registered with every modifier that it handles or that has no effect here. An
+instruction with any other modifier is refused, because ignoring it could give wrong results.
 """
 
 from __future__ import annotations

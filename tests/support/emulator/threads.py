@@ -43,7 +43,7 @@ def trap(f: FunctionTranslator, i: Instruction) -> None:
 
 @rule("brkpt pmevent")
 def breakpoint_(f: FunctionTranslator, i: Instruction) -> None:
-    """Emit nothing: these affect only debuggers and profilers."""
+    """Emit nothing: these instructions affect only debuggers and profilers."""
 
 
 @rule("nanosleep")

@@ -26,7 +26,7 @@ SPECIAL_REGISTERS = {
     "%smid": "u32(block.index.x)",
     "%nsmid": "u32(grid.blocks.count())",
     "%gridid": "u64(0)",
-    # Not a measure of time, but it increases, so that a loop that waits for some time ends.
+    # This does not measure time, but it increases, so that a loop that waits for some time ends.
     "%clock": "u32(next_tick())",
     "%clock64": "next_tick()",
     "%globaltimer": "next_tick()",
@@ -71,7 +71,7 @@ def align(offset: int, alignment: int) -> int:
 
 
 def operand_types(i: Instruction) -> Iterator[tuple[str, str]]:
-    """Yield operands and the type they are used as, where it shows what a register holds."""
+    """Yield operands with the type of their use, if it reveals the type of a register's contents."""
     if not i.types:
         return
     first, last = i.types[0], i.types[-1]
