@@ -126,7 +126,7 @@ def test_double_backward_within():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed(reentrant):
-    """The recomputation of forward during backward runs under the same autocast."""
+    """Backward recomputes the forward pass under the same autocast."""
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I, requires_grad=True)
     results = []
@@ -149,7 +149,7 @@ def test_cell():
 
 
 def test_exported_programs():
-    """They call the op directly, here with low-precision x from a linear layer and f32 weights."""
+    """Such a program calls the op directly, here with low-precision x and float32 weights."""
     model = nn.Sequential(nn.Linear(I, I), fusedrnn.RNN(I, H, num_layers=2, bidirectional=True))
     x = torch.randn(T, B, I)
     exported = torch.export.export(model, (x,)).module()
@@ -162,7 +162,7 @@ def test_exported_programs():
 
 @pytest.fixture
 def autocast_for_cuda():
-    """Set what ``torch.autocast("cuda", torch.float16)`` sets, which does nothing without a GPU."""
+    """Set the state of ``autocast("cuda", torch.float16)``, which has no effect without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.float16)
@@ -173,7 +173,7 @@ def autocast_for_cuda():
 
 @pytest.mark.usefixtures("autocast_for_cuda")
 def test_the_rule_for_cuda_is_the_same():
-    """Checked with fake tensors, which need no GPU. CPU tensors are not cast."""
+    """Fake tensors need no GPU. CPU tensors are not cast."""
     with FakeTensorMode():
         for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
             x, w = torch.empty(T, B, H, device=device), torch.empty(H, H, device=device)

@@ -24,7 +24,7 @@ T, B, I, H = 6, 3, 4, 5
 
 
 def gradients(module: nn.Module, x: Tensor, run: Callable | None = None) -> list[Tensor]:
-    """Return the gradients of a scalar function of both results, for the input and all weights."""
+    """Return the gradients of a scalar function of both results by the input and all weights."""
     x = x.detach().requires_grad_()
     torch.manual_seed(1)  # dropout
     output, h_n = (run or module)(x)
@@ -44,7 +44,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("lengths", [None, (6, 4, 1)], ids=["padded", "packed"])
 def test_deterministic_algorithms_are_accepted(lengths):
-    """Also for second derivatives. In this mode torch fills uninitialised memory with NaN."""
+    """Second derivatives as well. In this mode torch fills uninitialised memory with NaN."""
     case = Case(lengths=lengths, reset=True, alpha=True)
 
     def run() -> Any:
@@ -87,7 +87,7 @@ def test_no_grad_inside_and_around():
         with torch.enable_grad():
             assert ours(x)[0].grad_fn is not None
     with torch.set_grad_enabled(False), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))  # forward mode works nevertheless
+        dual = forward_ad.make_dual(x, torch.ones_like(x))  # forward mode ignores grad mode
         assert forward_ad.unpack_dual(ours(dual)[0]).tangent.abs().sum() > 0
     assert ours.requires_grad_(False)(x.detach())[0].grad_fn is None
 
@@ -124,7 +124,7 @@ def test_activation_checkpointing(reentrant, packed):
     def checkpointed(x: Tensor) -> Any:
         return checkpoint(run, x, use_reentrant=reentrant)
 
-    if reentrant:  # which does not support torch.autograd.grad
+    if reentrant:  # does not support torch.autograd.grad
         x.requires_grad_()
         results = []
         for f in (run, checkpointed):
@@ -191,7 +191,7 @@ def test_freed_buffers_are_named():
 
 
 def test_output_changed_in_place():
-    """Raises an error, because backward needs the output; torch's remedy for this works."""
+    """Backward needs the output. torch's allow_mutation_on_saved_tensors avoids the error."""
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I)
     output, _ = ours(x)
@@ -219,7 +219,7 @@ def test_tensor_hooks():
         inputs = x.clone().requires_grad_()
         inputs.register_hook(lambda g: seen.update(x=g))
         output, h_n = module(inputs)
-        output.register_hook(lambda g: 2 * g)  # doubles all gradients behind it
+        output.register_hook(lambda g: 2 * g)  # doubles all gradients that flow through it
         output.retain_grad()
         h_n.register_hook(lambda g: seen.update(h_n=g))
         handle = module.weight_hh_l0.register_hook(lambda g: g.clamp(-0.1, 0.1))

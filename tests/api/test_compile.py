@@ -1,4 +1,4 @@
-"""torch.compile: one graph around the layer for any length, with the same results as eager."""
+"""torch.compile: one graph contains the layer at any length; results are those of eager mode."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACKENDS = ["eager", "aot_eager", INDUCTOR]
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded() -> None:
-    """Load the parts of torch that give warnings of their own when first used."""
+    """Load the parts of torch that warn when they are first used."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.ones(1), torch.ones(1))
@@ -103,7 +103,7 @@ def results_and_gradients(
 
 
 def assert_same(compiled: Callable[..., Any], model: nn.Module, *arguments: Any) -> None:
-    """Check for the same results and gradients as without torch.compile."""
+    """Check that results and gradients are the same as without torch.compile."""
     want = results_and_gradients(model, model, *arguments)
     assert_close(results_and_gradients(compiled, model, *arguments), want)
 
@@ -149,7 +149,7 @@ def test_nothing_breaks_before_or_after_the_layer(kind):
 
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 def test_packing_inside_breaks_the_graph_as_torch_does_but_not_the_layer(enforce_sorted):
-    """Dynamo does not trace pack_padded_sequence. After a break it reads .grad of everything."""
+    """Dynamo does not trace pack_padded_sequence. After a break it reads .grad of all tensors."""
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     rnn, lengths = fusedrnn.RNN(I, H, **DEEP), torch.tensor([5, 3, 3])
 
@@ -198,7 +198,7 @@ def test_the_graph_does_not_grow_with_the_length(kind):
 
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_length():
-    from torch._inductor.utils import fresh_cache  # here: it warns on import (see _loaded)
+    from torch._inductor.utils import fresh_cache  # here, because it warns on import (see _loaded)
 
     def seconds(T: int) -> float:
         torch._dynamo.reset()
@@ -246,7 +246,7 @@ def test_dynamic_state_never_recompiles():
 
 @pytest.mark.usefixtures("float64")
 def test_a_second_length_makes_it_dynamic_by_itself():
-    """As torch does by default: static for the first length, dynamic from the second on."""
+    """By default, torch compiles the first length as static, and the second as dynamic."""
     model, counter = Model(**DEEP), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for T in (5, 8, 13, 100, 640):
@@ -259,7 +259,7 @@ def test_a_second_length_makes_it_dynamic_by_itself():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_still_drops(backend):
-    """In a compiled nn.RNN, where torch allows that, dropout does nothing."""
+    """In nn.RNN, if torch compiles it at all, dropout does nothing."""
     rnn, x = fusedrnn.RNN(I, H, 2, dropout=0.5), torch.randn(5, 3, I)
     compiled = torch.compile(rnn, backend=backend, fullgraph=True)
     assert not torch.equal(compiled(x)[0], compiled(x)[0])
@@ -281,7 +281,7 @@ def test_dropout_may_change_between_calls():
 
 @pytest.mark.slow
 def test_inductors_own_random_numbers_drop_as_many():
-    """Without fallback_random. With identity weights, the output shows what dropout zeroed."""
+    """fallback_random is off. With identity weights, the output shows what dropout zeroed."""
     rnn = fusedrnn.RNN(100, 100, 2, nonlinearity="relu", dropout=0.25, bias=False)
     with torch.no_grad():
         for layer in (0, 1):

@@ -112,7 +112,7 @@ def bistable(**options: Any) -> fusedrnn.LeakyRNNCell:
 @pytest.mark.parametrize("alpha", [{}, {"alpha": 0.2}], ids=["no leak", "leak"])
 @pytest.mark.parametrize("form", ["rate", "potential"])
 def test_a_bistable_unit(form, alpha):
-    """h = tanh(2 h), or v = 2 tanh(v): two attractors, and between them a repeller at 0."""
+    """h = tanh(2 h), or v = 2 tanh(v), has two attractors and, between them, a repeller at 0."""
     cell = bistable(form=form, **alpha)
     starts = torch.linspace(-2, 2, 41, **WIDE).unsqueeze(1)
     found = fusedrnn.fixed_points(cell, torch.zeros(1, **WIDE), starts)
@@ -156,7 +156,7 @@ def test_the_point_of_a_linear_cell():
 
 
 def test_a_line_of_fixed_points():
-    """With W the projection on a line, the Jacobian minus I is singular everywhere on it."""
+    """If W projects onto a line, the Jacobian minus I is singular everywhere on that line."""
     line = torch.randn(H, **WIDE)
     cell = fusedrnn.LeakyRNNCell(I, H, nonlinearity="identity", bias=False, **WIDE)
     cell.weight_hh.data = torch.outer(line, line) / line.dot(line)
@@ -186,7 +186,7 @@ def test_results_are_in_the_dtype_of_the_weights():
 
 
 def test_slow_points_are_kept_with_a_larger_tolerance():
-    """tanh(h) approaches h = 0 ever more slowly, and never stays elsewhere."""
+    """Iterating tanh approaches its only fixed point, 0, ever more slowly."""
     cell = bistable()
     cell.weight_hh.data.fill_(1.001)
     options = {"tolerance": 1e-2, "distance": 1e-9}

@@ -44,7 +44,7 @@ def test_like_nn_rnn(layout, packed, reduction):
 
 
 def test_dropout_drops():
-    """nn.RNN's own per-sample gradients are those of a network without dropout."""
+    """nn.RNN's own per-sample gradients ignore dropout."""
     ours, _ = pair(I, H, dtype=torch.float64, batch_first=True, num_layers=2, dropout=0.5)
     x = torch.randn(B, T, I, dtype=torch.float64)
     samples = grad_samples(ours, "sum", x)

@@ -24,7 +24,7 @@ def test_different_layers_are_described_and_equal_ones_only_once(
     rnn = module(10, 20, num_layers=3, bidirectional=True, dropout=0.5)
     x = torch.randn(7, 3, 10)
     text = fusedrnn.explain(rnn, x)
-    assert type(rnn) is module  # unchanged: only a copy was replaced
+    assert type(rnn) is module  # unchanged: replace() was applied to a copy
     lines = text.split("\n")
     assert lines[0].startswith("RNN(10, 20, num_layers=3, dropout=0.5, bidirectional=True)")
     assert "torch.float32 on cpu" in lines[0]
@@ -71,7 +71,7 @@ def test_where_the_weights_live_and_what_bounds_a_step(
     place: str,
     bound: str,
 ) -> None:
-    """``rate`` is that of a large GEMM, in multiplications per microsecond."""
+    """``rate`` is the speed of a large GEMM, in multiplications per microsecond."""
     module = sys.modules["fusedrnn.explain"]
     monkeypatch.setattr(module, "_caches", lambda: caches)
     monkeypatch.setattr(module, "_gemm_rate", lambda *_: rate)

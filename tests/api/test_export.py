@@ -1,4 +1,4 @@
-"""torch.export: batch and time stay dynamic, also after further processing of the program."""
+"""torch.export: batch and time stay dynamic, even after the program is processed further."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import fusedrnn
 I, H = 4, 6
 T_AND_B = {0: Dim("T"), 1: Dim("B")}
 DEEP: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
-# A warning that torch itself gives whenever it decomposes a program. Our own warnings are errors
-# (see export), or are checked for (test_no_warning_that_a_linear_layer_does_not_give).
+# torch itself gives this warning whenever it decomposes a program. Our own warnings are errors (see
+# export) or fail test_no_warning_that_a_linear_layer_does_not_give.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 STRICT = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 
@@ -36,7 +36,7 @@ def export(model: nn.Module, *arguments: Any, **options: Any) -> ExportedProgram
 
 
 def forms(program: ExportedProgram) -> dict[str, ExportedProgram]:
-    """Return the program, the decomposed program, and that saved and loaded."""
+    """Return the program, the decomposed program, and the latter after saving and loading."""
     decomposed = program.run_decompositions()
     file = io.BytesIO()
     torch.export.save(decomposed, file)
@@ -64,7 +64,7 @@ def layers(program: ExportedProgram) -> int:
 )
 @STRICT
 def test_batch_and_time_stay_dynamic(strict, mode, state):
-    """Also after decomposition, saving and loading; and dropout stays active."""
+    """They stay dynamic after decomposition, saving and loading, and dropout stays active."""
     rnn = fusedrnn.RNN(I, H, **mode)
     count = rnn.num_layers * (2 if rnn.bidirectional else 1)
 
@@ -125,7 +125,7 @@ class Packing(nn.Module):
 
 @pytest.mark.parametrize("enforce_sorted", [False, True], ids=["unsorted", "sorted"])
 def test_packed_input_with_lengths_as_an_input(enforce_sorted):
-    """Non-strict, because Dynamo does not trace torch's pack_padded_sequence."""
+    """Exported non-strictly, because Dynamo does not trace torch's pack_padded_sequence."""
     model = Packing(enforce_sorted, **DEEP, dropout=0.5)
     program = export(
         model,
@@ -225,7 +225,7 @@ def test_an_exported_program_can_be_trained():
 
 
 def test_no_warning_that_a_linear_layer_does_not_give():
-    """In the tests above, a warning during export is an error; decomposition has torch's own."""
+    """Decomposition gives warnings of torch's own, so the linear layer is the comparison."""
 
     def seen(model: nn.Module) -> set[tuple[type, str]]:
         with warnings.catch_warnings(record=True) as caught:

@@ -119,7 +119,7 @@ def test_jvp_without_grad_mode():
     torch.testing.assert_close(found, expected)
 
 
-# A custom op without its own jvp silently gives zero tangents. The next tests check for that.
+# A custom op without its own jvp silently gives zero tangents. The next tests detect that.
 
 
 @pytest.mark.parametrize("case", FUNCTIONS, ids=str)
@@ -274,7 +274,7 @@ def test_transforms_of_a_module(transform, batch_sizes):
 @on_gpu
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
 def test_packed_on_a_gpu(transform):
-    """Batch sizes are copied to the device in another way when a transform is active."""
+    """If a transform is active, batch sizes are copied to the device in a different way."""
     arguments = Case(lengths=(5, 3, 3, 1)).arguments()
     w_hh = arguments.pop("w_hh")
 

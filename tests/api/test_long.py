@@ -1,4 +1,4 @@
-"""Long sequences: states recomputed in backward, gradients cut every k steps."""
+"""Long sequences: states recomputed in backward, gradients truncated every k steps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def build(kind: str, **options: Any) -> Any:
 
 
 def arguments(module: Any, x: str) -> tuple[Any, dict[str, Any]]:
-    """Return an input, and a state, resets and the states after them that fit it."""
+    """Return an input, and options that fit it: a state, resets and reset targets."""
     shape = (B, T) if module.batch_first and x != "packed" and x != "unsorted" else (T, B)
     values = torch.randn(*shape, I, **WIDE)
     options: dict[str, Any] = {}
@@ -155,7 +155,7 @@ print(grow(len(x)))
 
 
 def test_memory_is_that_of_the_kept_states_and_one_block():
-    # Otherwise glibc 2.36 does not reuse the memory of a block for the next one.
+    # Without this threshold, glibc 2.36 does not reuse the memory of a block for the next one.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEMORY]
     words = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
@@ -265,7 +265,7 @@ def test_masks_of_a_whole_sequence_exclude_blocks_in_training(name):
 
 
 def cut_loop(module: Any, x: Tensor, k: int) -> Any:
-    """Run one direction of one layer in chunks, as one writes truncated BPTT."""
+    """Run one direction of one layer in chunks: truncated BPTT as users write it."""
     outputs, state = [], None
     for start in range(0, x.size(0), k):
         output, state = module(x[start : start + k], state)
@@ -380,7 +380,7 @@ def test_transforms_of_torch_func(option):
 def test_export_keeps_time_dynamic(option):
     module = fusedrnn.RNN(I, H, **{option: 4}).eval()
     steps = torch.export.Dim("steps", min=2)
-    with torch.set_grad_enabled(option == "checkpoint_every"):  # truncate: only if off
+    with torch.set_grad_enabled(option == "checkpoint_every"):  # must be off for truncate
         program = torch.export.export(module, (torch.randn(T, B, I),), dynamic_shapes=({0: steps},))
     x = torch.randn(2 * T, B, I)
     assert_close(program.module()(x), module(x))

@@ -32,7 +32,7 @@ INFOS = {info.module_cls: info for info in common_modules.module_db if info.modu
 
 @dataclasses.dataclass
 class Case:
-    """One input of module_db: how to make the module, and what to call it with."""
+    """One input of module_db: the arguments of the module's constructor and of its call."""
 
     cls: Callable[..., nn.Module]
     torch_cls: Callable[..., nn.Module]
@@ -114,7 +114,7 @@ def test_reference_function(torch_cls: Any) -> None:
 
 
 def as_function(module: nn.Module, case: Case) -> tuple[Callable[..., Any], list[Tensor]]:
-    """Return the call as a function of its floating arguments and parameters, for gradcheck."""
+    """Return the call as a function of floating-point arguments and parameters, for gradcheck."""
     names = [n for n, _ in module.named_parameters()]
     template = case.call.args
     arguments = [t.detach().clone().requires_grad_() for t in leaves(module, template)]

@@ -33,7 +33,7 @@ OURS_AND_THEIRS = [
 
 
 def floats(result: Any) -> list[Tensor]:
-    """The floating-point tensors in a module's result."""
+    """Return the floating-point tensors in a module's result."""
     results = result if isinstance(result, tuple) else (result,)
     return [r.data if isinstance(r, PackedSequence) else r for r in results]
 
@@ -48,7 +48,7 @@ def fresh(argument: Any) -> Any:
 
 
 def run(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
-    """Return a call's result, and its gradients for random cotangents."""
+    """Return the result of a call, and the gradients for random cotangents."""
     arguments = tuple(fresh(a) for a in arguments)
     torch.manual_seed(1)  # for dropout
     result = module(*arguments)
@@ -350,7 +350,7 @@ def test_result_may_be_changed_in_place() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128], ids=str)
 def test_dtypes_are_like_torch(dtype: torch.dtype) -> None:
     ours, theirs = pair(I, H, 2, bidirectional=True, dtype=dtype)
-    with torch.no_grad():  # small: complex tanh has poles, near which rounding errors explode
+    with torch.no_grad():  # small, because complex tanh has poles, near which rounding errors grow
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             a.mul_(0.3), b.mul_(0.3)
     x = (0.1 * sequence(dtype=dtype)).detach().requires_grad_()
@@ -760,7 +760,7 @@ def test_a_weight_replaced() -> None:
 
 
 def test_partial_flat_weights() -> None:
-    """Like PyTorch's test of the same name: weights are deleted and set again."""
+    """Delete weights and set them again, like PyTorch's test of the same name."""
     ours, theirs = pair(I, H)
     x = torch.randn(T, B, I)
     for module in (ours, theirs):
@@ -802,7 +802,7 @@ def test_flat_weights_can_be_assigned_as_they_are() -> None:
 
 
 def test_weight_drop() -> None:
-    """AWD-LSTM: a weight is a plain tensor, recomputed for each call."""
+    """As in AWD-LSTM, a weight is a plain tensor that is recomputed for each call."""
     ours, theirs = pair(I, H, 2)
     x = sequence()
     results = []

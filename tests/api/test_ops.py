@@ -68,7 +68,7 @@ def test_opcheck_with_little_given(op, full):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ["activation", "tangent", "adjoint"])
 def test_opcheck_of_views(op, dtype):
-    """Low precision, without the check of gradients: torch rounds them as much as we do."""
+    """No check of gradients: in low precision, torch's rounding errors are as large as ours."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = op_arguments(op, Case(dtype=dtype, reset=True))
     strange = tuple(

@@ -1,6 +1,6 @@
 """Programs that load, trace, script, quantize, initialise, or count the operations of a module.
 
-These tests check what README's Limits says about such programs, mostly with a stand-in for them.
+These tests check what the Limits of README say about such programs, mostly with stand-ins for them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def python(code: str, cwd: Path) -> None:
 
 
 def results(rnn: nn.Module, cell: nn.Module) -> list[Tensor]:
-    """Return the results and gradients of two modules, the same in any process."""
+    """Return results and gradients of two modules, which are the same in any process."""
     torch.set_num_threads(1)
     x = torch.linspace(-1, 1, T * B * I).view(T, B, I)
     output, h_n = rnn(x)
@@ -71,7 +71,7 @@ def results(rnn: nn.Module, cell: nn.Module) -> list[Tensor]:
 
 
 def test_whole_modules_load_in_a_process_that_imported_fusedrnn(tmp_path: Path) -> None:
-    """With weights_only=True, torch.load's default; safe globals that the user added are kept."""
+    """weights_only=True is torch.load's default. Safe globals that the user added are kept."""
     rnn = fusedrnn.RNN(I, H, 2, "relu", bidirectional=True)
     cell = fusedrnn.RNNCell(I, H)
     torch.save({"rnn": rnn, "cell": cell}, tmp_path / "modules.pt")
@@ -213,7 +213,7 @@ def test_initialisers_see_the_layer_before_replace_and_after_restore(model: Mode
 def test_torch_nn_rnn_can_be_assigned_while_a_model_is_built(
     monkeypatch: pytest.MonkeyPatch, x: Tensor
 ) -> None:
-    """For code that uses nn.RNN by name to build a layer, as a base class or in isinstance."""
+    """Code may use nn.RNN by name to build a layer, as a base class or in isinstance."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn, "RNN", fusedrnn.RNN)
         patch.setattr(torch.nn, "RNNCell", fusedrnn.RNNCell)

@@ -1,4 +1,4 @@
-"""What a call returns: every layer, or only the last step; and states given for every row."""
+"""Calls that return every layer or only the last step, and states that serve every row."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python tests/api/test_plots.py
 
-writes the pictures anew. Look at them before you commit.
+redraws the pictures. Look at them before you commit.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import fusedrnn
 from fusedrnn import LayerTrace, plots
 
 IMAGES = Path(__file__).resolve().parent / "images"
-# Root mean square of the differences, of 255. Fonts come with matplotlib, and numbers that differ
-# by rounding move no pixel. A line moved by one pixel gives more than 2.
+# Root mean square of the differences between pixels, whose values go up to 255. Fonts come with
+# matplotlib, and rounding differences in the data move no pixel. Moving a line by one pixel gives
+# more than 2.
 TOLERANCE = 1.0
 T, B, I, H = 20, 2, 5, 12
 WIDE = {"dtype": torch.float64}
@@ -57,7 +58,7 @@ def layer(kind: str = "plain", index: int = 0) -> LayerTrace:
     return traced(kind).row(0)[index]
 
 
-# What is drawn, and the size of the picture in inches.
+# For each picture: what is drawn, and its size in inches.
 PICTURES: dict[str, tuple[Callable[[Any], Any], tuple[float, float]]] = {
     "states": (lambda axes: plots.states(axes, layer()), (5, 3)),
     "states, relu": (lambda axes: plots.states(axes, layer("relu")), (5, 3)),

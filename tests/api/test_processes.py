@@ -1,4 +1,4 @@
-"""Worker processes: data loaders, weights in shared memory, modules sent through pipes.
+"""Worker processes: data loaders, weights in shared memory, modules sent through queues.
 
 A forked process that computes with more than one thread hangs if its parent has already done so.
 This is a limitation of the OpenMP runtime, and ``torch.nn.RNN`` has it as well. DataLoader workers
@@ -78,7 +78,7 @@ def answer(asked: Any, answers: Any) -> None:
     rnn, x = asked.get()
     with torch.no_grad():
         answers.put(rnn(x)[0])
-    asked.get()  # stay alive until the answer, which is in this process's memory, is received
+    asked.get()  # the answer is in this process's memory: stay alive until it is received
 
 
 def test_a_module_through_a_queue_to_a_forked_process():

@@ -1,4 +1,4 @@
-"""Recipes compute the published equations, in examples/recipes.py and in docs/recipes.md."""
+"""The recipes in examples/recipes.py and docs/recipes.md compute the published equations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_the_loop(recipe: Recipe, sizes: tuple
 
 @each_recipe
 def test_every_argument_matters(recipe: Recipe) -> None:
-    """An argument that loop and call both ignored would make the comparison above empty."""
+    """The test above would not notice an argument that both the loop and the call ignore."""
     arguments = recipe.make(20, 3, 4, 31, torch.float64)
     tensors = [t.requires_grad_() for t in arguments.values() if recipes.is_float(t)]
     output, _ = recipe.loop(**arguments)
@@ -112,7 +112,7 @@ def test_the_state_noise_of_the_module_is_that_of_the_recipe() -> None:
 
 
 def test_the_wrong_form_is_another_model() -> None:
-    """The warning of docs/recipes.md: alpha in the form rate does not compute a potential model."""
+    """As docs/recipes.md warns, alpha in the form rate does not compute a potential model."""
     (recipe,) = [recipe for recipe in RECIPES if recipe.name == "trainRNNbrain h"]
     a = recipe.make(20, 3, 4, 31, torch.float64)
     output, _ = fusedrnn.rnn(a["x"], a["w_ih"], a["w_hh"], a["b"], None, a["v0"], alpha=a["alpha"])

@@ -110,7 +110,7 @@ def layer(
     outputs, potentials = [state] * steps, [state] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
         k = state
-        begins = t + 1 if reverse else t  # the reverse direction ends an episode at its first step
+        begins = t + 1 if reverse else t  # in reverse, an episode ends at its first step
         if reset is not None and begins < steps:
             here = reset[begins] & (begins < lengths)
             k = torch.where(here.unsqueeze(-1), start, k)
@@ -128,7 +128,7 @@ def loop(
     module: Any, x: Any, hx: Tensor | None = None, reset: Tensor | None = None,
     reset_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the output and the potential, zero in the padding, around h_n."""
+    """Return the output, h_n and the potential; output and potential are zero in the padding."""
     series = padded(x, data_of(x))
     lengths = torch.tensor(LENGTHS if isinstance(x, PackedSequence) else [T] * series.size(1))
     reset = None if reset is None else padded(x, reset)
@@ -317,7 +317,7 @@ def test_recurrent_dropout_draws_one_mask_for_each_row_and_unit():
     assert_close(first[~zeros], torch.full_like(first[~zeros], 1 / 0.8))
     assert torch.equal(last == 0, zeros)
     assert abs(zeros.float().mean() - 0.2) < 0.02
-    assert (zeros.float().mean(0) - 0.2).abs().max() < 0.3  # rows and units have their own
+    assert (zeros.float().mean(0) - 0.2).abs().max() < 0.3  # no unit, and no row, is always zero
     assert (zeros.float().mean(1) - 0.2).abs().max() < 0.2
 
 
@@ -352,7 +352,7 @@ def test_weight_drop_draws_one_mask_for_each_call():
 
 @every_rate
 def test_the_expectation_of_a_linear_layer_is_kept(rates):
-    """Rates that rescale keep the mean of one step; zoneout has the mean that evaluation uses."""
+    """Dropout rescales to keep the mean of a step. In evaluation, zoneout acts by its mean."""
     module = constant(**RATES[rates])
     x, h0 = torch.zeros(1, 4000, 1), torch.ones(1, 4000, 100)
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_nothing_is_drawn_when_off():
 
 @every_rate
 def test_beside_dropout_between_layers(rates):
-    """It is drawn between the masks of the layers."""
+    """The dropout between two layers is drawn after the first layer's masks."""
     x = torch.randn(T, B, I, **WIDE)
     module = build("RNN", rates, num_layers=2, dropout=0.5)
     first, second = (fusedrnn.RNN(n, H, **RATES[rates], **WIDE) for n in (I, H))
@@ -523,7 +523,7 @@ def test_copies_and_pickles_compute_the_same(kind):
 
 
 def test_modules_of_torch_and_of_earlier_versions_have_none():
-    """Those have none of the attributes, and neither has a new module without dropout."""
+    """Such modules lack the attributes, and so does a new module without dropout."""
     for module in (fusedrnn.replace(nn.RNN(I, H)), fusedrnn.RNN(I, H), fusedrnn.LeakyRNN(I, H)):
         assert not {"recurrent_dropout", "zoneout", "weight_drop"} & set(vars(module))
         assert module.recurrent_dropout == module.zoneout == module.weight_drop == 0

@@ -126,7 +126,7 @@ def test_hooks_are_kept() -> None:
     model.rnn.register_forward_hook(lambda m, a, r: seen.append(type(m)))
     handle = model.rnn.register_forward_pre_hook(lambda m, a: seen.append("removed"))
     fusedrnn.replace(model)
-    handle.remove()  # a handle from before replace() still works
+    handle.remove()  # a handle made before replace() still works
     model(torch.randn(B, T, I))
     assert seen == [fusedrnn.RNN]
 

@@ -1,4 +1,4 @@
-"""Resets in fusedrnn.RNN: the state at the begin of each episode, in every layout."""
+"""Resets in fusedrnn.RNN: the state at the beginning of each episode, in every layout."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_episodes_do_not_influence_each_other(layers):
     hx, start = (torch.randn(2 * layers, 1, H, **WIDE) for _ in range(2))
     reset = torch.tensor([False, False, True, True, False, False])[:, None]
     output, h_n = module(x, hx, reset=reset, reset_to=start)
-    forward = torch.arange(2 * layers) % 2 == 0  # hx holds the directions in turn
+    forward = torch.arange(2 * layers) % 2 == 0  # directions alternate in hx
     episodes = []
     for first, last in ((0, 2), (2, 3), (3, 6)):
         from_hx = forward if first == 0 else ~forward & (last == 6)

@@ -1,4 +1,4 @@
-"""Streams: samples one by one, and in blocks."""
+"""Streaming: a sequence processed sample by sample, or in blocks of samples."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_batch_first_concerns_blocks_alone(kind):
 @pytest.mark.parametrize("kind", [kind for kind in MODULES if kind != "potential"])
 @pytest.mark.parametrize("engine", [e for e in ENGINES if e.kind == "cpu"], ids=str, indirect=True)
 def test_blocks_have_the_bits_of_the_sequence(kind, block, steps, size, dtype, engine):
-    """On a GPU, the planner may choose another kernel for another number of steps."""
+    """No GPU: there, the planner may choose a different kernel for a different number of steps."""
     cls, options = MODULES[kind]
     if kind == "inside":
         options = {**options, "alpha": 0.3}

@@ -1,4 +1,4 @@
-"""Private names of torch: all in fusedrnn/torch_state.py, and none that an import needs."""
+"""Private names of torch: only fusedrnn/torch_state.py uses them, and imports need none."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ NO_HELPER = (
     "fusedrnn: call_for_per_sample_grads needs torch.{}, which torch ",
 )
 NO_RULE = (("per_sample_gradients",), "cannot handle function activation.default")
-# The programs that fail without a name, and the error. All others give the same results.
+# For each name, the programs that fail without it, and the error. All others give the same results.
 ERRORS = {
     "_C._AutoDispatchBelowAutograd": NO_CALL,
     "_functorch.autograd_function.enable_single_level_autograd_function": NO_TRANSFORM,
@@ -200,7 +200,7 @@ def test_without_a_private_name_results_are_the_same_or_an_error_names_it() -> N
 
 
 def private_names(path: Path) -> Iterator[str]:
-    """Return what a file takes from torch under a private name, or from a private module."""
+    """Yield the names in a file that are private in torch or belong to a private module."""
     tree = ast.parse(path.read_text())
     imported = {"torch"}
     for node in ast.walk(tree):

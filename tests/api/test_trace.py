@@ -113,7 +113,7 @@ def traced_by_hand(
 
 
 def loss_of(output: Any) -> Tensor:
-    """A loss in which every element of the output has another weight."""
+    """Return a loss in which every element of the output has a different weight."""
     data = data_of(output)
     return (data.square() * torch.linspace(0.5, 2, data.numel(), **WIDE).view_as(data)).sum()
 
@@ -180,7 +180,7 @@ def test_every_quantity_is_that_of_a_loop(layout, input, kind, given):
     rows = traced_by_hand(module, x, hx, form, "tanh")
     output = output_like(module, x, rows)
     for series, want in zip(by_row(module, x, output), expected_rows(module, x, hx, form)):
-        assert_close(series, want)  # the loop of this test is the reference's
+        assert_close(series, want)  # the loop of this test agrees with the reference
     loss = loss_of(output)
     (gradient,) = torch.autograd.grad(loss, data_of(output), retain_graph=True)
     if given == "loss":

@@ -128,7 +128,7 @@ def test_any_argument(case, names):
 
 
 def both(case: Case, rnn: Callable, only: tuple[int, ...]) -> Callable:
-    """Return a smooth scalar of both results, as a function whose first arguments are ``only``."""
+    """Return a smooth scalar function that takes the arguments with the indices ``only`` first."""
     f = function_of(case, rnn)
 
     def value(*args: Any) -> Tensor:
@@ -239,7 +239,7 @@ def test_sequences_packed_differently_are_refused():
 
 
 def calls_of(size: int, T: int, names: tuple[str, ...]) -> list[str]:
-    """Return the ops run for per-sample gradients of all weights, with only ``names`` batched."""
+    """Return the ops run by per-sample gradients of all weights, if only ``names`` are batched."""
     case = Case(T=T, B=2)
     arguments = case.arguments()
     weights = {k: arguments.pop(k) for k in ("w_ih", "w_hh", "b_ih", "b_hh")}

@@ -4,10 +4,10 @@
 
     all    for all architectures, with warnings as errors; needs no GPU
     gpu    for the GPU of this machine, or for TORCH_CUDA_ARCH_LIST
-    check  the same, where kernels limit the time that they wait (FUSEDRNN_CHECK of setup.py)
+    check  like gpu, with a time limit on every wait in a kernel (FUSEDRNN_CHECK of setup.py)
 
 Each is built in a copy of the checkout, build/cuda/<which>, because a build in place may belong to
-another torch. A build of the same sources is not repeated.
+a different torch. A build of unchanged sources is not repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CAPABILITY = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 def digest() -> str:
     """Hash everything that is compiled.
 
-    File times are not used, because they may be new in a copied checkout.
+    File times are not used, because copying a checkout may change them.
     """
     found = hashlib.sha256(importlib.metadata.version("torch").encode())
     for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
@@ -50,7 +50,7 @@ def digest() -> str:
 def build(which: str) -> None:
     copy = BUILDS / which
     stamp = copy / "built.txt"
-    sources = digest()  # before the copy: an edit during the build is not part of it
+    sources = digest()  # before the copy, so that an edit during the build causes another build
     built = stamp.exists() and stamp.read_text() == sources
     stale = () if built else ("csrc", "fusedrnn")
     for name in stale:

@@ -1,8 +1,8 @@
-"""Resources that nvcc gives the CUDA kernels on every architecture: registers, stack, spills.
+"""Registers, stack and spills of the CUDA kernels as nvcc compiles them for every architecture.
 
     python tests/cuda/resources.py    compiles everything; writes tests/cuda/resources.txt
 
-The table is in the repository, so that changes are noticed (test_cuda_build.py).
+The table is in the repository, so that test_cuda_build.py notices changes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Usage = dict[str, str]  # by kernel: its resources, in words
 
 @functools.cache
 def release() -> str:
-    """Return the version of nvcc, because versions compile the same kernels differently."""
+    """Return the version of nvcc; versions compile the same kernels differently."""
     said = subprocess.check_output([f"{toolkit()}/bin/nvcc", "--version"], text=True)
     found = re.search(r"release [\d.]+, V([\d.]+)", said)
     return found[1] if found else "unknown"

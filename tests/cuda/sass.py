@@ -1,10 +1,10 @@
 """Execute one thread block of a kernel from its machine code (sm_90), and time it.
 
-`Program` parses the output of nvdisasm, and `Block` runs it. Integers, branches, memory and numbers
-are exact, so a warp executes the instructions that a GPU would issue. Other blocks of the cluster
-are not run; they are assumed to do the same as this block at the same time.
+`Program` parses the output of nvdisasm, and `Block` runs it. Values, branches and memory are
+computed exactly, so a warp executes the instructions that a GPU would issue. Other blocks of the
+cluster are not run; they are assumed to do the same as this block at the same time.
 
-Time comes from a model. A warp issues in order. An instruction waits for the stall count of the
+The time comes from a model. A warp issues in order. An instruction waits for the stall count of the
 previous one and for the scoreboards in its control bits, which are ready after the latencies of
 `LATENCY`. There are two clocks: with the first, warps share four schedulers and the units of an SM;
 with the second, each warp has an SM to itself, so that only the chain of dependencies counts.
@@ -32,7 +32,7 @@ LATENCY = {
     "LDC": 30, "S2R": 30,  # ?
     "SHFL": 26, "MUFU": 18, "I2F": 18, "F2I": 18,
     "HMMA": 24, "IMAD": 12,  # *; IMAD.WIDE, if it sets a scoreboard
-    "read": 12,  # ? until a register that is read may be overwritten
+    "read": 12,  # ? until a source register may be overwritten
     "branch": 8,  # ? a taken branch, beyond its stall count
     "barrier": 13, "barrier, a warp": 2,  # *
     "hop": 288,  # * from st.async until the peer's mbarrier has counted it
@@ -42,7 +42,7 @@ LATENCY = {
 }  # fmt: skip
 # Cycles for which an instruction of a warp keeps a unit of a scheduler or of the SM busy.
 INTERVAL = {"HMMA": 6.26, "MUFU": 8.5, "I2F": 8.5, "F2I": 8.5}
-PACKET = 2.35  # * cycles of an SM for 32 bytes, or for the 16 of one lane, from SM to SM
+PACKET = 2.35  # * cycles of an SM to send 32 bytes, or one lane's 16, to another SM
 
 SHARED = 0x400  # where dynamic shared memory begins
 PARAMS = 0x210  # where parameters begin in constant memory
@@ -112,7 +112,7 @@ class Program:
     def made_when_run(self, instruction: Instruction) -> Run:
         """Decode an instruction only when it runs.
 
-        Most of a kernel is for other problems, and may use instructions that have no maker.
+        Most of a kernel is for other problems, whose instructions need no entry in MAKERS.
         """
 
         def run(w: Warp, m: Array) -> Any:
@@ -259,7 +259,7 @@ class Block:
         self.wavefronts: dict[bytes, int] = {}
 
     def run(self) -> Clock:
-        """Run all warps, and return when the last one ended."""
+        """Run all warps, and return the time at which the last one ends."""
         code, end = self.program.code, (0.0, 0.0)
         with np.errstate(all="ignore"):
             while self.queue:
@@ -315,17 +315,17 @@ class Block:
         return not parked
 
     def use(self, unit: Any, warp: Warp, interval: float) -> None:
-        """Wait while the unit is busy: by any warp, or, on the second clock, by this warp alone."""
+        """Wait while any warp keeps the unit busy; on the second clock, only this warp counts."""
         begin, alone = max(warp.now[0], self.free[unit]), (unit, warp.index, "alone")
         begin_alone = max(warp.now[1], self.free[alone])
         self.free[unit], self.free[alone] = begin + interval, begin_alone + interval
         warp.extra = begin - warp.now[0], begin_alone - warp.now[1]
 
     def gather(self, instruction: Instruction, warp: Warp) -> None:
-        """BAR.SYNC: park the warp, and wake all warps once they have arrived."""
+        """Execute BAR.SYNC: park the warp, and wake all warps once the last one arrives."""
         name = int(value(instruction.operands[0])(warp)[0])
         count = len([w for w in self.warps if w.groups])
-        if len(instruction.operands) > 1:  # number of threads; if in one register, above the name
+        if len(instruction.operands) > 1:  # a number of threads; one register may hold both
             threads = int(value(instruction.operands[1])(warp)[0])
             if instruction.operands[0] == instruction.operands[1]:
                 name, threads = name & 0xFFFF, threads >> 16
@@ -345,8 +345,8 @@ class Block:
     def wavefronts_of(self, at: Array, size: int) -> int:
         """Count the passes of 128 bytes through the banks.
 
-        8 bytes per lane take at least two passes and 16 take four, or half as many if lanes load
-        the same.
+        8 bytes per lane take at least two passes and 16 take four, or half as many if several lanes
+        load the same bytes.
         """
         key = (at - at[0]).tobytes() + bytes([size])
         if key not in self.wavefronts:
@@ -380,7 +380,7 @@ def predicate(text: str) -> Callable[[Warp], Any]:
 
 
 def register(text: str) -> int:
-    """255 for RZ, 63 for URZ."""
+    """Return the number of a register: 255 for RZ, 63 for URZ."""
     name = text.strip("-~|!").partition(".")[0]
     return (255 if name == "RZ" else 63) if name.endswith("RZ") else int(name.lstrip("UR"))
 
@@ -492,8 +492,8 @@ def unknown(ins: Instruction, _: Any = None) -> Run:
 def alu(kinds: str, function: Callable[..., Any]) -> Callable[[Instruction, Program], Run]:
     """Make an instruction that stores `function(flags, *sources)` in its destinations.
 
-    `kinds` has a letter for each source: u and f of 32 bits, w of 64 bits, a as in `addend`, p a
-    predicate, n and h constants. Predicates after these are carries.
+    `kinds` has a letter for each source: u and f for 32 bits, w for 64 bits, a for an `addend`, p
+    for a predicate, n and h for constants. Predicates after these sources are carries.
     """
     source: dict[str, Callable[[str], Callable[[Warp], Any]]] = {
         "u": value, "f": lambda text: value(text, F32), "w": wide, "a": addend, "p": predicate,
@@ -535,7 +535,7 @@ def imad(ins: Instruction, program: Program) -> Run:
 
 
 def addend(text: str) -> Callable[[Warp], Array]:
-    """Return a reader of an addend of 33 bits, because -x carries if x is 0."""
+    """Return a reader of an addend, which has 33 bits because -x carries if x is 0."""
     get = value(text.lstrip("-") if "R" in text else text)
     if re.match(r"-U?R", text):
         return lambda w: U64(1 << 32) - get(w).astype(U64)
@@ -550,7 +550,7 @@ def add(flags: list[str], a: Any, b: Any, c: Any, *carries: Any) -> Any:
 
 
 def lea(ins: Instruction, program: Program) -> Run:
-    """(a << n) + b; HI: the upper half of the shifted 64 bits, whose lower half was a."""
+    """Compute (a << n) + b, with HI for the upper half of the shifted 64 bits (a is the lower)."""
     upper, signed = "HI" in ins.flags, "SX32" in ins.flags
 
     def shifted(flags: list[str], a: Any, b: Any, *rest: Any) -> Any:
@@ -609,7 +609,7 @@ COMPARE = {
 
 
 def compare(flags: list[str], a: Any, b: Any, other: Any, lower: Any = None) -> Any:
-    """Compare; EX: upper halves of 64 bits, where `lower` is the result for the lower halves."""
+    """Compare; EX compares upper halves of 64 bits, given the result `lower` for lower halves."""
     how = flags[0]
     if a.dtype == U32 and "U32" not in flags:
         a, b = a.view(I32), b.view(I32)
@@ -670,7 +670,7 @@ def pack(flags: list[str], a: Any, b: Any) -> Any:
 
 
 def halves(flags: list[str], a: Any, b: Any, *numbers: Any) -> Any:
-    """HFMA2.MMA R, -RZ, RZ, x, y: two constants of 16 bits, the upper one first."""
+    """Load two 16-bit constants, the upper one first (HFMA2.MMA R, -RZ, RZ, x, y)."""
     return np.full(32, np.array(numbers[::-1], np.float16).view(U32)[0], U32)
 
 
@@ -705,7 +705,7 @@ def special(ins: Instruction, _: Program) -> Run:
 
 
 def to_uniform(ins: Instruction, _: Program) -> Run:
-    """R2UR [P,] U, R takes the value of the first lane; P is set where other lanes differ."""
+    """Read the first lane of R (R2UR [P,] U, R); set P in lanes whose values differ."""
     *differ, to, source = ins.operands
     d, a = register(to), value(source)
 
@@ -849,7 +849,7 @@ def unpack(words: Array) -> tuple[Array, Array]:
 
 
 def multiply(ins: Instruction, _: Program) -> Run:
-    """D [16, 8] = A [16, 16] B [16, 8] + C; each lane has rows lane / 4 and + 8."""
+    """Compute D [16, 8] = A [16, 16] B [16, 8] + C; a lane has rows lane / 4 and lane / 4 + 8."""
     assert ins.flags == ["16816", "F32", "BF16"], ins.text
     d, a, b, c = map(register, ins.operands)
     lanes = np.arange(32)
@@ -918,7 +918,7 @@ def arrive_after_copies(ins: Instruction, _: Program) -> Run:
 
 
 def send(ins: Instruction, _: Program) -> Run:
-    """st.async. What this block sends to a peer stands for what that peer sends to this block."""
+    """Execute st.async; what this block sends stands for what its peers send to it."""
     first, d, size = register(ins.operands[0].strip("[]")), register(ins.operands[1]), size_of(ins)
 
     def run(w: Warp, m: Array) -> None:
@@ -939,7 +939,7 @@ def send(ins: Instruction, _: Program) -> Run:
 
 
 def count(ins: Instruction, _: Program) -> Run:
-    """red.release on a counter, on which all blocks are assumed to count at the same time."""
+    """Execute red.release on a counter; all blocks are assumed to count at the same time."""
     at = address(ins.operands[0])
 
     def run(w: Warp, m: Array) -> None:
@@ -1016,5 +1016,5 @@ MAKERS: dict[str, Callable[[Instruction, Program], Run]] = {
     "EXIT": lambda i, p: lambda w, m: w.exit(m),
 }  # fmt: skip
 for name in ("IMAD", "IADD3", "LEA", "SHF", "LOP3", "PLOP3", "ISETP", "MOV", "SEL", "LDC"):
-    MAKERS[f"U{name}"] = MAKERS[name]  # the uniform ones, once per warp
+    MAKERS[f"U{name}"] = MAKERS[name]  # the uniform variants, which run once per warp
 MAKERS["VOTEU"] = vote

@@ -1,9 +1,9 @@
-"""Small problems for each regime and dtype of the CUDA engine, all passes against the reference.
+"""Check all passes of each CUDA regime and dtype against the reference, on small problems.
 
     python tests/cuda/smoke.py [--emulated] [--wide] [REGIME DTYPE]
 
-bench/gpu_check.py runs one regime and dtype per process, and all of them under compute-sanitizer;
---wide leaves out 16 bits.
+bench/gpu_check.py runs one regime and dtype per process, and all of them under compute-sanitizer.
+--wide leaves out the 16-bit dtypes.
 """
 
 from __future__ import annotations

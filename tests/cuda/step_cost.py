@@ -1,5 +1,7 @@
-"""Cost of a step of the CUDA engine, from the machine code for an H100: instructions of each warp
-by part, issue slots of each scheduler, and an estimate of the latency of the recurrence.
+"""Cost of a step of the CUDA engine, computed from the machine code for an H100.
+
+The cost is the instructions of each warp by part, the issue slots of each scheduler, and an
+estimate of the latency of the recurrence.
 
     python tests/cuda/step_cost.py           writes tests/cuda/step_cost.txt (make cuda-step-cost)
     python tests/cuda/step_cost.py f32 1 64 64 --lines      one problem; instructions by source line
@@ -7,14 +9,14 @@ by part, issue slots of each scheduler, and an estimate of the latency of the re
 The planner and the launcher determine the kernel and its parameters. `sass.py` executes its first
 block for some steps and counts instructions; the states that the block stores are checked. The cost
 of a step is the difference between two lengths of the sequence. The table is in the repository, so
-that changes are noticed (test_cuda_build.py).
+that test_cuda_build.py notices changes.
 
 Counts are exact for the path that is run: dense, descending = false, tanh, with biases and h_n,
 without h0, resets and alpha. Cycles come from a model, whose latencies are in `sass.LATENCY`. The
-model ignores instruction fetches, register bank conflicts, replays, and delays of other blocks, and
+model ignores instruction fetches, register bank conflicts, replays, and delays by other blocks, and
 assumes that inputs are in L2. The step and grid regimes are not simulated.
 
-To compare with a GPU, take the same difference between two lengths with ncu, which counts both:
+To compare with a GPU, take the same difference with ncu, which counts instructions and cycles:
 
     ncu --kernel-name regex:'persistent|plain' --metrics smsp__inst_executed.max,\\
     smsp__inst_executed.sum,smsp__cycles_active.max,sm__cycles_elapsed.max python run.py
@@ -53,8 +55,8 @@ DTYPES = ("f32", "bf16")
 CLOCK = H100["clock"]  # GHz
 SCHEDULERS = 4
 
-# Functions of csrc/cuda by purpose. An instruction counts for the innermost of them that it was
-# inlined from; instructions of functions that are not listed count as control.
+# Functions of csrc/cuda by purpose. An instruction counts for the innermost listed function that it
+# was inlined from; instructions of other functions count as control.
 PARTS = {
     "inputs": "load_inputs load_x inputs load reset_of far_ahead prefetch_into_l2 copy_async gather"
     " fetched",
@@ -66,7 +68,7 @@ PARTS = {
     "control": "step",
 }
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
-# Comments in the source that start a part, as a function would.
+# Comments in csrc/cuda that start a part, as a function would. They must not be reworded there.
 BEGINS = {"// Sums over the 8 lanes.": "lanes_summed"}
 
 
@@ -197,7 +199,7 @@ class Cost:
 
     problem: Problem
     code: dict[int, sass.Instruction]
-    warps: list[dict[int, float]]  # for each warp, how often it issues each instruction
+    warps: list[dict[int, float]]  # for each warp, the number of times it issues each instruction
     cycles: float  # with all warps together
     chain: float  # if warps never compete for a scheduler or unit
 

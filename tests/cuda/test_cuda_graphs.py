@@ -1,6 +1,6 @@
 """CUDA graphs: a captured call, replayed on new values, gives the same results as eager code.
 
-A capture fails if anything waits for the GPU, so these tests also show that nothing does.
+A capture fails if the CPU waits for the GPU, so these tests also show that it never does.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def test_captured_inference(layout, packed):
             torch.testing.assert_close(captured, run())
 
 
-# The launch differs by regime: cooperative, in clusters, or before the previous kernel has ended.
+# The kind of launch depends on the regime: cooperative, in clusters, or before the previous kernel
+# has ended.
 @pytest.mark.parametrize("regime", [None, *REGIMES])
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.skipif(not _C.has_cuda, reason="built without CUDA")

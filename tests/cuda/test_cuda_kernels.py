@@ -1,9 +1,9 @@
 """Every CUDA kernel is correct in every regime that it supports, on the emulator and on a GPU.
 
-A way through the kernels is a tile, a regime, how many warps share the K of a unit, and whether all
-weights fit into registers. Each test forces one way, checks that it was taken, and compares the
-results of activation, adjoint and tangent with the reference in float64. In low precision the error
-may be twice torch's own.
+A way through the kernels consists of a tile, a regime, the number of warps that share the K of a
+unit, and whether all weights fit into registers. Each test forces one way, checks that it was
+taken, and compares the results of activation, adjoint and tangent with the reference in float64. In
+low precision the error may be twice torch's own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEVICES = {"tiny": TINY, "h100": {**H100, "clusters": [132, 66, 32, 16, 8]}, "t4
 
 @dataclass(frozen=True)
 class Way:
-    """The kernels that a test forces; `spills`: shared memory holds some of the weights."""
+    """The kernels that a test forces. If it `spills`, shared memory holds some of the weights."""
 
     regime: str
     tile: int = 0
@@ -59,7 +59,7 @@ class Way:
 
     @property
     def held(self) -> int:
-        """How much of K registers can hold."""
+        """The part of K whose weights fit into registers."""
         return self.shape.held * self.shape.chunk * self.split
 
     def spilled(self, run: Run) -> bool:
@@ -201,7 +201,7 @@ class Trial:
 
     @contextmanager
     def planned(self) -> Iterator[list[Run]]:
-        """Yield what the planner chooses for the passes it plans; a GPU records no runs."""
+        """Yield the planned passes in place of recorded runs, because a GPU records none."""
         found = []
         for which in ("activation", "adjoint"):
             adjoint = which == "adjoint"
@@ -234,7 +234,7 @@ class Trial:
     def check_way(self) -> list[Run]:
         """Run `check`, and check that all passes took this way.
 
-        In backward passes K is H alone, so with a small H they need not spill.
+        The K of backward passes does not include I, so with a small H they need not spill.
         """
         runs = self.check()
         for r in runs:
@@ -306,8 +306,9 @@ def test_small_on_an_old_device(trial):
     trial.check_way()
 
 
-# plain.cuh handles problems without resets or leak, whose inputs a GEMM has multiplied, with at
-# most the rows of a tile; in a cluster, units in multiples of 16 bytes, and no block without units.
+# plain.cuh handles problems without resets or leak, if a GEMM has computed the input product and
+# there are no more rows than a tile has. In a cluster, units must also come in multiples of 16
+# bytes, and every block must have units.
 
 
 def plain_cases(way: Way) -> Iterator[Trial]:
@@ -385,7 +386,7 @@ def test_clusters_of_sixteen(trial):
 # ---- weights that do not fit into registers ----
 
 SPILLING = [replace(way, spills=True) for way in WAYS]
-# Because of many inputs, if the step multiplies them itself: only activation spills.
+# Many inputs that the step multiplies itself make activation spill, but no other pass.
 WIDE = [
     Trial(way, Case(T=2, B=way.shape.rows + 1, I=way.held + 3, H=12, reset=True), True)
     for way in SPILLING
@@ -418,7 +419,7 @@ def test_large(trial):
 
 
 def aligned_cases() -> Iterator[Trial]:
-    """Yield cases that copy x by 16, 8 or 4 bytes, or one number at a time if it is smaller."""
+    """Yield cases that copy x by 16, 8 or 4 bytes, or by single elements if these are smaller."""
     for way in WAYS:
         size = way.shape.number_size
         if way.split > 1 and way.split != 4:
@@ -441,7 +442,7 @@ def test_alignment_of_x(trial):
 @pytest.mark.parametrize("tile", [6, 8, 10], ids=lambda tile: TILES[tile].dtype)
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_pairs_that_lie_across_words(regime, tile, packed):
-    """Tensor cores own pairs of units. Here H is even, but rows start at odd numbers."""
+    """The kernels handle units in pairs. Here H is even, but rows start at odd elements."""
     way = Way(regime, tile)
     case = Case(T=3, B=5, H=14, lengths=(3, 3, 2) if packed else None, reverse=packed)
     arguments = case.with_(dtype=way.dtype).arguments()
@@ -502,7 +503,7 @@ def kernel_name(run: Run) -> str:
 
 
 def test_every_kernel_ran():
-    """And it runs as planned: the tile that is launched is the one in the plan."""
+    """Each launch also uses the tile of its plan."""
     libraries = [emulated(name) for name in ("tiny", "h100")]
     ever: dict[str, int] = dict.fromkeys(libraries[0].kernels(), 0)
     taken = set()

@@ -116,7 +116,7 @@ def test_the_allocator_hears_of_what_crosses(log):
 
 
 def test_the_order_of_backward(log):
-    """Both directions run before the views, where the current stream waits for the side stream.
+    """Both directions run before the views, at which the current stream waits for the side stream.
 
     The same holds if the inputs are leaves.
     """
@@ -177,7 +177,7 @@ def in_saved_tensors_hooks(ours: fusedrnn.RNN, x: Tensor) -> None:
 
 
 def in_a_checkpoint(ours: fusedrnn.RNN, x: Tensor) -> None:
-    """Run forward, and run it again before backward."""
+    """Run forward in a checkpoint, which runs it again before backward."""
     checkpoint(lambda x: ours(x)[0], x, use_reentrant=False).sum().backward()
 
 
@@ -224,7 +224,7 @@ def test_compilers_see_no_choice(log):
 
 
 def test_left_alone_with_fake_tensors(log):
-    """Fake tensors claim to be on CUDA even without a GPU."""
+    """Fake tensors can be on CUDA even without a GPU."""
     with FakeTensorMode():
         x = torch.empty(T, B, I, device="cuda")
         assert not directions.pays(x, [[x], [x]], [None, None], None)

@@ -1,4 +1,4 @@
-"""Checks of the CUDA engine that are possible on an emulator, besides those of its results."""
+"""Checks of the CUDA engine on the emulator, other than those of its results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_regime_that_was_asked_for_runs(engine):
 @pytest.mark.parametrize("case", [Case(), PACKED, PACKED.with_(dtype=torch.float32)], ids=str)
 @pytest.mark.parametrize("engine", EMULATED, ids=str)
 def test_a_call_neither_synchronises_nor_allocates(engine, case):
-    """Nothing except tensors is allocated, so a stream can be captured in a graph."""
+    """Only tensors are allocated, so the call can be captured in a CUDA graph."""
     library = emulated(engine.name)
     with engine.installed():
         all_passes(case)  # the first call queries the properties of the device
@@ -113,7 +113,7 @@ def test_batch_groups_that_begin_late_do_not_hang(lengths):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("engine", EMULATED, ids=str)
 def test_a_nan_stays_in_its_row(engine, dtype):
-    """Although rows are adjacent, and the padding of K is in memory that held other numbers."""
+    """Rows are adjacent, and the padding of K is memory that held other values."""
     arguments = Case(T=5, B=37, H=45, dtype=dtype).arguments()
     arguments["x"][1, ::9] = torch.nan
     with engine.installed():
@@ -126,7 +126,7 @@ def test_a_nan_stays_in_its_row(engine, dtype):
 
 @pytest.mark.parametrize("size", [7, 130])
 def test_blocks_without_units_are_left_alone(size):
-    """The blocks of a cluster are a power of two, which is more than some sizes fill."""
+    """The number of blocks in a cluster is a power of two, so some blocks may have no units."""
     case = Case(T=4, H=size, dtype=torch.bfloat16)
     expected = all_passes(case)
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""The emulator itself: instructions, its CUDA runtime, and mistakes that it must detect."""
+"""The emulator itself: its instructions and CUDA runtime, and the mistakes that it must detect."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_functions_of_f32(kernels):
     truth = [v.exp(), v.tanh(), v.sigmoid(), (v.abs() + 1e-3).log(), (v * 30).sin()]
     truth += [(v.abs() + 1).rsqrt(), v.erf(), v.exp(), v.abs() ** 1.7, v.exp().log1p(), v.expm1()]
     for i, expected in enumerate(truth):
-        # The arguments of log and sin are rounded to f32 first, which moves them.
+        # The kernel rounds the arguments of log and sin to f32 first, hence the larger tolerance.
         assert relative_error(y[i], expected) < {3: 1e-5, 4: 1e-3}.get(i, 5e-7)
 
 
@@ -278,7 +278,7 @@ def test_the_barrier_of_a_grid(kernels):
     kernels.launch("grid_sync", 4, 64, x, y, 3, cooperative=True)
     assert torch.equal(y, (torch.arange(256) + 64) % 256 + 2)
     with pytest.raises(RuntimeError, match="grid_sync"):
-        kernels.launch("grid_sync", 4, 64, x, y, 3)  # not cooperative: the grid is not valid
+        kernels.launch("grid_sync", 4, 64, x, y, 3)  # not cooperative, so the grid is not valid
 
 
 def test_calls_variables_and_vectors(kernels):
@@ -526,7 +526,7 @@ def test_a_launch_can_be_made_to_fail(library):
 
 
 def test_launches_are_cheap(library):
-    """Gradient checks launch thousands of tiny kernels. About 50 µs each; the limit is generous."""
+    """Gradient checks launch thousands of tiny kernels. A launch takes about 50 µs."""
     y = torch.zeros(256)
     library.schedule("forward")
     library.c.launch_often(pointer(y), 100)
@@ -673,7 +673,7 @@ def test_address_sanitizer_finds_accesses_out_of_bounds():
 
 
 def test_every_launch_has_its_own_schedule(mistakes):
-    """With one seed, the same launches give the same results; each launch has another order."""
+    """A seed determines the results of a series of launches, but each has its own order."""
     x = torch.randn(64)
 
     def results(count: int) -> list[Tensor]:

@@ -16,9 +16,9 @@ from gpu_check import Job, Jobs, Part, Stage
 
 PARTS = {"speed": 3, "tune": 3, "truth": 3}  # the number of stages of each part
 OK = ["ok"] * 3
-LIMIT = 5  # seconds, for a job that hangs; starting Python takes some of them on a busy machine
+LIMIT = 5  # seconds, for a job that hangs; on a busy machine, starting Python takes some of them
 STUCK = "import signal, time\ndef stuck():\n    time.sleep(99)\n"
-FAILURES = {  # the planted code, the result, and text that the log must contain
+FAILURES = {  # planted code, its result, and text that the log must contain
     "error": ("raise ValueError('planted')", "FAILED 1", "ValueError: planted"),
     "crash": ("import os\nos.kill(os.getpid(), 11)", "FAILED -11", "Segmentation fault"),
     "hang": (f"{STUCK}stuck()", "TOO LONG", "in stuck"),

@@ -1,6 +1,7 @@
-"""The CUDA planner: its decisions for common GPUs and shapes, as a table; limits that it must not
-exceed; how well its model agrees with what was measured on an H200. No GPU is needed: the planner
-is a pure function.
+"""The CUDA planner: its decisions, its limits, and its model of time.
+
+Decisions for common GPUs and shapes are compared with a table, limits are never exceeded, and the
+model is compared with measurements on an H200. No GPU is needed: the planner is a pure function.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from paths import BENCH
 from fusedrnn import _C
 
 REAL = {d["name"]: d for d in (H100, H200, A100, RTX4090, T4)}
-DEVICES = {**REAL, "tiny": TINY}  # small shapes reach the limits of tiny
+DEVICES = {**REAL, "tiny": TINY}  # on tiny, small shapes reach the limits
 DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 BF16, F16, F32, F64 = "bfloat16", "float16", "float32", "float64"
 
@@ -102,7 +103,7 @@ def largest(device: dict[str, Any], dtype: str, regime: str) -> int:
     return len(possible) - possible[::-1].index(True)
 
 
-# ---- all details, which change whenever the model is tuned ----
+# ---- the full table, which changes whenever the cost model is tuned ----
 
 TABLE_FILE = Path(__file__).with_name("plan_cuda.txt")
 HEAD = """\
@@ -244,7 +245,7 @@ SHORT = 400  # µs: shorter backward calls are bound by Python, not by the GPU
 def measured() -> Iterator[tuple[str, dict[str, Any], float]]:
     """Yield what was run on the H200: its name, the problem with the plan, and µs per step.
 
-    Only with plans that the planner still makes for these overrides.
+    Runs whose plan differs from what the planner now makes for the same overrides are left out.
     """
     for file in ("speed-bench.json", "tune-bench.json"):
         for result in json.loads((RESULTS / file).read_text())["results"]:
@@ -265,7 +266,7 @@ def measured() -> Iterator[tuple[str, dict[str, Any], float]]:
                 if ran["regime"] == "slices" or (adjoint and not with_input and us < SHORT):
                     continue  # that regime was deleted
                 if with_input and not adjoint and ran["fuse_input"] and ran["regime"] != "step":
-                    continue  # by plain kernels that multiplied inputs, which were deleted
+                    continue  # ran plain kernels with a fused input product, since deleted
                 problem = {
                     **shape, "dtype": {"bf16": BF16, "f32": F32}[precision], "adjoint": adjoint,
                     "I": shape["I"] if with_input and not adjoint else 0, "regime": ran["regime"],
@@ -288,7 +289,7 @@ def test_the_model_agrees_with_an_h200():
 
 
 def test_the_planner_chooses_what_was_fastest_on_an_h200():
-    """Or what took at most a fifth longer."""
+    """It may also choose what took at most a fifth longer."""
     for result in json.loads((RESULTS / "tune-bench.json").read_text())["results"]:
         if result["group"] != "regimes":
             continue
@@ -347,8 +348,10 @@ def test_more_rows_fit_nowhere_where_fewer_do_not(dtype, regime):
 
 
 def test_more_rows_of_a_plan_never_need_less_of_the_device():
-    """With all overrides fixed. Rows come in whole tiles: there may be fewer batch groups,
-    but not less room (batch groups times rows).
+    """All overrides are fixed, and only the number of rows grows.
+
+    Rows come in whole tiles, so there may be fewer batch groups, but not less room (batch groups
+    times rows).
     """
     for (place, tile), regime in itertools.product(enumerate(TILES), REGIMES[1:]):
         overrides = {"tile": place, "regime": regime, "split": 1, "fuse_input": True}
@@ -422,7 +425,7 @@ def check_limits(device: dict[str, Any], dtype: str, B: int, I: int, H: int, **r
     needed = spilled + states + partial + 2 * units * wide + (rows * units * wide * bool(carries))
     assert needed <= found["shared_memory"] <= device["shared_memory"]
 
-    # blocks that wait for each other must be resident at the same time, or they would deadlock
+    # blocks that wait for each other must be resident at the same time, to avoid a deadlock
     at_once = -(-groups // found["waves"])
     assert found["counters"] == (groups if grid else 0)
     if grid:
@@ -496,7 +499,7 @@ def test_no_plan_exceeds_a_limit_on_any_device():
 
 
 def test_planning_is_quick():
-    """The planner runs on every call, so it may take only some microseconds, like a launch."""
+    """The planner runs on every call, so it may take only a few microseconds, like a launch."""
     calls = [(H100, d, *shape) for d in DTYPES for shape in SHAPES]
     fastest = float("inf")
     for _ in range(5):

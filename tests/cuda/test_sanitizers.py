@@ -1,5 +1,8 @@
-"""The CPU engine under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA engine's own
-kernels, on the emulator, under AddressSanitizer and ThreadSanitizer."""
+"""Both engines under sanitizers.
+
+The CPU engine runs under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA engine, on
+the emulator, under AddressSanitizer and ThreadSanitizer.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def runtime(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
-    """The package, built with sanitizers in a separate folder."""
+    """Build the package with sanitizers in a separate folder."""
     if any(runtime(name) == name for name in RUNTIMES):
         pytest.skip("this compiler has no sanitizers")
     base = tmp_path_factory.mktemp("sanitized")
@@ -65,7 +68,7 @@ def test_no_byte_is_read_or_written_astray(sanitized):
         env={
             **os.environ,
             "PYTHONPATH": str(sanitized),
-            # Python is not instrumented, so the runtimes must be preloaded; and Python leaks.
+            # Python is not instrumented, so the runtimes must be preloaded. It leaks memory.
             "LD_PRELOAD": ":".join(runtime(name) for name in RUNTIMES),
             "ASAN_OPTIONS": "detect_leaks=0",
         },
@@ -129,7 +132,7 @@ def build(
 
 
 def run(path: Path, *problems: str, seed: int = 1, device: str = "tiny") -> Any:
-    """Run the program, which prints the problem before a sanitizer's report."""
+    """Run the program; it prints each problem, so that a sanitizer's report follows its problem."""
     return emulator.run_program(path, device, str(seed), *problems, timeout=1200)
 
 
@@ -338,8 +341,8 @@ FORGOTTEN = {
 }
 
 
-# Where leaving it out is not a race: the adjoint starts from zeros, which were written one barrier
-# earlier; and without inputs, the last slab is not in the memory where sums are added up.
+# Cases in which leaving a barrier out is no race. The adjoint starts from zeros, which were written
+# one barrier earlier. Without inputs, the last slab is not in the memory where sums are added up.
 NO_RACE = {
     ("block-begin", "adjoint"),
     ("slabs-end", "adjoint"),
@@ -391,8 +394,11 @@ def test_a_forgotten_barrier_is_found(barrier, which):
 
 @functools.cache
 def limited() -> Path:
-    """Build the program with time limits. The emulated clock advances by 64 per read, so a wait
-    ends after three million polls, before the emulator reports a livelock."""
+    """Build the program with time limits on waits.
+
+    The emulated clock advances by 64 per read, so a wait ends after three million polls, before the
+    emulator reports a livelock.
+    """
     return build(
         None,
         "limited",

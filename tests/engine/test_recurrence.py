@@ -99,7 +99,7 @@ def test_any_strides(engine):
     batch_first = {**dense, "x": dense["x"].transpose(0, 1).contiguous().transpose(0, 1)}
     features_apart = {k: torch.stack([v, v], -1)[..., 0] for k, v in dense.items()}
     transposed = {k: v.mT.contiguous().mT if v.dim() > 1 else v for k, v in dense.items()}
-    # Our kernels must multiply the inputs: with other strides, torch's GEMM may add in another order.
+    # Our kernels must multiply the inputs: the order of sums in torch's GEMM may depend on strides.
     with replace(engine, fuse_input=True).installed():
         expected = fusedrnn.rnn(**dense)
         for arguments in (batch_first, features_apart, transposed):

@@ -77,8 +77,8 @@ def expected(
 ) -> list[list[Tensor]]:
     """Return ``[output, h_n]`` for each row, and in the form "potential" the potential as well.
 
-    ``leaks`` is alpha of each layer and direction, ``alpha`` that of each step; ``lengths`` cuts
-    the rows of a padded input, none to 0 steps.
+    ``leaks`` is alpha for each layer and direction, ``alpha`` for each step. ``lengths``, all above
+    0, are the lengths of the rows of a padded input.
     """
     directions = 2 if module.bidirectional else 1
     found = []
@@ -100,7 +100,7 @@ def expected(
                     steps = steps.flip(0)
                     if leak is not None:
                         step_alpha = step_alpha.flip(0)
-                    if mask is not None:  # begins at t: the next step in this order is t - 1
+                    if mask is not None:  # an episode that begins at t ends at t when run backwards
                         mask = torch.cat([mask.new_zeros(1), mask[1:].flip(0)])
                 h0 = state_of(hx, index, row)
                 output, h_n, *potential = reference.rnn(

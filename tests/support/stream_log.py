@@ -87,7 +87,7 @@ on_gpu = pytest.mark.skipif(
 
 
 def churn(*sizes: int, dtype: torch.dtype = torch.float64) -> None:
-    """Overwrite free GPU memory with NaN on two streams, to reveal memory that was freed too early."""
+    """Overwrite free GPU memory with NaN on two streams, to reveal memory freed too early."""
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     for stream in (torch.cuda.current_stream(), other):

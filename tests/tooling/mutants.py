@@ -75,7 +75,7 @@ TESTS = {
     "fusedrnn/unmask/*.py": "unmask",
     "fusedrnn/*.py": "cli modules",
 }
-# The sources to recompile after a header is mutated. The others that include it take long to
+# The sources to recompile after a header is mutated. Other sources that include it take long to
 # compile and use neither its arithmetic nor its checks. Every source that uses one of its inline
 # functions must be listed: the linker keeps a single copy, from the object that comes first.
 SOURCES = {
@@ -101,7 +101,7 @@ class Mutant:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def reason(self, known: dict[tuple[str, str, str], str]) -> str | None:
-        """Return the listed reason why no test can be expected to kill it, or None."""
+        """Return the listed reason why no test can be expected to kill the mutant, or None."""
         exact = known.get((self.file, self.original, self.mutated))
         return exact or known.get((self.file, self.original, "*"))
 
@@ -284,7 +284,7 @@ class Copy:
     def compile(self, file: str, level: str) -> dict[str, Path] | None:
         """Compile the objects that depend on a file.
 
-        Return them by the objects that they replace, or None after an error.
+        Return the new objects by the objects that they replace, or None after an error.
         """
         objects = {}
         for source, command in self.commands.items():
@@ -365,7 +365,7 @@ class Copy:
         try:
             if mutant.file.endswith((".cu", ".cuh")):
                 return self.test("-k", "emulated:tiny", *tests)
-            tests = ["-k", "not emulated:", *tests]  # not the mark slow_emulated
+            tests = ["-k", "not emulated:", *tests]  # the colon excludes the mark slow_emulated
             if mutant.file.endswith(".py"):
                 compile(mutated, mutant.file, "exec")
                 return self.test(*tests)

@@ -1,4 +1,4 @@
-"""The benchmark runs, prints what it should, and does not time wrong results.
+"""The benchmarks run, print what they should, and do not time wrong results.
 
 The times themselves are not tested.
 """
@@ -40,7 +40,7 @@ def run(*arguments: str, program: str = "bench_rnn.py") -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """Output and JSON of a run over two shapes."""
+    """Return the output and the JSON of a run over two shapes."""
     path = tmp_path_factory.mktemp("bench") / "out.json"
     ran = run("--shapes", "3,2,5,7", "2,1,1,1", "--json", str(path), *TINY)
     assert ran.returncode == 0, ran.stderr
@@ -198,7 +198,7 @@ def test_plots_of_results(tmp_path: Path) -> None:
     lost = sum(float(text.get_text()) < 1 for text in heat.axes[0].texts)
     assert len(heat.axes[0].patches) == lost
     for result in data["results"]:
-        result["peak_bytes"] = result["kept_bytes"]  # --memory would take a process each
+        result["peak_bytes"] = result["kept_bytes"]  # --memory would start a process for each
     assert len(charts.plot_memory(data).axes[0].lines) == 4  # two peers, peak and kept
 
 

@@ -144,7 +144,7 @@ def test_torch_compile(tmp_path: Path) -> None:
     assert result["peers"]["torch.compile"]["compile_seconds"] > 0
 
 
-# A child process that exits early or hangs, depending on `end`, after starting to check a peer.
+# A child process that starts to check a peer and then exits or hangs, depending on `end`.
 BAD_CHILD = """
 import json, sys, time
 work = json.loads(sys.argv[-1])
@@ -255,7 +255,7 @@ def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_result(precision: str, us: float, cudnn: float, chain: float) -> dict[str, Any]:
-    """Make a result for one of the promised shapes, T = 512, with these microseconds per step."""
+    """Make a result for a shape with promises (T = 512), with these microseconds per step."""
 
     def peer(us: float) -> dict[str, Any]:
         seconds = {mode: [us * 512e-6] for mode in (peers.FORWARD, peers.BACKWARD)}
@@ -411,7 +411,7 @@ def test_every_probe_runs(emulated: probes.Probes) -> None:
 
 @needs_nvcc
 def test_probes_carry_what_they_should(emulated: probes.Probes) -> None:
-    """Without this check, a probe of an exchange could be fast because it exchanges nothing."""
+    """Otherwise, the probe of an exchange could be fast because it exchanges nothing."""
     out, sink = emulated.out, emulated.sink
     emulated.call("probe_async_ping_pong", 5, out, sink)
     assert sink[0] == 10  # each hop adds one

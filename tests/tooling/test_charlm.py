@@ -1,4 +1,4 @@
-"""examples/charlm.py: all forms of the character model compute the same and train alike."""
+"""examples/charlm.py: all forms of the character model agree, in computing and in training."""
 
 from __future__ import annotations
 

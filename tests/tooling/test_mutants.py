@@ -1,4 +1,4 @@
-"""The mutation tester: how it changes a line, and what counts as killed, survived and no mutant."""
+"""The mutation tester: its changes to lines, and which mutants count as killed or surviving."""
 
 from __future__ import annotations
 

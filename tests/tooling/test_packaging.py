@@ -20,7 +20,7 @@ import fusedrnn
 
 @pytest.fixture
 def unbuilt(tmp_path: Path) -> Path:
-    """A fresh checkout: Python sources, nothing built."""
+    """Make a fresh checkout, which has Python sources and nothing built."""
     shutil.copytree(
         ROOT / "fusedrnn",
         tmp_path / "fusedrnn",
@@ -30,7 +30,7 @@ def unbuilt(tmp_path: Path) -> Path:
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python in `cwd`, which takes precedence over the checkout in .venv's .pth file."""
+    """Run Python in `cwd`, which takes precedence over the checkout named in .venv's .pth file."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
@@ -62,7 +62,7 @@ def test_another_torch_says_which_and_what_to_run(unbuilt: Path) -> None:
 
 
 def test_setup_without_torch_says_what_to_run() -> None:
-    """As in pip's isolated build environment, where torch is not installed."""
+    """torch is not installed in pip's isolated build environment."""
     code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py')"
     run = python(code, ROOT)
     assert run.returncode == 1
@@ -88,7 +88,7 @@ BUILT = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the repository without build products."""
+    """Make a copy of the repository without build products."""
     copy = tmp_path / "checkout"
     for name in ("fusedrnn", "csrc", "tests", "bench", "docs", "examples", ".ci", ".github"):
         shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
@@ -142,7 +142,7 @@ def test_build_gives_a_wheel_that_runs_elsewhere(checkout: Path, tmp_path: Path)
     venv = tmp_path / "venv"
     succeed(sys.executable, "-m", "venv", venv)
     (site,) = venv.glob("lib/python*/site-packages")
-    # Adds the torch that the wheel was built with. The checkout is not importable: the .pth file
+    # Add the torch that the wheel was built with. The checkout is not importable: the .pth file
     # that names it has an effect only in its own venv.
     (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
     succeed(venv / "bin" / "pip", "install", "--no-index", "--no-deps", wheel)

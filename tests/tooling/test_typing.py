@@ -1,4 +1,4 @@
-"""What type checkers report for users of the installed package, which has a py.typed file."""
+"""Type checkers see the types of the installed package, which has a py.typed file."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_pyright_sees_constructor_and_overloads(files):
 
 
 def test_pyright_knows_every_type_of_the_public_modules(tmp_path):
-    """The commands, a demonstration and the classes of the derivatives are not public."""
+    """The commands, a demonstration and the classes of derivatives are not public."""
     report = pyright("--verifytypes", "fusedrnn", "--ignoreexternal", cwd=tmp_path)
     public = re.compile(
         r"fusedrnn\.(modules|functional|onnx|explain|plots|reference|trace|[a-zA-Z]+$)"

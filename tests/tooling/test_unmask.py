@@ -33,7 +33,7 @@ EXAMPLE = "The import statement"
 
 
 def random_model(v: int, n_in: int, h: int) -> CharLoopModel:
-    """A model whose values are as large as those of a trained one."""
+    """Return a model whose values are as large as those of a trained one."""
     model = CharLoopModel(v, n_in, h)
     with torch.no_grad():
         model.l_hidden.weight.mul_(3)
@@ -307,7 +307,7 @@ OpenPage = Callable[..., Any]
 def open_page(
     browser: Any, trained: tuple[CharLoopModel, Vocabulary], tmp_path: Path
 ) -> Iterator[OpenPage]:
-    """Open the page of a model, with options of the browser; no error, and nothing loaded."""
+    """Open the page of a model in a browser with these options; check for errors and requests."""
     complaints: list[str] = []
     contexts = []
 
@@ -345,7 +345,7 @@ def open_page(
 
 
 def plain_loop(model: CharLoopModel, cs: Tensor) -> list[dict[str, Tensor]]:
-    """The loop of the blog post, with every value of it."""
+    """Run the loop of the blog post and return all its values."""
     hp = torch.zeros(model.h, dtype=model.e.weight.dtype, requires_grad=True)
     steps = []
     for c in cs:
@@ -437,7 +437,7 @@ def place(page: Any) -> str:
 
 
 def shown_cells(page: Any) -> int:
-    """The cells of the row that have been computed, without the first state."""
+    """Return the number of computed cells in the row, without the first state."""
     return page.locator("#row li.known button").count()
 
 
@@ -496,7 +496,7 @@ def test_page_shows_the_models_numbers(
     assert page.locator(".bar .value").all_text_contents()[:3] == percents
     over = page.locator("#row li").nth(5).locator(".over")
     assert over.text_content() == glyphs[0] + percents[0]
-    # The squares: negative numbers are round.
+    # Negative numbers are drawn as circles, positive ones as squares.
     radius = "rects => rects.map(rect => rect.getAttribute('rx') / rect.getAttribute('width'))"
     radii = page.locator("[data-part=z] [data-unit]").evaluate_all(radius)
     assert [r == pytest.approx(0.5) for r in radii] == (step["z"] < 0).tolist()
@@ -632,7 +632,7 @@ def test_nothing_is_cut_off(width: int, view: str, open_page: OpenPage) -> None:
     page.keyboard.press("Shift+ArrowRight")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     for control in page.locator("button:visible, input:visible, select:visible").all():
-        if control.evaluate("element => element.closest('#row') === null"):  # which scrolls
+        if control.evaluate("element => element.closest('#row') === null"):  # the row scrolls
             box = control.bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= width
@@ -642,7 +642,7 @@ def test_nothing_is_cut_off(width: int, view: str, open_page: OpenPage) -> None:
     assert page.locator("svg text").evaluate_all(beyond) == 0
 
 
-# The contrast of every text with what is behind it, by the formula of WCAG 2.
+# Texts whose contrast with their background, by the formula of WCAG 2, is too low.
 FAINT_TEXTS = """() => {
   const channels = (color) => color.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [[r, 0.2126], [g, 0.7152], [b, 0.0722]].reduce((sum, [c, part]) =>

@@ -77,7 +77,7 @@ def require_cuda_home() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment without preloaded sanitizers: only the process of the tests needs them."""
+    """Return the environment without preloaded sanitizers: only the tests need them."""
     return {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
@@ -254,7 +254,7 @@ def compile_cu(
     kernel_flags = [*KERNEL_FLAGS, *sanitizer_flags(sanitizer), "-I", str(RUNTIME)]
     if sanitizer == "thread":
         kernel_flags.append("-DEMULATOR_TSAN")
-    if sanitizer == "address":  # the translation makes the scopes; a quarter of the time
+    if sanitizer == "address":  # scopes exist only in the translation; takes 1/4 of the time
         kernel_flags.append("-fno-sanitize-address-use-after-scope")
     ptx, ptxas = compiled / "kernels.ptx", compiled / "ptxas.txt"
 
@@ -342,7 +342,7 @@ def link(
 
 
 def split_sanitizer(flags: Sequence[str]) -> tuple[list[str], str | None]:
-    """Separate -fsanitize=, which applies to all sources, from the flags for `cpp_sources` alone."""
+    """Separate -fsanitize=, which applies to all code, from the flags for `cpp_sources` alone."""
     rest = [f for f in flags if not f.startswith("-fsanitize=")]
     chosen = [f.partition("=")[2] for f in flags if f.startswith("-fsanitize=")]
     return rest, chosen[-1] if chosen else None

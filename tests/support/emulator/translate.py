@@ -71,7 +71,7 @@ def align(offset: int, alignment: int) -> int:
 
 
 def operand_types(i: Instruction) -> Iterator[tuple[str, str]]:
-    """Yield operands with the type of their use, if it reveals the type of a register's contents."""
+    """Yield operands with the type of their use, if it shows the type of what a register holds."""
     if not i.types:
         return
     first, last = i.types[0], i.types[-1]
