@@ -129,13 +129,13 @@ def test_wrong_batch_sizes_are_named(sizes, text, dtype):
     "number", [1, True, 0.25, Fraction(1, 4), Decimal("0.25"), np.float32(0.25), np.array(0.25)]
 )
 @each_path
-def test_alpha_is_any_number(number, dtype):
+def test_alpha_may_be_any_type_of_number(number, dtype):
     case = Case(dtype=dtype)
     assert_close(call(case, alpha=number), call(case, alpha=torch.tensor(float(number))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_least_alpha_is_the_least_number_of_the_dtype(dtype):
+def test_the_smallest_alpha_is_the_smallest_number_of_the_dtype(dtype):
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     case = Case(dtype=dtype)
     call(case, alpha=least)
@@ -154,7 +154,7 @@ def test_the_bounds_of_alpha_are_allowed(dtype):
         call(case, alpha=torch.tensor(1 + 2 * torch.finfo(dtype).eps, dtype=dtype))
 
 
-def test_alpha_is_checked_in_every_second_unit_of_a_view():
+def test_only_the_elements_of_a_strided_alpha_are_checked():
     alpha = torch.tensor([0.5, 7.0]).repeat(7)
     call(Case(dtype=torch.float32), alpha=alpha[::2])
     with pytest.raises(ValueError, match="got 7"):
@@ -168,7 +168,7 @@ def test_values_of_alpha_on_meta_are_not_read():
 
 
 @pytest.mark.filterwarnings("ignore:fusedrnn. no kernel for torch.float8_e5m2")
-def test_a_narrower_float_is_a_float():
+def test_float8_arguments_raise_the_same_errors():
     arguments = {k: v.to(torch.float8_e5m2) for k, v in Case().arguments().items()}
     arguments["w_hh"] = arguments["w_hh"][0]
     with pytest.raises(RuntimeError, match=r"w_hh must be \[H, H\], got \[7\]"):

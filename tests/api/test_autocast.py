@@ -65,14 +65,14 @@ def test_the_op_itself_casts(dtype):
     assert {slope.dtype for slope in slopes} == {torch.float32}
 
 
-def test_float64_stays():
+def test_float64_is_not_cast():
     case = Case()
     with torch.autocast("cpu", torch.bfloat16):
         h, _ = fusedrnn.rnn(**case.arguments())
     torch.testing.assert_close(h, reference.rnn(**case.arguments())[0])
 
 
-def test_disabled_within_enabled():
+def test_autocast_can_be_disabled_inside_autocast():
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
@@ -80,7 +80,7 @@ def test_disabled_within_enabled():
     assert torch.equal(within, ours(x)[0])
 
 
-def test_packed():
+def test_packed_input_is_cast():
     ours, _ = pair(I, H)
     data, batch_sizes = torch.randn(7, I), torch.tensor([3, 2, 1, 1])
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,7 +88,7 @@ def test_packed():
     assert output.data.dtype == torch.bfloat16
 
 
-def test_transforms_of_torch_func():
+def test_transforms_differentiate_the_cast_layer():
     """Under autocast, transforms differentiate the cast layer."""
     ours, _ = pair(I, H)
     x = torch.randn(5, T, B, I)
@@ -115,7 +115,7 @@ def test_transforms_of_torch_func():
         torch.testing.assert_close(found, expected, rtol=0, atol=2**-6 * scale)
 
 
-def test_double_backward_within():
+def test_double_backward_inside_autocast():
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +125,7 @@ def test_double_backward_within():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed(reentrant):
+def test_a_checkpoint_recomputes_under_the_same_autocast(reentrant):
     """Backward recomputes the forward pass under the same autocast."""
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I, requires_grad=True)
@@ -140,7 +140,7 @@ def test_checkpointed(reentrant):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_cell():
+def test_cells_compute_in_low_precision():
     cell = fusedrnn.RNNCell(I, 700)
     x = torch.randn(B, I)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -148,7 +148,7 @@ def test_cell():
         assert fusedrnn.RNNCell(I, H)(x).dtype == torch.bfloat16  # torch's own op
 
 
-def test_exported_programs():
+def test_exported_programs_follow_autocast():
     """Such a program calls the op directly, here with low-precision x and float32 weights."""
     model = nn.Sequential(nn.Linear(I, I), fusedrnn.RNN(I, H, num_layers=2, bidirectional=True))
     x = torch.randn(T, B, I)
@@ -189,7 +189,7 @@ def test_the_rule_for_cuda_is_the_same():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_on_cuda(dtype):
+def test_autocast_on_cuda_gives_float32_gradients(dtype):
     ours, _ = pair(I, H, num_layers=2)
     ours, x = ours.cuda(), torch.randn(T, B, I, device="cuda")
     with torch.autocast("cuda", dtype):

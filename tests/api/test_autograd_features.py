@@ -79,7 +79,7 @@ def test_inference_tensors_are_refused_by_autograd_only():
     torch.testing.assert_close(ours(x.clone())[0].detach(), output.clone())
 
 
-def test_no_grad_inside_and_around():
+def test_the_current_grad_mode_decides_whether_there_is_a_graph():
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I, requires_grad=True)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_checkpoint_saves_the_input_alone():
     assert {t.data_ptr() for t in saved if t.numel()} == {x.data_ptr()}  # torch 2.11: one is empty
 
 
-def test_saved_tensors_hooks():
+def test_saved_tensors_hooks_may_replace_tensors():
     ours, _ = pair(I, H, num_layers=2)
     x = torch.randn(T, B, I)
     packed = []
@@ -168,7 +168,7 @@ def test_saved_tensors_hooks():
         torch.testing.assert_close(gradients(ours, x), found, rtol=0, atol=0)
 
 
-def test_a_graph_goes_away_with_its_output():
+def test_a_graph_is_freed_with_its_output():
     """No saved tensor refers to the node that saved it."""
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I)
@@ -182,7 +182,7 @@ def test_a_graph_goes_away_with_its_output():
         gc.enable()
 
 
-def test_freed_buffers_are_named():
+def test_a_second_backward_without_retain_graph_raises():
     ours, _ = pair(I, H)
     loss = ours(torch.randn(T, B, I))[0].sum()
     loss.backward()
@@ -190,7 +190,7 @@ def test_freed_buffers_are_named():
         loss.backward()
 
 
-def test_output_changed_in_place():
+def test_backward_raises_after_the_output_is_changed_in_place():
     """Backward needs the output. torch's allow_mutation_on_saved_tensors avoids the error."""
     ours, _ = pair(I, H)
     x = torch.randn(T, B, I)
@@ -210,7 +210,7 @@ def test_output_changed_in_place():
 # Hooks
 
 
-def test_tensor_hooks():
+def test_tensor_hooks_act_as_on_nn_rnn():
     ours, theirs = pair(I, H, num_layers=2)
     x = torch.randn(T, B, I)
 
@@ -235,7 +235,7 @@ def test_tensor_hooks():
     torch.testing.assert_close(found, expected)
 
 
-def test_module_hooks_see_and_change():
+def test_module_hooks_act_as_on_nn_rnn():
     ours, theirs = pair(I, H)
     x = torch.randn(T, B, I)
 
@@ -266,7 +266,7 @@ def test_the_node_has_a_name_and_hooks():
 # Threads
 
 
-def test_threads_that_differentiate_at_once():
+def test_threads_may_differentiate_concurrently():
     """Reverse and forward mode, eager and transformed, each in its own threads.
 
     Forward mode runs in one thread only, because torch has one dual level for all threads.

@@ -134,7 +134,7 @@ def test_a_model_is_one_graph_with_eagers_results_and_gradients(backend, kind, s
         pytest.param({}, (1, 1, I), id="of one step"),
     ],
 )
-def test_other_modes(options, shape):
+def test_other_options_and_shapes_match_eager(options, shape):
     model = Model(**options)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(compiled, model, torch.randn(shape, requires_grad=True))
@@ -245,7 +245,7 @@ def test_dynamic_state_never_recompiles():
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_second_length_makes_it_dynamic_by_itself():
+def test_a_second_length_makes_the_graph_dynamic():
     """By default, torch compiles the first length as static, and the second as dynamic."""
     model, counter = Model(**DEEP), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -258,7 +258,7 @@ def test_a_second_length_makes_it_dynamic_by_itself():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_still_drops(backend):
+def test_dropout_is_active_in_compiled_code(backend):
     """In nn.RNN, if torch compiles it at all, dropout does nothing."""
     rnn, x = fusedrnn.RNN(I, H, 2, dropout=0.5), torch.randn(5, 3, I)
     compiled = torch.compile(rnn, backend=backend, fullgraph=True)
@@ -280,7 +280,7 @@ def test_dropout_may_change_between_calls():
 
 
 @pytest.mark.slow
-def test_inductors_own_random_numbers_drop_as_many():
+def test_dropout_by_inductors_random_numbers_has_the_same_rate():
     """fallback_random is off. With identity weights, the output shows what dropout zeroed."""
     rnn = fusedrnn.RNN(100, 100, 2, nonlinearity="relu", dropout=0.25, bias=False)
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_inductors_own_random_numbers_drop_as_many():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_functions_with_what_nn_rnn_lacks(backend):
+def test_functions_with_reset_and_alpha_compile(backend):
     layer = fusedrnn.RNN(I, H)
     layer.alpha = nn.Parameter(torch.rand(H) * 0.8 + 0.1)
     reset = torch.rand(5, 3) <= 0.3
@@ -315,7 +315,7 @@ def test_functions_with_what_nn_rnn_lacks(backend):
     assert_close(results_and_gradients(compiled, layer, x), want)
 
 
-def test_a_loop_over_a_cell():
+def test_a_loop_over_a_cell_compiles():
     cell = fusedrnn.RNNCell(I, H)
 
     def function(x: Tensor) -> tuple[Tensor]:
@@ -336,7 +336,7 @@ def test_a_replaced_layer_compiles():
 
 
 @pytest.mark.parametrize("context", ["no_grad", "inference_mode", "autocast", "checkpoint"])
-def test_inside_what_people_wrap_around_it(context):
+def test_contexts_and_checkpoints_around_the_layer_compile(context):
     rnn, x = fusedrnn.RNN(I, H, 2), batched()
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,7 +409,7 @@ def test_per_sample_gradients_inside_compiled_code():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_training_takes_the_same_path(backend):
+def test_compiled_training_has_the_losses_of_eager_training(backend):
     def losses(compile: bool) -> list[float]:
         torch.manual_seed(0)
         model = Model(**DEEP, dropout=0.2)

@@ -45,5 +45,5 @@ def test_ddp_and_fsdp_with_inductor():
 
 
 @needs_two_gpus
-def test_with_nccl():
+def test_ddp_and_fsdp_with_nccl():
     run("nccl", "ddp", "fsdp", "ddp+aot_eager", "fsdp+aot_eager")

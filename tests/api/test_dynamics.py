@@ -65,7 +65,7 @@ def test_jacobian_of_a_layer_is_that_of_its_cell(form):
         assert_close(fusedrnn.jacobian(module, x, h), fusedrnn.jacobian(cell, x, h))
 
 
-def test_shapes():
+def test_jacobian_broadcasts_unbatched_arguments():
     for form in FORMS:
         cell = leaky(form=form, alpha=0.3)
         x, h = torch.randn(B, I, **WIDE), torch.randn(B, H, **WIDE)
@@ -90,7 +90,7 @@ def test_jacobian_is_differentiable():
     assert torch.autograd.gradcheck(run, (h, *cell.parameters()))
 
 
-def test_jacobian_compiles_and_maps():
+def test_jacobian_supports_compile_and_vmap():
     torch._dynamo.reset()
     cell = leaky(form="potential", alpha=0.3)
     x, h = torch.randn(B, I, **WIDE), torch.randn(B, H, **WIDE)
@@ -111,7 +111,7 @@ def bistable(**options: Any) -> fusedrnn.LeakyRNNCell:
 
 @pytest.mark.parametrize("alpha", [{}, {"alpha": 0.2}], ids=["no leak", "leak"])
 @pytest.mark.parametrize("form", ["rate", "potential"])
-def test_a_bistable_unit(form, alpha):
+def test_a_bistable_unit_has_three_fixed_points(form, alpha):
     """h = tanh(2 h), or v = 2 tanh(v), has two attractors and, between them, a repeller at 0."""
     cell = bistable(form=form, **alpha)
     starts = torch.linspace(-2, 2, 41, **WIDE).unsqueeze(1)
@@ -131,7 +131,7 @@ def test_a_bistable_unit(form, alpha):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("nonlinearity", reference.NONLINEARITIES)
-def test_every_point_stays_where_it_is(nonlinearity, form):
+def test_the_points_found_are_fixed_and_distinct(nonlinearity, form):
     cell = leaky(nonlinearity=nonlinearity, form=form, alpha=0.5)
     cell.weight_hh.data *= 2
     x, starts = torch.randn(I, **WIDE), torch.randn(50, H, **WIDE)
@@ -145,7 +145,7 @@ def test_every_point_stays_where_it_is(nonlinearity, form):
     assert (differences + torch.eye(len(found)) > 1e-4).all()
 
 
-def test_the_point_of_a_linear_cell():
+def test_a_linear_cell_has_one_fixed_point():
     cell = leaky(nonlinearity="identity", alpha=0.5)
     x, starts = torch.randn(I, **WIDE), 100 * torch.randn(20, H, **WIDE)
     found = fusedrnn.fixed_points(cell, x, starts)
@@ -195,7 +195,7 @@ def test_slow_points_are_kept_with_a_larger_tolerance():
     assert_close(slow.points.flatten().sort().values, starts.flatten())  # no iteration is needed
 
 
-def test_no_point_at_all():
+def test_a_cell_without_fixed_points_gives_an_empty_result():
     cell = bistable(nonlinearity="identity")
     cell.weight_hh.data.fill_(1.0)
     cell.weight_ih.data.fill_(1.0)

@@ -31,7 +31,7 @@ def grad_samples(module: nn.Module, reduction: str, x: Any, *hx: torch.Tensor) -
     [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "nonlinearity": "relu"}],
     ids=str,
 )
-def test_like_nn_rnn(layout, packed, reduction):
+def test_per_sample_gradients_equal_nn_rnns(layout, packed, reduction):
     ours, theirs = pair(I, H, dtype=torch.float64, batch_first=True, **layout)
     directions = 2 if "bidirectional" in layout else 1
     hx = torch.randn(directions * layout.get("num_layers", 1), B, H, dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_like_nn_rnn(layout, packed, reduction):
     )
 
 
-def test_dropout_drops():
+def test_dropout_is_active():
     """nn.RNN's own per-sample gradients ignore dropout."""
     ours, _ = pair(I, H, dtype=torch.float64, batch_first=True, num_layers=2, dropout=0.5)
     x = torch.randn(B, T, I, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_dropout_drops():
         torch.testing.assert_close(samples[name].sum(0), weight.grad)
 
 
-def test_gradients_of_what_comes_before():
+def test_layers_before_the_rnn_get_per_sample_gradients():
     """A linear layer before the RNN gets per-sample gradients, too."""
     model = nn.Sequential(nn.Linear(I, I), fusedrnn.RNN(I, H, batch_first=True)).double()
     x = torch.randn(B, T, I, dtype=torch.float64)

@@ -64,7 +64,7 @@ def test_what_a_step_costs_on_a_cpu_is_measured(dtype: torch.dtype) -> None:
     ],
     ids=["L2", "L3", "memory", "L1"],
 )
-def test_where_the_weights_live_and_what_bounds_a_step(
+def test_the_cache_of_the_weights_and_the_bound_of_a_step_are_named(
     monkeypatch: pytest.MonkeyPatch,
     caches: list[tuple[str, int]],
     rate: float,
@@ -90,7 +90,7 @@ def test_the_gemm_of_comparison_has_the_dtype_in_which_the_engine_computes(
     assert sizes == [8, 4, 4]
 
 
-def test_nothing_is_changed_by_asking() -> None:
+def test_explain_draws_no_random_numbers_and_leaves_no_gradients() -> None:
     rnn = fusedrnn.RNN(3, 4, num_layers=2, dropout=0.5)
     before = torch.get_rng_state()
     fusedrnn.explain(rnn, torch.zeros(2, 1, 3))
@@ -123,7 +123,7 @@ def test_threads_and_instruction_set(isa: str) -> None:
     assert f"{isa} kernel, 2 threads; batch split among 2 groups" in text
 
 
-def test_threads_that_would_exceed_the_cores() -> None:
+def test_a_limit_of_threads_by_the_cores_is_named() -> None:
     torch.set_num_threads(3)
     _C.use_cores(2)
     text = fusedrnn.explain(fusedrnn.RNN(128, 1024), torch.zeros(100, 1, 128))
@@ -132,7 +132,7 @@ def test_threads_that_would_exceed_the_cores() -> None:
     )
 
 
-def test_packed_and_low_precision() -> None:
+def test_packed_and_low_precision_input_is_described() -> None:
     rnn = fusedrnn.RNN(8, 10).bfloat16()
     x = pack_sequence([torch.zeros(5, 8).bfloat16(), torch.zeros(3, 8).bfloat16()])
     text = fusedrnn.explain(rnn, x)
@@ -141,7 +141,7 @@ def test_packed_and_low_precision() -> None:
 
 
 @pytest.mark.parametrize("module", [fusedrnn.RNNCell, nn.RNNCell])
-def test_cells(module: type[nn.RNNCell]) -> None:
+def test_cells_run_as_torchs_own_or_in_the_engine(module: type[nn.RNNCell]) -> None:
     small = module(8, 10)
     assert "torch's own cell" in fusedrnn.explain(small, torch.zeros(1, 8))
     assert type(small) is module
@@ -149,14 +149,14 @@ def test_cells(module: type[nn.RNNCell]) -> None:
     assert "T 1, B 100, I 128, H 1024" in fusedrnn.explain(large, torch.zeros(100, 128))
 
 
-def test_larger_cells_are_torch_s_own_with_gradients_than_without() -> None:
+def test_with_gradients_larger_cells_are_torchs_own() -> None:
     cell, x = fusedrnn.RNNCell(256, 256), torch.zeros(4, 256)
     assert "torch's own cell" in fusedrnn.explain(cell, x)
     with torch.no_grad():
         assert "torch's own cell" not in fusedrnn.explain(cell, x)
 
 
-def test_why_a_loop_runs_instead() -> None:
+def test_the_reason_for_a_plain_loop_is_given() -> None:
     rnn = fusedrnn.RNN(3, 4, dtype=torch.complex64)
     text = fusedrnn.explain(rnn, torch.zeros(2, 1, 3, dtype=torch.complex64))
     assert text.endswith("a plain loop over time: no kernel for torch.complex64 tensors on cpu")
@@ -165,19 +165,19 @@ def test_why_a_loop_runs_instead() -> None:
     )
 
 
-def test_autocast_counts() -> None:
+def test_autocast_is_taken_into_account() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert "computed in float32" in fusedrnn.explain(fusedrnn.RNN(3, 4), torch.zeros(2, 1, 3))
 
 
-def test_plans_are_the_planner_s() -> None:
+def test_plans_are_those_of_the_planner() -> None:
     (found,) = plans(fusedrnn.RNN(64, 64), torch.zeros(100, 1, 64))
     problem = {"T": 100, "B": 1, "I": 64, "H": 64, "threads": torch.get_num_threads()}
     assert found["forward"].items() >= _C.plan_cpu(**problem).items()
     assert found["backward"].items() >= _C.plan_cpu(adjoint=True, **problem).items()
 
 
-def test_who_multiplies_the_gradients() -> None:
+def test_the_code_that_computes_the_gradient_gemms_is_named() -> None:
     x = torch.zeros(9, 3, 1024)
     assert "gradient GEMMs included" in fusedrnn.explain(fusedrnn.RNN(1024, 16), x)
     text = fusedrnn.explain(fusedrnn.RNN(1024, 1024), x)
@@ -185,7 +185,7 @@ def test_who_multiplies_the_gradients() -> None:
     assert ("then one torch GEMM" in text) is not truth["gemms"]
 
 
-def test_cuda_in_words() -> None:
+def test_cuda_plans_are_described() -> None:
     call = _Call(torch.zeros(100, 16, 128, dtype=torch.bfloat16), T=100, B=16, I=128, H=256)
     for adjoint in (False, True):
         plan = _plan_cuda(call, adjoint, H100)
@@ -210,7 +210,7 @@ def test_cuda() -> None:
     assert "regime" in text if _C.has_cuda else "a plain loop over time" in text
 
 
-def test_what_is_no_rnn() -> None:
+def test_other_modules_are_refused() -> None:
     with pytest.raises(TypeError, match="module must be an RNN or an RNN cell, got LSTM"):
         fusedrnn.explain(nn.LSTM(3, 4), torch.zeros(2, 1, 3))
     model = nn.Sequential(nn.RNN(3, 4))
@@ -219,7 +219,7 @@ def test_what_is_no_rnn() -> None:
     assert type(model[0]) is nn.RNN
 
 
-def test_hooks_see_nothing_and_parametrizations_are_no_obstacle():
+def test_explain_runs_no_hooks_and_accepts_parametrizations():
     rnn = torch.nn.utils.parametrizations.weight_norm(torch.nn.RNN(3, 4), "weight_hh_l0")
     rnn.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
     assert "layer 0" in fusedrnn.explain(rnn, torch.randn(5, 2, 3))

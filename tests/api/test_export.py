@@ -82,7 +82,7 @@ def test_batch_and_time_stay_dynamic(strict, mode, state):
             assert_close(seeded(form.module(), *given), seeded(rnn, *given))
 
 
-def test_dropout_drops_in_a_decomposed_program():
+def test_dropout_is_active_in_a_decomposed_program():
     """In a decomposed nn.RNN, dropout is silently off."""
     rnn, x = fusedrnn.RNN(I, H, 2, dropout=0.5), torch.randn(5, 3, I)
     module = export(rnn, x).run_decompositions().module()
@@ -97,7 +97,7 @@ def test_the_graph_does_not_grow_with_the_length():
     assert len(short.graph.nodes) == len(long.graph.nodes)
 
 
-def test_unbatched_input():
+def test_unbatched_input_exports():
     rnn, x = fusedrnn.RNN(I, H, **DEEP), torch.randn(5, I)
     program = export(rnn, x, dynamic_shapes=({0: Dim("T")},))
     for form in forms(program).values():
@@ -187,7 +187,7 @@ class Leaky(nn.Module):
 
 
 @STRICT
-def test_functions_with_what_nn_rnn_lacks(strict):
+def test_functions_with_reset_and_alpha_export(strict):
     model = Leaky()
     program = export(
         model,
@@ -202,7 +202,7 @@ def test_functions_with_what_nn_rnn_lacks(strict):
 
 
 @STRICT
-def test_a_cell(strict):
+def test_a_cell_exports(strict):
     cell = fusedrnn.RNNCell(I, H)
     B = {0: Dim("B")}
     program = export(

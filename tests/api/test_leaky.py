@@ -83,7 +83,7 @@ def test_every_layout_and_form_matches_the_reference(layout, kind, form):
 @pytest.mark.parametrize("alpha", ["of a step", "of a step, with a last dimension", "of a unit"])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("layout", ["deep", "batch_first"])
-def test_alpha_of_a_call_replaces_that_of_the_module(layout, kind, alpha):
+def test_alpha_of_a_call_replaces_the_modules_alpha(layout, kind, alpha):
     module = leaky(alpha=0.9, **LAYOUTS[layout])
     x = INPUTS[kind]()
     value = alphas_for(x)[alpha]
@@ -122,7 +122,7 @@ def test_alpha_of_the_module(options):
     assert_matches(module, x, module(x), expected(module, x, leaks=[alpha]))
 
 
-def test_by_default_it_is_an_rnn():
+def test_by_default_results_equal_those_of_rnn():
     for layout in LAYOUTS.values():
         ours, plain = leaky(**layout), fusedrnn.RNN(I, H, **layout, **WIDE)
         ours.load_state_dict(plain.state_dict())
@@ -258,7 +258,7 @@ def test_noise_enters_where_the_equations_say(form, bias):
     )
 
 
-def test_noise_has_the_variance_that_was_asked_for():
+def test_noise_has_the_given_standard_deviation():
     for options in ({"noise": 0.7}, {"state_noise": 0.7}):
         module = leaky(1, 50, nonlinearity="identity", bias=False, **options)
         with torch.no_grad():

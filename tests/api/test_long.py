@@ -154,7 +154,7 @@ print(grow(len(x)))
 """
 
 
-def test_memory_is_that_of_the_kept_states_and_one_block():
+def test_memory_grows_by_the_kept_states_and_one_block():
     # Without this threshold, glibc 2.36 does not reuse the memory of a block for the next one.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEMORY]
@@ -196,7 +196,7 @@ def test_weights_that_were_swapped_for_the_forward_are_used_in_backward():
     assert_close(got, gradients())
 
 
-def test_a_parametrized_weight():
+def test_recomputation_with_a_parametrized_weight_changes_no_gradient():
     module = build("RNN", checkpoint_every=4)
     parametrizations.weight_norm(module, "weight_hh_l0")
     x, options = arguments(module, "padded")
@@ -305,7 +305,7 @@ def test_truncate_counts_each_direction_from_its_own_first_step():
     assert_close(torch.autograd.grad(got.sin().sum(), x), torch.autograd.grad(want.sin().sum(), x))
 
 
-def test_truncate_of_a_packed_sequence_cuts_every_row_at_the_same_steps():
+def test_truncate_splits_all_rows_of_a_packed_sequence_at_the_same_steps():
     module = build("RNN", truncate=3)
     x = torch.randn(T, B, I, **WIDE, requires_grad=True)
     got = module(x, lengths=torch.tensor(LENGTHS))[0]
@@ -315,7 +315,7 @@ def test_truncate_of_a_packed_sequence_cuts_every_row_at_the_same_steps():
     assert_close(torch.autograd.grad(got.sin().sum(), x), torch.autograd.grad(want.sin().sum(), x))
 
 
-def test_a_row_that_begins_at_a_border_keeps_the_gradient_of_its_state():
+def test_a_row_that_begins_at_a_truncation_keeps_the_gradient_of_its_state():
     module = build("RNN", bidirectional=True, truncate=3)
     x, hx = torch.randn(6, 2, I, **WIDE), torch.randn(2, 2, H, **WIDE, requires_grad=True)
 
@@ -327,7 +327,7 @@ def test_a_row_that_begins_at_a_border_keeps_the_gradient_of_its_state():
     assert_close(cut[:, 1], gradient()[:, 1])
 
 
-def test_tangents_are_cut_like_gradients():
+def test_tangents_are_truncated_like_gradients():
     module = build("RNN", truncate=4)
     x, v, g = torch.randn(3, T, B, I, **WIDE)
     g = torch.randn(T, B, H, **WIDE)
@@ -386,7 +386,7 @@ def test_export_keeps_time_dynamic(option):
     assert_close(program.module()(x), module(x))
 
 
-def test_no_block_is_made_where_nothing_needs_one():
+def test_without_gradients_only_last_only_runs_in_blocks():
     module = fusedrnn.RNN(I, H, checkpoint_every=4, truncate=3)
     with torch.no_grad(), Calls() as calls:
         module(torch.randn(T, B, I))
@@ -398,7 +398,7 @@ def test_no_block_is_made_where_nothing_needs_one():
 
 
 @BOTH
-def test_gradients_are_traced_without_blocks_only(option):
+def test_trace_refuses_gradients_of_blocks(option):
     module, x = fusedrnn.RNN(I, H, **option), torch.randn(T, B, I)
     assert fusedrnn.trace(module, x)[0].h.shape == (T, B, H)
     with pytest.raises(ValueError, match="must be None to trace gradients, got 4"):
@@ -407,7 +407,7 @@ def test_gradients_are_traced_without_blocks_only(option):
 
 @pytest.mark.parametrize("cls", [fusedrnn.RNN, fusedrnn.LeakyRNN])
 @pytest.mark.parametrize("name", ["checkpoint_every", "truncate"])
-def test_bad_values(cls, name):
+def test_bad_option_values_raise(cls, name):
     for value, error in ((0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match=rf"fusedrnn: {name} must be .*, got "):
             cls(I, H, **{name: value})

@@ -83,7 +83,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def test_there_are_inputs() -> None:
+def test_the_number_of_inputs_is_as_expected() -> None:
     assert [len(inputs(c, torch.float64)) for c in (nn.RNN, nn.RNNCell)] == [64, 3]
 
 
@@ -99,7 +99,7 @@ def test_forward_and_gradients(case: Case) -> None:
 
 
 @pytest.mark.parametrize("torch_cls", OURS, ids=lambda c: c.__name__)
-def test_reference_function(torch_cls: Any) -> None:
+def test_unbatched_input_matches_torchs_reference_function(torch_cls: Any) -> None:
     """Unbatched input gives the same result as torch's reference, which runs a batch of one."""
     for sample in inputs(torch_cls, torch.float64):
         args, kwargs = sample.forward_input.args, sample.forward_input.kwargs

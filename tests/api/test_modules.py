@@ -177,7 +177,7 @@ def test_every_argument_can_be_positional() -> None:
     assert {(p.device.type, p.dtype) for p in ours.parameters()} == {("meta", torch.float64)}
 
 
-def test_signature_is_named() -> None:
+def test_signature_names_its_parameters() -> None:
     names = "input_size hidden_size num_layers nonlinearity bias batch_first dropout bidirectional"
     assert list(inspect.signature(fusedrnn.RNN).parameters)[:10] == [
         *names.split(),
@@ -247,7 +247,7 @@ def test_repr(cls: Any, torch_cls: Any, layout: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
-def test_attributes_that_others_touch(layout: dict[str, Any]) -> None:
+def test_attributes_equal_those_of_nn_rnn(layout: dict[str, Any]) -> None:
     ours, theirs = pair(I, H, **layout)
     for name in (
         *("mode", "nonlinearity", "proj_size", "input_size", "hidden_size", "num_layers", "bias"),
@@ -269,7 +269,7 @@ def test_factory_arguments(cls: Any, torch_cls: Any) -> None:
         ]
 
 
-def test_reset_parameters_may_ask_for_the_nonlinearity() -> None:
+def test_reset_parameters_can_read_the_nonlinearity() -> None:
     class Scaled(fusedrnn.RNN):
         def reset_parameters(self) -> None:
             self.gain = nn.init.calculate_gain(self.nonlinearity)
@@ -302,7 +302,7 @@ def state_for(module: nn.RNNBase, x: Any) -> Tensor:
 @pytest.mark.parametrize("with_state", [False, True], ids=["hx=None", "hx"])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
-def test_like_torch(layout: dict[str, Any], kind: str, with_state: bool) -> None:
+def test_calls_match_nn_rnn(layout: dict[str, Any], kind: str, with_state: bool) -> None:
     ours, theirs = pair(I, H, **layout)
     x = INPUTS[kind]()
     assert_same(ours, theirs, x, state_for(ours, x) if with_state else None)
@@ -330,7 +330,7 @@ def test_empty_batch() -> None:
     assert all(not g.any() for g in run(ours, (sequence(T, 0, I),))[1].values())
 
 
-def test_h_n_has_memory_of_its_own() -> None:
+def test_h_n_shares_no_memory_with_the_output() -> None:
     for layers in (1, 2):
         output, h_n = fusedrnn.RNN(I, H, layers)(torch.randn(T, B, I))
         before = output.clone()
@@ -394,7 +394,7 @@ def test_strides_of_arguments_and_weights_do_not_matter() -> None:
     assert_same(*pair(I, H), torch.randn(2 * T, B, I)[::2].requires_grad_())
 
 
-def test_only_what_wants_a_gradient_gets_one() -> None:
+def test_frozen_weights_get_no_gradient() -> None:
     ours, theirs = pair(I, H, 2)
     for module in (ours, theirs):
         module.weight_hh_l0.requires_grad_(False)
@@ -606,7 +606,7 @@ def test_cell_dtype_mismatch_is_a_runtime_error() -> None:
 @pytest.mark.parametrize("with_state", [False, True], ids=["hx=None", "hx"])
 @pytest.mark.parametrize("batch", [B, 1, 0, None])
 @pytest.mark.parametrize("layout", CELL_LAYOUTS, ids=layout_id)
-def test_cell_like_torch(layout: dict[str, Any], batch: int | None, with_state: bool) -> None:
+def test_cell_matches_torchs(layout: dict[str, Any], batch: int | None, with_state: bool) -> None:
     rows = () if batch is None else (batch,)
     hx = sequence(*rows, H) if with_state else None
     assert_same(*pair(I, H, name="RNNCell", **layout), sequence(*rows, I), hx)
@@ -651,7 +651,7 @@ def test_cell_autocast() -> None:
 
 
 @pytest.mark.parametrize(("cls", "torch_cls", "layout"), ALL_LAYOUTS, ids=layout_id)
-def test_state_dict_both_ways(cls: Any, torch_cls: Any, layout: Any) -> None:
+def test_state_dicts_load_from_and_into_nn_rnn(cls: Any, torch_cls: Any, layout: Any) -> None:
     for source, target in ((cls, torch_cls), (torch_cls, cls)):
         one, other = source(I, H, **layout), target(I, H, **layout)
         other.load_state_dict(one.state_dict())
@@ -728,7 +728,7 @@ def test_replicas_of_data_parallel() -> None:
 # ---- moving, and weights that are not plain parameters
 
 
-def test_weights_move_and_the_lists_follow() -> None:
+def test_weight_lists_follow_weights_that_move() -> None:
     ours, theirs = pair(I, H, 2)
     for move in (lambda m: m.double(), lambda m: m.to(torch.float32), lambda m: m.to("cpu")):
         move(ours), move(theirs)
@@ -738,7 +738,7 @@ def test_weights_move_and_the_lists_follow() -> None:
     assert ours(torch.empty(T, B, I, device="meta"))[0].shape == (T, B, H)
 
 
-def test_optimizer_steps_are_seen() -> None:
+def test_optimizer_steps_take_effect() -> None:
     modules = pair(I, H, 2)
     x = torch.randn(T, B, I)
     for module in modules:
@@ -750,7 +750,7 @@ def test_optimizer_steps_are_seen() -> None:
     assert_close(*(m.state_dict() for m in modules))
 
 
-def test_a_weight_replaced() -> None:
+def test_a_replaced_weight_is_used() -> None:
     ours, theirs = pair(I, H)
     weight = nn.Parameter(torch.randn(H, H))
     for module in (ours, theirs):
@@ -759,7 +759,7 @@ def test_a_weight_replaced() -> None:
     assert_same(ours, theirs, sequence())
 
 
-def test_partial_flat_weights() -> None:
+def test_weights_may_be_deleted_and_set_again() -> None:
     """Delete weights and set them again, like PyTorch's test of the same name."""
     ours, theirs = pair(I, H)
     x = torch.randn(T, B, I)
@@ -902,7 +902,7 @@ def test_functional_call(dtype: torch.dtype) -> None:
     assert_close(ours(x.float()), theirs(x.float()))  # its own weights are restored
 
 
-def test_methods_that_others_call() -> None:
+def test_helper_methods_agree_with_nn_rnns() -> None:
     ours, theirs = pair(I, H, 2)
     sizes = torch.tensor([3, 2])
     assert ours.flatten_parameters() is None
@@ -941,7 +941,7 @@ def test_compiles_without_a_graph_break(kind: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["weight_norm", "functional_call"])
-def test_compiles_with_weights_that_are_no_parameters(change: str) -> None:
+def test_compiles_with_weights_that_are_not_parameters(change: str) -> None:
     torch._dynamo.reset()
     ours, x = fusedrnn.RNN(I, H), torch.randn(T, B, I)
     weights = {n: p * 2 for n, p in ours.named_parameters()}

@@ -117,7 +117,7 @@ def test_the_graph_does_not_grow_with_the_length():
     assert len(short.graph.node) == len(long.graph.node)
 
 
-def test_a_cell_is_a_node_too():
+def test_a_cell_exports_as_a_node():
     cell, x, hx = fusedrnn.RNNCell(I, H, nonlinearity="relu").eval(), *torch.randn(2, 3, H)
     proto = export(cell, x[:, :I], hx, dynamic_shapes=({0: Dim("B")}, {0: Dim("B")}))
     assert len(nodes(proto)) == 1
@@ -125,7 +125,7 @@ def test_a_cell_is_a_node_too():
     assert_close(run(proto, x, hx), [cell(x, hx)])
 
 
-def test_the_functions():
+def test_the_functions_export():
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -149,7 +149,7 @@ def test_the_functions():
 KNOWN_TO_ONNX = ["tanh", "relu", "identity", "sigmoid", "softplus", "leaky_relu", "elu"]
 
 
-def test_nonlinearities_that_onnx_has():
+def test_all_nonlinearities_of_onnx_export():
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -181,7 +181,7 @@ def test_what_onnx_cannot_express_is_named(flags, text):
     assert f"ONNX cannot express this layer: its RNN has {text}" in str(error.value)
 
 
-def test_packed_sequences_are_named():
+def test_packed_sequences_raise_a_clear_error():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -195,7 +195,7 @@ def test_packed_sequences_are_named():
     assert "ONNX cannot express this layer: its RNN has no packed sequences" in str(error.value)
 
 
-def test_a_program_exported_before_needs_a_call_and_says_which():
+def test_the_error_for_an_exported_program_names_the_remedy():
     rnn, x = fusedrnn.RNN(I, H, 2).eval(), torch.randn(5, 3, I)
     program = torch.export.export(rnn, (x,), dynamic_shapes=(T_AND_B,))
     with pytest.raises(Exception) as error:
@@ -237,7 +237,7 @@ def test_a_model_with_its_rnn_replaced():
     [{"bias": False}, {"num_layers": 2, "nonlinearity": "relu", "bidirectional": True}],
     ids=["no bias", "relu, layers, bidirectional"],
 )
-def test_the_old_exporter_by_torchscript(mode):
+def test_the_old_torchscript_exporter_works(mode):
     rnn = fusedrnn.RNN(I, H, **mode).eval()
     file = io.BytesIO()
     with warnings.catch_warnings():

@@ -55,7 +55,7 @@ def test_opcheck(op, case):
 
 @pytest.mark.parametrize("op", ["tangent", "adjoint"])
 @pytest.mark.parametrize("full", [False, True])
-def test_opcheck_with_little_given(op, full):
+def test_opcheck_without_optional_arguments(op, full):
     case = Case()
     saved, w_hh = series(case), case.arguments()["w_hh"]
     states = (None,) if op == "adjoint" else (None, None)
@@ -143,7 +143,7 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.parametrize("name", ["w_ih", "w_hh", "b_ih", "h0", "reset", "alpha"])
-def test_one_tensor_elsewhere_is_an_error(name):
+def test_a_tensor_on_another_device_is_an_error(name):
     arguments = {**Case(alpha=True).arguments(), "reset": torch.zeros(5, 3, dtype=torch.bool)}
     arguments[name] = arguments[name].to("meta")
     with pytest.raises(RuntimeError, match="must be on cpu, got meta"):

@@ -89,7 +89,7 @@ def test_whole_modules_load_in_a_process_that_imported_fusedrnn(tmp_path: Path) 
     assert_close(found, results(rnn, cell), rtol=0, atol=0)
 
 
-def test_of_a_whole_model_only_other_classes_must_be_made_safe(model: Model, x: Tensor) -> None:
+def test_loading_a_model_needs_only_its_other_classes_made_safe(model: Model, x: Tensor) -> None:
     """By default, torch.load allows no module class, not even nn.RNN."""
     file = io.BytesIO()
     torch.save(model, file)

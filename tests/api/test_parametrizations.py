@@ -85,7 +85,7 @@ def test_low_rank_of_an_input_weight_divides_by_the_number_of_inputs():
     assert_close(rnn.weight_ih_l0, both.original0 @ both.original1.T / I)
 
 
-def test_they_can_be_combined():
+def test_parametrizations_can_be_combined():
     rnn = fusedrnn.RNN(I, H)
     register(rnn, LowRank(2), Dale(SIGNS), Masked(MASK))
     weight = rnn.weight_hh_l0
@@ -132,7 +132,7 @@ def test_copies_state_dicts_and_removal(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", PARAMETRIZATIONS)
-def test_dtypes(name, dtype):
+def test_parametrized_weights_follow_the_dtype(name, dtype):
     rnn = fusedrnn.RNN(I, H, dtype=dtype)
     register(rnn, PARAMETRIZATIONS[name]())
     assert rnn.weight_hh_l0.dtype == dtype

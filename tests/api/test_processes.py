@@ -35,7 +35,7 @@ class Encoded(Dataset):
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_data_loader(context):
+def test_a_dataset_may_use_an_rnn_in_worker_processes(context):
     data = Encoded()
     expected = data.rnn(data.x.transpose(0, 1))[0].transpose(0, 1)
     workers: Any = {"num_workers": 1 if context == "spawn" else 2}
@@ -81,7 +81,7 @@ def answer(asked: Any, answers: Any) -> None:
     asked.get()  # the answer is in this process's memory: stay alive until it is received
 
 
-def test_a_module_through_a_queue_to_a_forked_process():
+def test_a_module_can_be_sent_through_a_queue_to_a_forked_process():
     context = mp.get_context("fork")
     asked, answers = context.Queue(), context.Queue()
     process = context.Process(target=answer, args=(asked, answers))

@@ -125,7 +125,7 @@ def test_a_row_of_length_zero_keeps_its_state(kind, layout, engine):
 @every_layout
 @every_module
 @pytest.mark.parametrize("steps", [T, 0])
-def test_no_step_at_all(kind, layout, steps):
+def test_a_batch_of_empty_rows_returns_its_states(kind, layout, steps):
     module = build(kind, **LAYOUTS[layout])
     x = torch.randn(*((B, steps) if module.batch_first else (steps, B)), I, **WIDE)
     hx = state_for(module, x, **WIDE).requires_grad_()
@@ -150,7 +150,7 @@ def test_an_empty_batch():
 
 
 @every_module
-def test_the_bits_are_those_of_packed(kind, engine):
+def test_padded_and_packed_results_have_the_same_bits(kind, engine):
     module = build(kind, num_layers=2, bidirectional=True)
     x, lengths = padded(module), torch.tensor(LENGTHS, device="cpu")
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
@@ -162,7 +162,7 @@ def test_the_bits_are_those_of_packed(kind, engine):
 
 
 @every_module
-def test_other_outputs(kind, engine):
+def test_last_only_and_all_layers_of_ragged_rows(kind, engine):
     module = build(kind, num_layers=2, bidirectional=True)
     lengths = torch.tensor([0, 4, 0, 2, 7])
     x, hx = padded(module, lengths=lengths.tolist()), torch.randn(H, **WIDE)
@@ -329,7 +329,7 @@ def test_recurrence_takes_lengths(engine):
 
 
 @pytest.mark.parametrize("steps", [T, 0])
-def test_a_function_without_a_step(steps):
+def test_functions_accept_rows_without_steps(steps):
     w_hh, u = torch.randn(H, H, **WIDE), torch.randn(steps, B, H, **WIDE)
     h0 = torch.randn(B, H, **WIDE, requires_grad=True)
     options = {"form": "potential", "return_potential": True, "padding_value": 2.0}
@@ -383,7 +383,7 @@ def test_errors_of_a_function(case):
     assert str(info.value) == f"fusedrnn: {message}"
 
 
-def test_functions_compile_and_map():
+def test_functions_support_compile_and_vmap():
     torch._dynamo.reset()
     w_hh, lengths = torch.randn(H, H, **WIDE), torch.tensor(LENGTHS)
     u, h0 = torch.randn(3, T, B, H, **WIDE), torch.randn(3, B, H, **WIDE)
@@ -406,7 +406,7 @@ def test_functions_compile_and_map():
 @every_layout
 @every_module
 @pytest.mark.slow_emulated
-def test_jagged_in_and_out(kind, layout, engine):
+def test_jagged_input_gives_jagged_output(kind, layout, engine):
     module, x = build(kind, **LAYOUTS[layout]), jagged()
     reset = like(x, lambda n: torch.rand(n) < 0.4)
     options: dict[str, Any] = {"reset": reset, "reset_to": torch.randn(H, **WIDE)}
@@ -536,7 +536,7 @@ def test_errors_of_the_state_are_those_of_nn_rnn():
             fusedrnn.RNN(I, H)(X, hx, lengths=OK)
 
 
-def test_lengths_of_a_vmap_are_refused():
+def test_lengths_batched_by_vmap_are_refused():
     module = fusedrnn.RNN(I, H)
     with pytest.raises(NotImplementedError, match="lengths must be the same for all samples"):
         torch.vmap(lambda n: module(X, lengths=n))(OK.repeat(2, 1))
@@ -624,7 +624,7 @@ def test_vmap_and_per_sample_gradients(kind):
     assert_close(found, {n: torch.stack([w[n] for w in wanted]) for n in found})
 
 
-def test_meta_device_has_no_lengths_but_lengths_may_be_on_the_cpu():
+def test_a_module_on_meta_takes_lengths_on_the_cpu():
     module = fusedrnn.RNN(I, H, device="meta")
     output, h_n = module(X.to("meta"), lengths=OK)
     assert (output.shape, h_n.shape) == ((T, B, H), (1, B, H))

@@ -199,7 +199,7 @@ def test_is_a_loop_with_the_same_masks(kind, rates, layout):
     ("kind", "rates"),
     [("RNN", "recurrent_dropout"), ("potential", "all"), ("inside", "all"), ("rate", "zoneout")],
 )
-def test_on_every_engine(kind, rates, engine):
+def test_every_engine_matches_the_loop(kind, rates, engine):
     module = build(kind, rates, num_layers=2, bidirectional=True)
     for packed in (False, True):
         x = sequence(packed)
@@ -229,7 +229,7 @@ def test_in_evaluation_only_zoneout_acts_by_its_mean(kind, rates):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3, 2, 5), (4, 1, 3, 33), (3, 0, 2, 4)])
 @every_module
-def test_odd_sizes(kind, sizes):
+def test_odd_sizes_match_the_loop(kind, sizes):
     steps, batch, inputs, size = sizes
     cls, usual = MODULES[kind]
     usual = {**usual, "alpha": 0.3} if kind == "potential" else usual
@@ -263,7 +263,7 @@ def test_alpha_of_a_call(form):
     assert_close(*results)
 
 
-def test_alpha_of_a_call_has_no_matrix_inside_phi():
+def test_alpha_that_varies_in_time_is_refused_in_the_form_inside():
     x = torch.randn(T, B, I, **WIDE)
     for rates in ("recurrent_dropout", "zoneout"):
         with pytest.raises(ValueError) as info:
@@ -398,7 +398,7 @@ def test_nothing_is_drawn_when_off():
 
 
 @every_rate
-def test_beside_dropout_between_layers(rates):
+def test_dropout_between_layers_is_drawn_between_their_masks(rates):
     """The dropout between two layers is drawn after the first layer's masks."""
     x = torch.randn(T, B, I, **WIDE)
     module = build("RNN", rates, num_layers=2, dropout=0.5)
@@ -420,7 +420,7 @@ def test_beside_dropout_between_layers(rates):
 
 @every_rate
 @every_module
-def test_lengths_are_a_packed_batch(kind, rates):
+def test_lengths_give_the_results_of_a_packed_batch(kind, rates):
     module = build(kind, rates, num_layers=2, bidirectional=True)
     x, lengths = torch.randn(T, B, I, **WIDE), torch.tensor(LENGTHS)
     torch.manual_seed(1)
@@ -434,7 +434,7 @@ def test_lengths_are_a_packed_batch(kind, rates):
 
 
 @every_rate
-def test_other_layouts_are_the_batched_one(rates):
+def test_other_layouts_give_the_results_of_the_batched_one(rates):
     module = build("rate", rates, num_layers=2)
     x = torch.randn(T, 1, I, **WIDE)
     first = copy.deepcopy(module)
@@ -453,7 +453,7 @@ def test_other_layouts_are_the_batched_one(rates):
 
 
 @pytest.mark.parametrize("kind", ["RNN", "rate", "potential", "inside"])
-def test_steps(kind):
+def test_steps_match_the_sequence_in_evaluation_and_raise_in_training(kind):
     x, state = torch.randn(4, B, I, **WIDE), torch.randn(2, B, H, **WIDE)
     for rates in RATES:
         module = build(kind, rates, num_layers=2).eval()
@@ -522,7 +522,7 @@ def test_copies_and_pickles_compute_the_same(kind):
         assert_close(*results, rtol=0, atol=0)
 
 
-def test_modules_of_torch_and_of_earlier_versions_have_none():
+def test_modules_without_the_attributes_have_rates_of_0():
     """Such modules lack the attributes, and so does a new module without dropout."""
     for module in (fusedrnn.replace(nn.RNN(I, H)), fusedrnn.RNN(I, H), fusedrnn.LeakyRNN(I, H)):
         assert not {"recurrent_dropout", "zoneout", "weight_drop"} & set(vars(module))
@@ -684,7 +684,7 @@ def test_explain_names_the_layers():
     assert "each of layers 0 to 1: T 5, B 3, I 0, H 6" in text
 
 
-def test_trace():
+def test_trace_applies_weight_drop_and_refuses_the_others():
     x = torch.randn(T, B, I, **WIDE)
     found = fusedrnn.trace(build("RNN", "weight_drop"), x)
     assert (found[0].w_hh == 0).any()
@@ -699,7 +699,7 @@ def test_trace():
     assert_close(found[0].alpha, torch.full((H,), 0.7, **WIDE))
 
 
-def test_dynamics_are_those_without_zoneout():
+def test_jacobian_refuses_zoneout():
     x, h = torch.randn(I, **WIDE), torch.randn(H, **WIDE)
     with pytest.raises(ValueError, match="zoneout must be 0 for a Jacobian, got 0.3"):
         fusedrnn.jacobian(build("RNN", "zoneout"), x, h)

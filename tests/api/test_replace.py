@@ -75,7 +75,7 @@ def test_model_computes_and_trains_as_before() -> None:
 
 
 @pytest.mark.parametrize("module", [nn.RNN(I, H), nn.RNNCell(I, H)], ids=["RNN", "RNNCell"])
-def test_model_may_itself_be_one(module: nn.Module) -> None:
+def test_model_may_itself_be_an_rnn(module: nn.Module) -> None:
     x = torch.randn(B, I)
     before = copy.deepcopy(module)(x)
     after = fusedrnn.replace(copy.deepcopy(module))
@@ -89,7 +89,7 @@ def test_shared_modules_stay_shared() -> None:
     assert model.shared is model.head["again"]
 
 
-def test_an_optimizer_made_before_goes_on_working() -> None:
+def test_an_optimizer_made_before_keeps_working() -> None:
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = dict(model.named_parameters())
@@ -197,7 +197,7 @@ def test_replaced_model_can_be_pickled_and_moved() -> None:
 
 @pytest.mark.parametrize("function", [fusedrnn.replace, fusedrnn.restore])
 @pytest.mark.parametrize("bad", [None, "model", nn.RNN, [nn.RNN(I, H)]])
-def test_something_else_than_a_module_is_a_type_error(function: Any, bad: Any) -> None:
+def test_anything_but_a_module_is_a_type_error(function: Any, bad: Any) -> None:
     with pytest.raises(TypeError, match=r"fusedrnn: model must be a torch\.nn\.Module, got \w+"):
         function(bad)
 

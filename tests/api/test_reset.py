@@ -105,7 +105,7 @@ def test_a_reset_at_the_first_step_replaces_the_state_of_the_call():
     assert_close(module(x, hx, reset=reset), module(x, start))
 
 
-def test_no_reset_changes_nothing():
+def test_a_mask_without_resets_has_no_effect():
     for options in LAYOUTS.values():
         module, x = rnn(**options), torch.randn(T, B, I, **WIDE)
         results = module(x, reset=torch.zeros(T, B, dtype=torch.bool))

@@ -46,7 +46,7 @@ def stream(module: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 @every_depth
 @every_module
 @pytest.mark.slow_emulated
-def test_steps_are_the_sequence(kind, num_layers, batch, mode, engine):
+def test_steps_give_the_results_of_the_sequence(kind, num_layers, batch, mode, engine):
     module = build(kind, num_layers=num_layers)
     rows = () if batch is None else (batch,)
     x = torch.randn(T, *rows, I, **WIDE)
@@ -61,7 +61,7 @@ def test_steps_are_the_sequence(kind, num_layers, batch, mode, engine):
 
 
 @every_module
-def test_batch_first_concerns_blocks_alone(kind):
+def test_batch_first_does_not_affect_steps(kind):
     module = build(kind, batch_first=True)
     x = torch.randn(T, B, I, **WIDE)
     for mode in (torch.no_grad, torch.enable_grad):
@@ -113,7 +113,7 @@ def test_gradients_pass_through_steps(kind):
     assert_close(found, torch.autograd.grad(module(x)[0].sin().sum(), leaves))
 
 
-def test_noise_and_dropout_of_a_step():
+def test_noise_and_dropout_of_a_step_act_in_training_only():
     noisy = fusedrnn.LeakyRNN(I, H, alpha=0.5, state_noise=0.5)
     dropping = fusedrnn.RNN(I, H, num_layers=2, dropout=0.5)
     x = torch.randn(B, I)
@@ -125,7 +125,7 @@ def test_noise_and_dropout_of_a_step():
             assert_close(module.step(x, state), module.step(x, state), rtol=0, atol=0)
 
 
-def test_a_state_shares_no_memory_with_the_one_before():
+def test_a_state_shares_no_memory_with_the_previous_one():
     module = fusedrnn.RNN(I, H)
     with torch.inference_mode():
         state = module.init_state(B)
@@ -159,7 +159,7 @@ def test_errors(case, mode):
         assert message in str(info.value)
 
 
-def test_a_stream_has_one_direction():
+def test_bidirectional_modules_refuse_to_stream():
     for cls in (fusedrnn.RNN, fusedrnn.LeakyRNN):
         module = cls(I, H, bidirectional=True)
         for call in (lambda m=module: m.init_state(B), lambda m=module: m.step(X, STATE)):

@@ -214,7 +214,7 @@ def test_every_nonlinearity(kind, nonlinearity):
 
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cells(kind, batched):
+def test_cells_are_traced_like_a_loop(kind, batched):
     options = KINDS[kind]
     cell: Any
     if options is None:
@@ -275,7 +275,7 @@ def test_dropout_and_noise_are_those_of_a_call_in_training(options, dtype):
     assert torch.equal(fusedrnn.trace(module, x).output, module(x)[0])
 
 
-def test_autocast():
+def test_a_trace_computes_under_autocast():
     rnn, x = fusedrnn.RNN(I, H), torch.randn(T, B, I)
     with torch.autocast("cpu", torch.bfloat16):
         trace = fusedrnn.trace(rnn, x, loss=lambda output: output.float().sum())
@@ -285,7 +285,7 @@ def test_autocast():
     assert trace[0].spectral_radius > 0
 
 
-def test_the_caller_s_gradients_graph_and_modes_do_not_matter():
+def test_grad_modes_and_frozen_weights_do_not_affect_a_trace():
     rnn, x = fusedrnn.RNN(I, H, 2), torch.randn(T, B, I)
     want = fusedrnn.trace(rnn, x, loss=torch.sum)
     with torch.no_grad():
@@ -307,7 +307,7 @@ def test_frozen_modules_have_gradients_too():
     assert all(torch.equal(a.delta, b.delta) for a, b in zip(found, want))
 
 
-def test_hooks_run_once_and_parametrizations_count():
+def test_hooks_run_once_and_parametrizations_are_applied():
     rnn = fusedrnn.RNN(I, H)
     nn.utils.parametrize.register_parametrization(
         rnn, "weight_hh_l0", fusedrnn.parametrizations.Masked(1 - torch.eye(H))
@@ -319,7 +319,7 @@ def test_hooks_run_once_and_parametrizations_count():
     assert trace[0].w_hh.diagonal().eq(0).all()
 
 
-def test_a_compiled_module():
+def test_a_compiled_module_can_be_traced():
     rnn, x = fusedrnn.RNN(I, H), torch.randn(T, B, I)
     want = fusedrnn.trace(rnn, x, loss=torch.sum)
     rnn.compile(backend="eager")
@@ -362,7 +362,7 @@ def test_the_spectral_radius_is_that_of_a_step_with_slope_1(alpha):
     assert layer.spectral_radius == pytest.approx(radius)
 
 
-def test_the_recurrent_share():
+def test_the_recurrent_share_compares_magnitudes():
     (layer,) = fusedrnn.trace(fusedrnn.RNN(I, H), torch.randn(T, B, I))
     ours, other = layer.from_state.abs().sum(-1), layer.from_input.abs().sum(-1)
     assert_close(layer.recurrent_share, ours / (ours + other))
@@ -471,7 +471,7 @@ def test_a_dtype_without_a_kernel_gets_a_clear_error():
         fusedrnn.trace(rnn, torch.zeros(T, B, I, dtype=torch.complex64))
 
 
-def test_a_row_that_does_not_exist():
+def test_a_row_that_does_not_exist_is_an_error():
     trace = fusedrnn.trace(fusedrnn.RNN(I, H), torch.zeros(T, B, I))
     assert torch.equal(trace.row(-1)[0].h, trace[0].h[:, -1])
     with pytest.raises(IndexError, match=r"b must be in \[-3, 3\), got 3"):

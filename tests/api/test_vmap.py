@@ -195,7 +195,7 @@ def test_composition(composition, case, names):
     torch.testing.assert_close(found, expected)
 
 
-def test_chunks_and_nothing_to_batch():
+def test_chunks_and_functions_without_batched_arguments():
     case = Case()
     args, in_dims = stacked(case, ("x", "h0"))
     f = function_of(case, fusedrnn.rnn)
@@ -208,7 +208,7 @@ def test_chunks_and_nothing_to_batch():
 
 @pytest.mark.parametrize("names", [("x", "reset"), ("w_hh", "w_ih"), ("h0",)], ids="+".join)
 @pytest.mark.parametrize("case", [Case(reset=True), Case(lengths=(3, 1), reset=True)], ids=str)
-def test_no_sample_at_all(case, names):
+def test_a_batch_of_zero_samples_gives_empty_gradients(case, names):
     """An empty batch, which Poisson sampling occasionally draws."""
     args, in_dims = stacked(case, names)
     empty = [a if d is None else a.narrow(d, 0, 0) for a, d in zip(args, in_dims)]
@@ -283,7 +283,7 @@ def test_per_sample_gradients_copy_no_series():
     assert sum(n > weight_gradients for n in allocated) == 2, allocated  # h and delta
 
 
-def test_an_ensemble_is_one_call_a_member():
+def test_an_ensemble_runs_one_call_per_member():
     case = Case()
     args, in_dims = stacked(case, ("w_ih", "w_hh", "b_ih", "b_hh"))
     with Calls() as calls:
@@ -292,7 +292,7 @@ def test_an_ensemble_is_one_call_a_member():
 
 
 @pytest.mark.parametrize("names", [("w_ih",), ("b_ih", "x"), ("reset", "h0")], ids="+".join)
-def test_what_shares_its_recurrent_weight_is_one_call(names):
+def test_samples_that_share_the_recurrent_weight_run_in_one_call(names):
     case = Case(reset=True)
     args, in_dims = stacked(case, names)
     with Calls() as calls:
@@ -378,7 +378,7 @@ def test_cells(hidden):
     torch.testing.assert_close(vmap(cell, (0, 1))(x, h), loop(theirs, (0, 1))(x, h))
 
 
-def test_randomness_of_dropout():
+def test_dropout_follows_the_randomness_mode():
     rnn = fusedrnn.RNN(3, 64, num_layers=2, dropout=0.5)
     x = torch.ones(1, 6, 2, 3).expand(V, -1, -1, -1)
     with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):

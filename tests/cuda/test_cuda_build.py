@@ -50,7 +50,7 @@ def test_no_kernel_spills(source: str, architecture: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", TENSOR_CORES)
-def test_tensor_cores_multiply(source: str, architecture: str) -> None:
+def test_tensor_core_kernels_contain_their_instructions(source: str, architecture: str) -> None:
     if architecture == "75" and source != "kernels_f16.cu":
         pytest.skip("tensor cores of 7.5 know float16 alone")
     disassembler = step_cost.nvdisasm()
@@ -112,14 +112,14 @@ def setup_py(**environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_cuda_that_was_asked_for_and_cannot_be_had_is_an_error() -> None:
+def test_requesting_a_cuda_engine_that_cannot_be_built_is_an_error() -> None:
     run = setup_py(FUSEDRNN_CUDA="1", SANITIZE="address")
     assert run.returncode == 1
     assert "FUSEDRNN_CUDA=1, but the CUDA engine cannot be built: SANITIZE was set" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_choice_that_is_none_is_an_error() -> None:
+def test_an_invalid_fusedrnn_cuda_is_an_error() -> None:
     run = setup_py(FUSEDRNN_CUDA="yes")
     assert run.returncode == 1
     assert "FUSEDRNN_CUDA must be 0 or 1, got 'yes'" in run.stderr
@@ -133,7 +133,7 @@ def test_a_choice_that_is_none_is_an_error() -> None:
         ("8.0;9.0 12.0", "8.0;9.0 12.0"),
     ],
 )
-def test_architectures(wanted: str, built: str) -> None:
+def test_architectures_that_are_built(wanted: str, built: str) -> None:
     code = (
         "import os, runpy, sys, torch, torch.utils.cpp_extension as cpp;"
         "torch.version.cuda = '13.0';"

@@ -145,7 +145,7 @@ def test_make_graphed_callables(layout):
         torch.testing.assert_close(*results)
 
 
-def test_dropout_differs_from_replay_to_replay():
+def test_dropout_differs_between_replays():
     rnn, x = layer(num_layers=2, dropout=0.5), numbers()
     with torch.no_grad():
         graph, (captured, _) = capture(lambda: rnn(x))

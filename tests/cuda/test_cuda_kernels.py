@@ -441,7 +441,7 @@ def test_alignment_of_x(trial):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("tile", [6, 8, 10], ids=lambda tile: TILES[tile].dtype)
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_pairs_that_lie_across_words(regime, tile, packed):
+def test_pairs_of_units_may_straddle_words(regime, tile, packed):
     """The kernels handle units in pairs. Here H is even, but rows start at odd elements."""
     way = Way(regime, tile)
     case = Case(T=3, B=5, H=14, lengths=(3, 3, 2) if packed else None, reverse=packed)

@@ -73,7 +73,7 @@ def results(module: nn.Module, x: Tensor, hx: Tensor | None = None) -> list[Tens
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hx", [True, False])
-def test_what_runs_where(log, monkeypatch, bias, hx):
+def test_each_direction_runs_on_its_stream(log, monkeypatch, bias, hx):
     for name in ("cat", "stack"):
         monkeypatch.setattr(torch, name, log.watch(name, getattr(torch, name)))
     ours, theirs = bidirectional(num_layers=2, bias=bias)
@@ -92,7 +92,7 @@ def test_a_packed_sequence(log):
     assert log.calls[:4] == AT_ONCE
 
 
-def test_the_allocator_hears_of_what_crosses(log):
+def test_tensors_that_cross_streams_are_recorded(log):
     ours, _ = bidirectional()
     x, hx = inputs(), torch.randn(2, B, H, dtype=torch.float64)
     made: list[Tensor] = []
@@ -206,14 +206,14 @@ ALONE: dict[str, Callable[[fusedrnn.RNN, Tensor], Any]] = {
 
 @pytest.mark.parametrize("run", ALONE.values(), ids=ALONE)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_left_alone(log, run):
+def test_directions_run_in_turn_under_transforms_and_tracing(log, run):
     ours, _ = bidirectional()
     run(ours, inputs())
     assert not log.sides
     assert FORK not in log.calls
 
 
-def test_compilers_see_no_choice(log):
+def test_directions_run_in_turn_in_compiled_code(log):
     """In compiled code, the directions never run concurrently, even with long CUDA tensors."""
 
     def chosen(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
@@ -223,7 +223,7 @@ def test_compilers_see_no_choice(log):
     assert compiled(inputs(), torch.zeros(1))[1] is False
 
 
-def test_left_alone_with_fake_tensors(log):
+def test_directions_run_in_turn_with_fake_tensors(log):
     """Fake tensors can be on CUDA even without a GPU."""
     with FakeTensorMode():
         x = torch.empty(T, B, I, device="cuda")
@@ -233,7 +233,7 @@ def test_left_alone_with_fake_tensors(log):
     assert directions.pays(x, [[x], [x]], [None, None], None)
 
 
-def test_left_alone_without_the_engine(log, monkeypatch):
+def test_directions_run_in_turn_without_the_engine(log, monkeypatch):
     """Without the engine, a loop over time consists of nothing but launches."""
     monkeypatch.setattr(_C, "has_cuda", False)
     ours, _ = bidirectional()
@@ -241,7 +241,7 @@ def test_left_alone_without_the_engine(log, monkeypatch):
     assert not log.sides
 
 
-def test_left_alone_on_a_cpu(monkeypatch):
+def test_directions_run_in_turn_on_a_cpu(monkeypatch):
     monkeypatch.setattr(directions, "both_directions", None)
     ours, theirs = bidirectional()
     x = inputs()
@@ -253,7 +253,7 @@ def test_left_alone_on_a_cpu(monkeypatch):
 
 @on_gpu
 @pytest.mark.parametrize("packed", [False, True])
-def test_many_times(packed):
+def test_repeated_runs_match_the_cpu_and_each_other(packed):
     ours, theirs = bidirectional("cuda", num_layers=3)
     batch_sizes = torch.tensor([B] * 20 + [1] * (T - 20))
 
@@ -349,7 +349,7 @@ def test_threads_and_streams():
 
 @on_gpu
 @pytest.mark.parametrize("training", [False, True])
-def test_captured(training):
+def test_both_directions_are_captured(training):
     """A stream that was forked in a capture must have joined when the capture ends."""
     ours, _ = bidirectional("cuda", num_layers=2)
     x = inputs().cuda().requires_grad_(training)

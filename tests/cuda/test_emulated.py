@@ -52,7 +52,7 @@ def test_a_call_neither_synchronises_nor_allocates(engine, case):
 
 @pytest.mark.parametrize("engine", EMULATED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_order_of_threads_does_not_show(engine, dtype):
+def test_results_do_not_depend_on_the_order_of_threads(engine, dtype):
     case = Case(T=4, B=9, H=70, dtype=dtype)
     found = []
     for seed in range(3):
@@ -90,7 +90,7 @@ def test_tf32_only_where_torch_allows_it(regime):
 
 
 @pytest.mark.slow  # needs another build
-def test_bfloat16_on_a_device_that_does_not_know_it():
+def test_bfloat16_on_a_device_without_support_for_it():
     case = PACKED.with_(dtype=torch.bfloat16)
     with OLD.installed():
         found = fusedrnn.rnn(**case.arguments(), **case.flags())
@@ -125,7 +125,7 @@ def test_a_nan_stays_in_its_row(engine, dtype):
 
 
 @pytest.mark.parametrize("size", [7, 130])
-def test_blocks_without_units_are_left_alone(size):
+def test_blocks_without_units_change_no_result(size):
     """The number of blocks in a cluster is a power of two, so some blocks may have no units."""
     case = Case(T=4, H=size, dtype=torch.bfloat16)
     expected = all_passes(case)

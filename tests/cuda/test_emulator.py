@@ -116,7 +116,7 @@ def test_approximations_are_not_better_than_the_hardware(kernels):
     assert relative_error(y[2], 1 / x.double()) < 2**-21
 
 
-def test_rounding_in_a_direction(kernels):
+def test_directed_rounding(kernels):
     a, b = torch.randn(64), torch.randn(64) * 1e-5
     d = torch.randn(64).double()
     y = torch.zeros(11, 64)
@@ -295,13 +295,13 @@ def test_calls_variables_and_vectors(kernels):
     assert torch.equal(y[:, 1:], x[:, 1:])
 
 
-def test_time_goes_on(kernels):
+def test_the_clock_advances(kernels):
     y = torch.zeros(32).long()
     kernels.launch("wait_a_while", 1, 32, y)
     assert (y > 100000).all()
 
 
-def test_what_was_never_written_is_nan(kernels):
+def test_memory_that_was_never_written_is_nan(kernels):
     y = torch.zeros(32)
     kernels.launch("never_written", 1, 32, y, smem=128)
     assert y.isnan().all()
@@ -381,7 +381,7 @@ def test_one_lane_is_elected_and_matrices_are_stored(clusters):
     assert torch.equal(x, y)
 
 
-def test_memory_of_a_block_that_has_left(clusters):
+def test_reading_memory_of_a_block_that_has_exited_is_an_error(clusters):
     with pytest.raises(RuntimeError, match=r"has exited, at .*hopper\.cu:\d+"):
         clusters.launch("leave_early", 2, 32, torch.zeros(2).int(), cluster=2)
 
@@ -435,7 +435,7 @@ def test_cooperative_launches(library):
     assert library.counters()["cooperative_launches"] == 2
 
 
-def test_shared_memory_has_to_be_asked_for(library):
+def test_large_shared_memory_must_be_requested(library):
     y = torch.zeros(256)
     assert library.c.launch_fill(pointer(y), 256, 48 << 10, 0) == 0
     assert library.c.launch_fill(pointer(y), 256, (48 << 10) + 4, 0) == 1

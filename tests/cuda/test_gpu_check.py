@@ -80,13 +80,13 @@ def test_a_job_is_ended_with_its_children(tmp_path):
     assert not alive.exists()
 
 
-def test_lines_are_written_as_they_come(tmp_path, monkeypatch):
+def test_the_log_is_written_line_by_line(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "ENDINGS", ((signal.SIGKILL, 3),))
     job = a_job("job", "print('begun')\nimport time\ntime.sleep(99)", LIMIT)
     assert "job| begun" in run(tmp_path, job)
 
 
-def test_what_has_no_time_left_is_named(tmp_path):
+def test_jobs_without_time_left_are_named(tmp_path):
     first, second = a_job("first", "import time; time.sleep(99)"), a_job("second", "")
     run(tmp_path, first, second, seconds=LIMIT)
     assert (first.result, second.result) == ("TOO LONG", "no time left")
@@ -110,7 +110,7 @@ def test_the_summary_is_printed_last_and_fits(tmp_path, capsys):
     assert "long tables" not in summary
 
 
-def test_a_budget_is_what_is_left(tmp_path):
+def test_a_budget_is_the_limit_less_some_time_to_finish(tmp_path):
     job = Job("job", [sys.executable, "-c", f"print({gpu_check.BUDGET!r})"], 40)
     run(tmp_path, job)
     assert 20 <= int(job.lines[0]) <= 25
@@ -118,7 +118,7 @@ def test_a_budget_is_what_is_left(tmp_path):
 
 @pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize("name", PARTS)
-def test_jobs_are_of_this_checkout(name, emulated, tmp_path):
+def test_jobs_name_files_that_exist(name, emulated, tmp_path):
     stages = stages_of(name, tmp_path, emulated)
     assert len(stages) == PARTS[name]
     for word in (word for stage in stages for job in stage.jobs for word in job.command):
@@ -143,7 +143,7 @@ profiled cluster T=64 B=64 I=1024 H=1024
 """
 
 
-def test_a_profile_is_a_line():
+def test_a_profile_is_summarised_in_one_line():
     (line,) = gpu_check.ncu_summary(NCU.splitlines())
     assert line.startswith("profiled cluster T=64 ")
     assert "100 instructions a step and warp" in line

@@ -87,7 +87,7 @@ TABLE = [
 @pytest.mark.parametrize(
     ("device", "dtype", "expected"), TABLE, ids=[f"{d['name']}-{t}" for d, t, _ in TABLE]
 )
-def test_where_the_weights_live(device, dtype, expected):
+def test_common_shapes_run_in_the_regimes_listed(device, dtype, expected):
     found = "".join(plan(device, dtype, *shape)["regime"][0] for shape in SHAPES)
     assert dict(zip(SHAPES, found)) == dict(zip(SHAPES, expected))
 
@@ -135,7 +135,7 @@ EVERY = [(d, t) for d in REAL.values() for t in DTYPES]
 
 
 @pytest.mark.parametrize(("device", "dtype"), EVERY, ids=[f"{d['name']}-{t}" for d, t in EVERY])
-def test_details_are_those_of_the_table(device, dtype):
+def test_decisions_match_the_table_file(device, dtype):
     found = details(device, dtype)
     title = found.splitlines()[0]
     sections = TABLE_FILE.read_text().split("\n\n")
@@ -143,7 +143,7 @@ def test_details_are_those_of_the_table(device, dtype):
     assert found.strip() == expected, f"`python {Path(__file__).name}` writes the table anew"
 
 
-def test_layers_that_fit_onto_one_sm_go_to_clusters_where_these_are_faster():
+def test_layers_that_fit_onto_one_sm_use_a_cluster_if_it_is_faster():
     assert plan(H100, BF16, 1, 0, 128)["regime"] == "block"
     assert plan(H100, BF16, 1, 0, 256)["regime"] == "cluster"
     assert plan(A100, BF16, 1, 0, 256)["regime"] == "block"
@@ -151,14 +151,14 @@ def test_layers_that_fit_onto_one_sm_go_to_clusters_where_these_are_faster():
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_larger_than_the_chip_runs_step_by_step(device, dtype):
+def test_layers_larger_than_the_chip_use_the_step_regime(device, dtype):
     found = plan(device, dtype, 64, 64, 8192)
     assert found["regime"] == "step"
     assert "reads the weights through L2" in found["words"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tensor_cores_only_where_they_know_the_numbers(dtype):
+def test_tensor_cores_are_used_only_for_dtypes_that_they_support(dtype):
     for device in DEVICES.values():
         old = device["architecture"] < 80
         computed = {BF16: F32, "tf32": F32}.get(dtype, dtype) if old else dtype
@@ -181,14 +181,14 @@ def test_a_cell_is_no_slower_than_one_fused_step():
 
 @pytest.mark.parametrize("regime", [None, *REGIMES])
 @pytest.mark.parametrize(("B", "H"), [(0, 64), (4, 0), (0, 0)])
-def test_where_there_is_nothing_to_do(regime, B, H):
+def test_empty_problems_launch_no_blocks(regime, B, H):
     found = plan(H100, F32, B, 16, H, regime=regime)
     assert found["regime"] == "step"
     assert found["blocks"] * found["batch_groups"] == 0
     assert total(found) == 0
 
 
-def test_the_smallest_layer():
+def test_the_smallest_layer_runs_in_one_block():
     for device, dtype in itertools.product(DEVICES.values(), DTYPES):
         for I in (0, 1):
             assert shape_of(plan(device, dtype, 1, I, 1)) == ("block", 1, 1)
@@ -203,7 +203,7 @@ def devices_for(regime: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("regime", REGIMES[1:])
 @pytest.mark.parametrize("tile", range(len(TILES)))
-def test_overrides_are_satisfied_where_a_plan_can_run_the_problem(regime, tile):
+def test_overrides_are_satisfied_if_such_a_plan_can_run_the_problem(regime, tile):
     for device in devices_for(regime):
         dtype = TILES[tile].dtype
         known = dtype not in (BF16, "tf32") or device["architecture"] >= 80
@@ -315,7 +315,7 @@ GROWING = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("what", GROWING)
-def test_more_never_takes_less(what, dtype):
+def test_larger_problems_are_never_predicted_to_take_less_time(what, dtype):
     for device, T, others in itertools.product(REAL.values(), (1, 100, 1000), GROWING[what]):
         before = 0.0
         for size in (*range(1, 40, 3), *range(40, 2200, 37)):
@@ -325,7 +325,7 @@ def test_more_never_takes_less(what, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_longer_sequence_takes_longer_and_less_for_each_step(dtype):
+def test_a_longer_sequence_takes_longer_but_less_time_per_step(dtype):
     for device, (B, I, H) in itertools.product(DEVICES.values(), SHAPES):
         lengths = (1, 2, 3, 5, 16, 100, 1000, 10000)
         each = [total(plan(device, dtype, B, I, H, T=T)) for T in lengths]
@@ -336,7 +336,7 @@ def test_a_longer_sequence_takes_longer_and_less_for_each_step(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("regime", REGIMES[1:])
-def test_more_rows_fit_nowhere_where_fewer_do_not(dtype, regime):
+def test_a_regime_that_fits_more_rows_also_fits_fewer(dtype, regime):
     for device, H, leaky in itertools.product(DEVICES.values(), (30, 64, 250, 512), (False, True)):
         fits = [
             plan(device, dtype, B, 0, H, regime=regime, leaky=leaky, T=9)["regime"] == regime
@@ -347,7 +347,7 @@ def test_more_rows_fit_nowhere_where_fewer_do_not(dtype, regime):
             assert len({*fits[3:]}) == 1, (device["name"], H)
 
 
-def test_more_rows_of_a_plan_never_need_less_of_the_device():
+def test_with_fixed_overrides_more_rows_never_need_less_of_the_device():
     """All overrides are fixed, and only the number of rows grows.
 
     Rows come in whole tiles, so there may be fewer batch groups, but not less room (batch groups

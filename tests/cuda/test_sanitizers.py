@@ -56,7 +56,7 @@ def sanitized(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_no_byte_is_read_or_written_astray(sanitized):
+def test_the_cpu_engine_accesses_no_memory_out_of_bounds(sanitized):
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
@@ -181,7 +181,7 @@ EVERY_SHAPE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
-def test_cuda_touches_no_byte_astray(regime):
+def test_cuda_kernels_access_no_memory_out_of_bounds(regime):
     ways = EVERY_NUMBER if regime == "step" else EVERY_WAY
     assert_right(program("address"), *problems(regime, ways, EVERY_SHAPE))
 
@@ -204,7 +204,7 @@ SHORTENED = {
         *(("grid", "counters"), ("step", "carry")),
     ],
 )
-def test_one_byte_astray_is_found(regime, name):
+def test_an_access_out_of_bounds_is_found(regime, name):
     problem = f"{regime} {SHORTENED.get(name, SHORTENED['alpha'])}"
     result = run(program("address"), f"{problem} short={name}")
     assert "heap-buffer-overflow" in result.stderr, result.stdout + result.stderr
@@ -410,7 +410,7 @@ def limited() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("regime", "problem"), {"cluster": CLUSTER, "grid": GRID}.items())
-def test_a_check_build_names_a_wait_without_end(regime, problem):
+def test_a_check_build_names_a_wait_that_never_ends(regime, problem):
     assert_right(limited(), f"{problem} activation")
     result = run(limited(), f"{problem} activation stuck")
     where = rf"no end of the wait for .*\({regime}\), pass 0, .*: step 0, block \d+ of \d+, thread"

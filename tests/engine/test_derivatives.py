@@ -160,7 +160,7 @@ def test_maml(layout):
     assert_same(outer, layout)
 
 
-def test_maml_over_all_tasks_at_once():
+def test_maml_with_vmap_over_the_tasks():
     """MAML with torch.func: vmap over the tasks, each of which adapts its own weights."""
     ours, theirs = models({})
     support, query = torch.randn(2, 6, 5, 3, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_functional_jacobian_and_hessian(strategy, vectorize):
     )
 
 
-def test_batched_cotangents():
+def test_cotangents_may_be_batched():
     ours, theirs = models({})
     x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
     v = torch.randn(5, 2, dtype=torch.float64)
@@ -212,7 +212,7 @@ def test_batched_cotangents():
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])
-def test_orders(order):
+def test_nested_grad_of_every_order(order):
     """The function maps a scalar to a scalar, and grad is nested."""
 
     def nth(model: Model) -> Tensor:

@@ -211,14 +211,14 @@ def test_a_loss_may_use_one_output_alone(case, only):
     torch.testing.assert_close(found, expected)
 
 
-def test_backward_twice():
+def test_a_second_backward_gives_the_same_gradients():
     tensors = list(SMALL.arguments(requires_grad=True).values())
     h, _ = function_of(SMALL)(*tensors)
     first = torch.autograd.grad(h.sum(), tensors, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(h.sum(), tensors), first, rtol=0, atol=0)
 
 
-def test_gradients_do_not_share_memory():
+def test_gradients_of_a_function_share_no_memory():
     tensors = list(SMALL.arguments(requires_grad=True).values())
     h, _ = function_of(SMALL)(*tensors)
     gradients = torch.autograd.grad(h.sum(), tensors)
@@ -228,7 +228,7 @@ def test_gradients_do_not_share_memory():
 @pytest.mark.parametrize(
     ("wanted", "products"), [("x", 1), ("w_ih", 1), ("w_hh", 2), ("b_ih", 0), ("h0", 0)]
 )
-def test_nothing_is_computed_for_what_needs_no_gradient(wanted, products):
+def test_gradients_that_are_not_required_are_not_computed(wanted, products):
     arguments = Case().arguments()
     arguments[wanted].requires_grad_()
     with Calls() as calls:
@@ -254,7 +254,7 @@ class ZerosGiven(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_missing_gradient_is_not_replaced_by_zeros(order):
+def test_missing_gradients_are_not_replaced_by_zeros(order):
     tensors = list(SMALL.arguments(requires_grad=True).values())
     with ZerosGiven() as zeros:
         value = function_of(SMALL)(*tensors)[1].sum()
@@ -264,7 +264,7 @@ def test_a_missing_gradient_is_not_replaced_by_zeros(order):
     assert not zeros.names
 
 
-def test_one_call_of_the_engine_however_long_the_sequence():
+def test_the_ops_that_run_do_not_depend_on_the_length():
     def ops(T):
         arguments = Case(T=T).arguments(requires_grad=True)
         with Calls() as calls:

@@ -50,7 +50,7 @@ output.sum().backward()
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("call", ["forward", "backward", "compiled"])
-def test_a_long_call_ends_soon_after_control_c_and_the_next_one_is_right(call, threads):
+def test_control_c_ends_a_long_call_soon_and_the_next_call_is_correct(call, threads):
     command = [sys.executable, "-c", CHILD, call, str(threads)]
     printed = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     assert printed, "was not interrupted"

@@ -54,7 +54,7 @@ def test_tanh_is_within_2_ulp_and_odd(engine):
 
 
 @pytest.mark.slow
-def test_tanh_of_every_float():
+def test_tanh_of_every_float_is_within_2_ulp_and_odd():
     for first in range(TINY, TEN, 1 << 23):
         check_tanh(floats(first, min(first + (1 << 23), TEN), 1))
 
@@ -66,13 +66,13 @@ def test_tanh_of_float64_is_within_2_ulp(engine):
     assert ((found - exact).abs() * torch.exp2(53.0 - exponent)).max() <= 3  # 1 is torch's error
 
 
-def test_tanh_of_the_ends(engine):
+def test_tanh_at_the_ends_of_the_range_equals_torchs(engine):
     z = torch.tensor([0.0, 1e-45, -1e-45, 9.1, 1e30, torch.inf, -torch.inf, torch.nan]).repeat(8)
     torch.testing.assert_close(apply("tanh", z), z.tanh(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("nonlinearity", ["sigmoid", "softplus", "elu"])
-def test_what_is_made_of_exp(engine, nonlinearity):
+def test_nonlinearities_computed_from_exp_match_torch(engine, nonlinearity):
     # beyond 20, torch's softplus returns z itself, which is off by 2e-9
     z = torch.linspace(-20, 20, 64 * (50 if engine.kind == "emulated" else 1000))
     torch.testing.assert_close(
@@ -82,7 +82,7 @@ def test_what_is_made_of_exp(engine, nonlinearity):
 
 
 @pytest.mark.parametrize("nonlinearity", ["sigmoid", "softplus", "elu"])
-def test_what_is_made_of_exp_at_the_ends_of_the_range(engine, nonlinearity):
+def test_nonlinearities_computed_from_exp_at_the_ends_of_the_range(engine, nonlinearity):
     z = torch.tensor([87.5, 88.5, 95, 110, torch.inf], dtype=torch.float32)
     z = torch.cat([z, -z, torch.tensor([torch.nan, 0, -1e-45])]).repeat(64)
     found, exact = apply(nonlinearity, z), reference.NONLINEARITIES[nonlinearity](z.double())
@@ -233,7 +233,7 @@ def test_low_precision_gradients_are_as_accurate_as_torch(engine, form, dtype):
 
 
 @pytest.mark.slow_emulated
-def test_every_16_bit_number_is_widened_and_narrowed_right(engine):
+def test_every_16_bit_number_is_widened_and_narrowed_correctly(engine):
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
         z = numbers.view(dtype)

@@ -56,12 +56,12 @@ lengths = st.lists(st.integers(1, 12), min_size=1, max_size=9).map(
         h0=st.booleans(),
     )
 )
-def test_matches_the_reference_whatever_the_shape(case):
+def test_random_problems_match_the_reference(case):
     check(case)
 
 
 @pytest.mark.parametrize("case", [Case(), Case(lengths=(5, 3, 1)), Case(alpha=True)], ids=str)
-def test_recurrence_is_driven_by_u(case):
+def test_recurrence_takes_u_in_place_of_the_input_product(case):
     arguments = case.arguments()
     u = torch.randn(*arguments["x"].shape[:-1], case.H, dtype=torch.float64)
     h0, w_hh = arguments["h0"], arguments["w_hh"]
@@ -72,7 +72,7 @@ def test_recurrence_is_driven_by_u(case):
 
 
 @pytest.mark.parametrize("missing", ["b_ih", "b_hh"])
-def test_one_bias_alone(missing):
+def test_one_of_the_two_biases_may_be_missing(missing):
     arguments = Case().arguments()
     del arguments[missing]
     torch.testing.assert_close(fusedrnn.rnn(**arguments), reference.rnn(**arguments))
@@ -107,14 +107,14 @@ def test_any_strides(engine):
             torch.testing.assert_close(fusedrnn.rnn(**arguments), expected, rtol=0, atol=0)
 
 
-def test_the_last_state_is_memory_of_its_own():
+def test_the_last_state_shares_no_memory_with_the_output():
     h, h_n = fusedrnn.rnn(**Case().arguments())
     torch.testing.assert_close(h_n, h[-1], rtol=0, atol=0)
     h_n.zero_()
     assert (h[-1] != 0).all()
 
 
-def test_nan_and_inf_go_where_the_reference_sends_them():
+def test_nan_and_inf_propagate_as_in_the_reference():
     for nonlinearity in reference.NONLINEARITIES:
         case = Case(T=6, B=4, nonlinearity=nonlinearity)
         arguments = case.arguments()
@@ -126,14 +126,14 @@ def test_nan_and_inf_go_where_the_reference_sends_them():
         )
 
 
-def test_a_nan_in_the_weights_shows_at_once():
+def test_a_nan_in_the_weights_reaches_every_state():
     arguments = Case(h0=False).arguments()
     arguments["w_hh"].fill_(torch.nan)
     h, _ = fusedrnn.rnn(**arguments)
     assert h.isnan().all()
 
 
-def test_a_forgotten_nan_is_gone():
+def test_a_reset_discards_a_nan():
     case = Case(T=4, B=2)
     arguments = case.arguments()
     arguments["h0"].fill_(torch.nan)

@@ -39,7 +39,7 @@ def plan(case: Case, threads: int) -> dict:
     )
 
 
-def test_these_problems_are_split_as_meant():
+def test_the_problems_are_split_as_described():
     assert plan(PROBLEMS[0], 2)["batch_groups"] == 2
     assert plan(PROBLEMS[1], 2)["hidden_groups"] == 2
     split = plan(PROBLEMS[2], 4)
@@ -55,7 +55,7 @@ def run(case: Case, threads: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", PROBLEMS, ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 4, 7])
-def test_any_number_of_threads_gives_the_same(case, threads):
+def test_any_number_of_threads_gives_the_same_results(case, threads):
     torch.testing.assert_close(run(case, threads), run(case, 1), rtol=1e-12, atol=1e-12)
 
 
@@ -67,7 +67,7 @@ def test_two_runs_give_the_same_bits(case):
         torch.testing.assert_close(run(case, 2), first, rtol=0, atol=0)
 
 
-def test_threads_that_call_at_once_do_not_disturb_each_other():
+def test_concurrent_calls_do_not_disturb_each_other():
     case = PROBLEMS[2].with_(T=20)
     arguments, expected = case.arguments(), run(case, 2)[0].detach()
     wrong = []

@@ -79,7 +79,7 @@ def test_json_has_everything(tiny: tuple[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_other_types(dtype: str) -> None:
+def test_other_dtypes_run(dtype: str) -> None:
     ran = run("--shapes", "2,2,3,4", "--dtype", dtype, "--markdown", *TINY)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "| 2,2,3,4 |" in ran.stdout
@@ -112,7 +112,7 @@ class Wrong(peers.UnbindLoop):
         return output, (w_ih, w_hh * 1.001, *others)
 
 
-def test_what_is_wrong_is_not_timed() -> None:
+def test_wrong_results_are_not_timed() -> None:
     options = bench_rnn.parse_arguments(["--shapes", "5,2,3,4", *TINY])
     options.kinds = [peers.TorchRNN, Wrong]
     report = bench_rnn.run(options)
@@ -122,7 +122,7 @@ def test_what_is_wrong_is_not_timed() -> None:
     assert "WRONG, not timed: fusedrnn at (5,2,3,4)" in bench_rnn.render(report, markdown=False)
 
 
-def test_nan_is_wrong() -> None:
+def test_an_error_of_nan_fails_the_check() -> None:
     assert not measure.Check(math.nan, 1.0).passed
 
 
@@ -135,7 +135,7 @@ def test_sets_span_what_they_promise() -> None:
         assert (min(values), max(values)) == span
 
 
-def test_packed_cold_and_floor(tmp_path: Path) -> None:
+def test_packed_cold_and_floor_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     ran = run("--shapes", "3,4,2,5", "--packed", "--cold", "--floor", "--json", str(path), *TINY)
     assert ran.returncode == 0, ran.stdout + ran.stderr

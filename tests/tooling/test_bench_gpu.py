@@ -59,7 +59,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
     return ran.stdout, data
 
 
-def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None:
+def test_every_peer_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None:
     _, data = tiny
     (regimes,) = (result for result in data["results"] if result["group"] == "regimes")
     assert regimes["regimes"] == {}  # only with CUDA does a planner choose among regimes
@@ -80,7 +80,7 @@ def test_everyone_is_checked_and_timed(tiny: tuple[str, dict[str, Any]]) -> None
         assert result["predicted"]["backward"]["words"]
 
 
-def test_regimes_are_forced_and_held_against_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regimes_are_forced_and_compared_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU engine stands in for every regime."""
     forced: list[str | None] = []
     plan = _C.plan_cuda
@@ -121,7 +121,7 @@ def test_a_case_on_every_engine(engine: Engine, precision: str) -> None:
     assert set(result["chains"]) == {peers.FORWARD, gpu_peers.ALONE}
 
 
-def test_output_says_what_it_is_not(tiny: tuple[str, dict[str, Any]]) -> None:
+def test_output_says_that_there_was_no_gpu(tiny: tuple[str, dict[str, Any]]) -> None:
     text, _ = tiny
     assert "NO GPU" in text
     assert "no GPU here, and --emulated was not asked for" in text
@@ -165,7 +165,7 @@ say(kind="end")
     ("end", "how"),
     [("sys.exit(3)", "it ended, exit status 3"), ("time.sleep(60)", "silent for 0.5 s")],
 )
-def test_who_takes_the_process_down_is_left_out(
+def test_a_peer_that_ends_the_process_is_left_out(
     end: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "child.py"
@@ -212,7 +212,7 @@ def test_a_peer_that_fails_is_noted_and_the_others_are_timed(
     )  # fmt: skip
 
 
-def test_flashrnn_is_given_what_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flashrnn_gets_its_documented_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     def flashrnn(Wx: Any, R: Any, b: Any, *, function: str, dtype: str) -> Any:
         assert (function, dtype) == ("elman", "float32")
         u = Wx[:, :, 0] + b[0]  # [batch, time, gate, head, unit], [gate, head, unit]
@@ -247,7 +247,7 @@ class Wrong(peers.FusedRNN):
         return super().output() * 1.01
 
 
-def test_what_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_peers.PEERS, "sweep", [peers.TorchRNN, Wrong])
     case = gpu_cases.Case("sweep", peers.Shape(3, 1, 2, 4), "f32")
     result = gpu_cases.Run(case, torch.device("cpu"), 0.01)()
@@ -272,7 +272,7 @@ def a_result(precision: str, us: float, cudnn: float, chain: float) -> dict[str,
     }
 
 
-def test_promises_are_held_against_the_numbers() -> None:
+def test_promises_are_compared_with_the_results() -> None:
     kept = gpu_report.summary([a_result("bf16", 0.55, 1.7, 1.2)])["promises"]
     assert [promise["target"] for promise in kept] == [0.55, 1.3, 3, 3]
     assert all(promise["met"] for promise in kept)
@@ -290,7 +290,7 @@ def test_a_longer_result_is_compared_over_the_first_steps() -> None:
     assert measure.distances([2 * torch.ones(5, 3)], [truth]) == [1]
 
 
-def test_cases_are_those_of_the_issue() -> None:
+def test_cases_cover_the_sweep_and_the_promised_shapes() -> None:
     cases = gpu_cases.all_cases()
     assert len(set(cases)) == len(cases)
     sweep = {(c.shape.B, c.shape.H) for c in cases if c.group == "sweep"}
@@ -326,7 +326,7 @@ class FakeEvent:
         return other.at - self.at
 
 
-def test_events_are_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_times_are_converted_from_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
 
     def call() -> None:
@@ -410,7 +410,7 @@ def test_every_probe_runs(emulated: probes.Probes) -> None:
 
 
 @needs_nvcc
-def test_probes_carry_what_they_should(emulated: probes.Probes) -> None:
+def test_probes_exchange_the_expected_values(emulated: probes.Probes) -> None:
     """Otherwise, the probe of an exchange could be fast because it exchanges nothing."""
     out, sink = emulated.out, emulated.sink
     emulated.call("probe_async_ping_pong", 5, out, sink)

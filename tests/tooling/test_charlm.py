@@ -64,7 +64,7 @@ def test_loop_model_is_the_seeds_cell():
 
 
 @pytest.mark.parametrize("carried", [False, True], ids=["from zeros", "carried"])
-def test_sequence_models_are_one_function(carried):
+def test_sequence_models_compute_the_same(carried):
     models = sequence_models()
     cs = torch.randint(11, (12, 3))
     hidden = torch.randn(1, 3, 8, dtype=torch.float64) if carried else None
@@ -110,7 +110,7 @@ def test_all_forms_train_alike(capsys):
         assert word in report
 
 
-def test_the_same_report_each_time(capsys):
+def test_two_runs_print_the_same_report(capsys):
     def shown():
         charlm.main(TINY)
         report = capsys.readouterr().out

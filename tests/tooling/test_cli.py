@@ -63,7 +63,7 @@ def test_charlm_needs_a_clone(monkeypatch, tmp_path, capsys):
     )
 
 
-def test_nothing_asked_prints_help(capsys):
+def test_no_arguments_print_help(capsys):
     assert main([]) == 0
     out, _ = capsys.readouterr()
     assert "charlm" in out
@@ -113,7 +113,7 @@ def test_control_c_ends_cleanly(monkeypatch, capsys):
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_reader_that_leaves_ends_it_quietly():
+def test_a_closed_pipe_ends_the_command_quietly():
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as pipe:
@@ -157,7 +157,7 @@ def test_info_without_the_extension_prints_what_it_can(monkeypatch, capsys):
     assert "CPU engine    not loaded: " in out
 
 
-def test_cpu_elsewhere_than_on_linux(monkeypatch):
+def test_the_cpu_is_named_on_other_systems_than_linux(monkeypatch):
     def missing(self):
         raise FileNotFoundError
 

@@ -85,7 +85,7 @@ def of_engine(old: str, new: str, file: str = "run") -> tuple[Mutant, list[str]]
 
 
 @pytest.mark.slow
-def test_planted_mutants():
+def test_planted_mutants_have_the_expected_outcomes():
     if not list(mutants.ROOT.glob("build/temp*/build.ninja")):
         pytest.skip("needs the objects of `make build`")
     fits = "test_alpha_as_a_number_is_above_0_and_at_most_1"

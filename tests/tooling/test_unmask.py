@@ -180,7 +180,7 @@ WRONG_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", WRONG_CHECKPOINTS)
-def test_checkpoint_that_does_not_fit(case: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_an_error(case: str, tmp_path: Path) -> None:
     content, message = WRONG_CHECKPOINTS[case]
     file = tmp_path / "model.pt"
     torch.save(content, file)
@@ -190,14 +190,14 @@ def test_checkpoint_that_does_not_fit(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\3\4"], ids=["empty", "text", "broken"])
-def test_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_an_error(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     file.write_bytes(content)
     with pytest.raises(UserError, match=f"does not fit: a checkpoint {SHAPE}"):
         unmask.load(str(file))
 
 
-def test_missing_checkpoint() -> None:
+def test_a_missing_checkpoint_is_an_error() -> None:
     with pytest.raises(UserError, match="^cannot read /none: No such file or directory$"):
         unmask.load("/none")
 
@@ -239,7 +239,7 @@ def test_wrong_path_gets_one_sentence(
     assert (out, err) == ("", f"python -m fusedrnn unmask: {message}\n")
 
 
-def test_page_that_would_be_too_large(tmp_path: Path, capsys: Any) -> None:
+def test_a_page_that_would_be_too_large_is_an_error(tmp_path: Path, capsys: Any) -> None:
     saved, page = tmp_path / "model.pt", tmp_path / "page.html"
     saved.write_bytes(unmask.checkpoint(CharLoopModel(3, 2, 640), Vocabulary("abc")))
     assert main(["unmask", f"--checkpoint={saved}", f"--out={page}"]) == 2
