@@ -124,7 +124,7 @@ def test_activation_checkpointing(reentrant, packed):
     def checkpointed(x: Tensor) -> Any:
         return checkpoint(run, x, use_reentrant=reentrant)
 
-    if reentrant:  # does not support torch.autograd.grad
+    if reentrant:  # this kind of checkpoint does not support torch.autograd.grad
         x.requires_grad_()
         results = []
         for f in (run, checkpointed):

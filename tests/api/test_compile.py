@@ -142,7 +142,7 @@ def test_other_options_and_shapes_match_eager(options, shape):
 
 @pytest.mark.parametrize("kind", ["batched", "packed"])
 def test_nothing_breaks_before_or_after_the_layer(kind):
-    """Without fullgraph: nn.RNN would split the frame in three."""
+    """The model is compiled without fullgraph; nn.RNN would split the frame in three."""
     explanation = torch._dynamo.explain(Model(**DEEP))(INPUTS[kind]())
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
 

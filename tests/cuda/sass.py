@@ -521,7 +521,7 @@ def alu(kinds: str, function: Callable[..., Any]) -> Callable[[Instruction, Prog
 
 
 def imad(ins: Instruction, program: Program) -> Run:
-    """Multiply and add: 64 bits or their upper half, or 32 bits, also used for sums and moves."""
+    """Multiply and add; WIDE gives 64 bits, HI their upper half. Also used for sums and moves."""
 
     def wide_product(flags: list[str], a: Any, b: Any, c: Any) -> Any:
         kind = U64 if "U32" in flags else np.int64

@@ -90,7 +90,7 @@ def test_a_step_costs_what_the_table_says(shape: tuple[int, int, int], dtype: st
 @needs_nvcc
 @pytest.mark.parametrize("source", ["csrc/cuda/recurrence_cuda.cpp", "csrc/module.cpp"])
 def test_glue_parses_with_the_headers_of_any_torch(source: str) -> None:
-    """Even with a torch without CUDA, which lacks a generated header and the libraries to link."""
+    """A torch without CUDA lacks a generated header and the libraries to link."""
     includes = (
         ROOT / "csrc", f"{toolkit()}/include", *cpp_extension.include_paths(),
         sysconfig.get_path("include"),

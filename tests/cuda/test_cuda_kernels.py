@@ -334,7 +334,7 @@ PLAIN = [trial for way in WAYS if way.regime in ("block", "cluster") for trial i
 
 
 @pytest.mark.parametrize("trial", fast_and_slow(PLAIN, lambda i: i % 2 == 0))
-def test_plain(trial):
+def test_plain_kernels_match_the_reference(trial):
     if trial.device == GPU:
         trial.check()
         return
@@ -360,7 +360,7 @@ FULL = [full_case(way) for way in WAYS]
 
 
 @pytest.mark.parametrize("trial", fast_and_slow(FULL, lambda i: i % 4 == 0))
-def test_full(trial):
+def test_blocks_that_use_all_their_units(trial):
     trial.check_way()
 
 
@@ -419,7 +419,7 @@ def test_large(trial):
 
 
 def aligned_cases() -> Iterator[Trial]:
-    """Yield cases that copy x by 16, 8 or 4 bytes, or by single elements if these are smaller."""
+    """Yield cases that copy x by 16, 8 or 4 bytes, or by single 16-bit elements."""
     for way in WAYS:
         size = way.shape.number_size
         if way.split > 1 and way.split != 4:

@@ -118,7 +118,7 @@ def test_tensors_that_cross_streams_are_recorded(log):
 def test_the_order_of_backward(log):
     """Both directions run before the views, at which the current stream waits for the side stream.
 
-    The same holds if the inputs are leaves.
+    This holds even if the inputs are leaves, as they are here.
     """
     ours, _ = bidirectional()
     output, _ = ours(inputs().requires_grad_())
@@ -234,7 +234,7 @@ def test_directions_run_in_turn_with_fake_tensors(log):
 
 
 def test_directions_run_in_turn_without_the_engine(log, monkeypatch):
-    """Without the engine, a loop over time consists of nothing but launches."""
+    """Without the engine, a layer is a loop over time, which is bound by kernel launches."""
     monkeypatch.setattr(_C, "has_cuda", False)
     ours, _ = bidirectional()
     ours(inputs())

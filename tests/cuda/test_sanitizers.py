@@ -68,7 +68,7 @@ def test_the_cpu_engine_accesses_no_memory_out_of_bounds(sanitized):
         env={
             **os.environ,
             "PYTHONPATH": str(sanitized),
-            # Python is not instrumented, so the runtimes must be preloaded. It leaks memory.
+            # Python leaks memory and is not instrumented, so the runtimes must be preloaded.
             "LD_PRELOAD": ":".join(runtime(name) for name in RUNTIMES),
             "ASAN_OPTIONS": "detect_leaks=0",
         },
@@ -146,7 +146,8 @@ def assert_right(path: Path, *problems: str, **options: Any) -> None:
 def problems(regime: str, ways: Sequence[tuple[int, int]], shapes: Sequence[str]) -> Iterator[str]:
     """Yield each shape for each tile and split, in each pass.
 
-    A shape without an H gets an odd H that one block can just hold, or just cannot.
+    A shape without an H gets an odd one: in the block regime it just fits into one block, and in
+    the cluster and grid regimes it just does not.
     """
     for tile, split in ways:
         held = TILES[tile].held * TILES[tile].chunk * split  # the part of K in registers

@@ -1,4 +1,4 @@
-"""examples/charlm.py: all forms of the character model agree, in computing and in training."""
+"""examples/charlm.py: all forms of the character model give the same results and train alike."""
 
 from __future__ import annotations
 
