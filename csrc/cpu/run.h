@@ -38,12 +38,10 @@ class Run {
         width_(vectors_ * k_.lanes),
         state_row_(spread(width_, sizeof(C))) {
     const bool adjoint = p_.pass == Pass::adjoint, potential = p_.form == Form::potential;
-    const PlanInput in(k_, p_.pass, p_.storage, p_.T, p_.B, p_.I, p_.H, threads,
-                       gradients ? gradients->multiplications(p_.H) : 0);
-    plan_ = make_plan(in);
-    const double cycles =
-        CostModel::total(in, plan_.batch_groups, plan_.hidden_groups, plan_.idle) / double(p_.T);
-    steps_uninterrupted_ = std::max<int64_t>(1, int64_t(kCyclesUninterrupted / cycles));
+    plan_ = make_plan({k_, p_.pass, p_.storage, p_.T, p_.B, p_.I, p_.H, threads,
+                       gradients ? gradients->multiplications(p_.H) : 0});
+    steps_uninterrupted_ =
+        std::max<int64_t>(1, int64_t(kCyclesUninterrupted / plan_.cycles * double(p_.T)));
 
     if (plan_.pack || adjoint) w_state_ = scratch_.template take<C>(width_ * p_.H);
     if (plan_.pack && p_.I) w_input_ = scratch_.template take<C>(width_ * p_.I);
