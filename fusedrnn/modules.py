@@ -1053,8 +1053,9 @@ def restore(model: _Module) -> _Module:
         ``model``.
 
     Raises:
-        ValueError: A module has dropout inside the recurrence, which ``nn.RNN`` does not have.
-            ``model`` is then left unchanged.
+        ValueError: A module has dropout inside the recurrence or truncates gradients, which
+            ``nn.RNN`` cannot do. ``model`` is then left unchanged. (``checkpoint_every`` is
+            dropped, because it changes no result.)
 
     Example::
 
@@ -1065,6 +1066,11 @@ def restore(model: _Module) -> _Module:
             ours = parametrize.type_before_parametrizations(module) is RNN
             if ours and isinstance(module, RNN):
                 module._check_no_rates("to restore a module", _RATES)
+                if module.truncate is not None:
+                    raise ValueError(
+                        "fusedrnn: truncate must be None to restore a module, got "
+                        f"{module.truncate}"
+                    )
     return _change_classes(model, _TORCHS)
 
 

@@ -427,3 +427,12 @@ def test_repr_copies_and_modules_from_before_these_options(cls):
     converted = fusedrnn.replace(nn.RNN(I, H))
     converted.truncate = 3
     converted(torch.randn(T, B, I))
+
+
+def test_restore_refuses_truncated_gradients():
+    model = torch.nn.Sequential(fusedrnn.RNN(3, 4), fusedrnn.RNN(4, 4, truncate=5))
+    with pytest.raises(ValueError, match="truncate must be None to restore a module, got 5"):
+        fusedrnn.restore(model)
+    assert type(model[0]) is fusedrnn.RNN
+    restored = fusedrnn.restore(fusedrnn.RNN(3, 4, checkpoint_every=5))
+    assert type(restored) is torch.nn.RNN
