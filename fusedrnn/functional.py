@@ -298,7 +298,7 @@ def _padded(
         raise ValueError("fusedrnn: batch_sizes must be None with lengths, got a tensor")
     ragged = Ragged(x, lengths, False, padding_value, "x")
 
-    def some(name: str, states: Tensor) -> Tensor:
+    def non_empty_rows(name: str, states: Tensor) -> Tensor:
         """Return the rows that are not empty, in the order in which they are packed."""
         if not isinstance(states, Tensor):
             raise TypeError(f"fusedrnn: {name} must be a tensor, got {type(states).__name__}")
@@ -324,7 +324,7 @@ def _padded(
             if name == "alpha" and series.dim() == 1:  # [N] could be taken for [H]
                 series = series.unsqueeze(-1)
         elif name == "reset_to" and series.dim() == 2:
-            series = some(name, series)
+            series = non_empty_rows(name, series)
         options[name] = series
     packed = ragged.pack(x)
     before = x.new_zeros(ragged.batch, w_hh.size(0)) if h0 is None else h0
@@ -333,7 +333,9 @@ def _padded(
         return (h, before.clone(), *[h.clone()] * options["return_potential"])
     options["batch_sizes"] = packed.batch_sizes
     run: Any = rnn
-    h, last, *potential = run(packed.data, w_ih, w_hh, *biases, some("h0", before), **options)
+    h, last, *potential = run(
+        packed.data, w_ih, w_hh, *biases, non_empty_rows("h0", before), **options
+    )
     h, *potential = (ragged.unpack(packed._replace(data=t)) for t in (h, *potential))
     return (h, before.to(last.dtype).index_copy(0, ragged.order, last), *potential)
 

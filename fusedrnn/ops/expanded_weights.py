@@ -35,14 +35,14 @@ class PerSampleActivation(torch.autograd.Function):
         *_, form, _ = args
         if form != "rate":
             raise NotImplementedError(
-                f"fusedrnn: call_for_per_sample_grads with the form {form!r}; use torch.func: "
-                "vmap(grad(...))"
+                f"fusedrnn: form must be 'rate' with call_for_per_sample_grads, got {form!r}; use "
+                "torch.func: vmap(grad(...))"
             )
         for weight in args:
             if isinstance(weight, ExpandedWeight) and weight.batch_size != h_n.size(0):
                 raise RuntimeError(
-                    f"fusedrnn: per-sample gradients of {weight.batch_size} samples, but the batch "
-                    f"has {h_n.size(0)} rows"
+                    f"fusedrnn: batch_size must be {h_n.size(0)}, the number of rows, got "
+                    f"{weight.batch_size}"
                 )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, h if saved.numel() == 0 else saved)

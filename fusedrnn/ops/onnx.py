@@ -112,8 +112,8 @@ def traced_activation(
     check(alpha, q, reset, batch_sizes, nonlinearity, form)
     if nonlinearity not in ("tanh", "relu"):
         raise NotImplementedError(
-            f"fusedrnn: torch.onnx.export(dynamo=False) knows no nonlinearity {nonlinearity!r}, "
-            "only tanh and relu"
+            "fusedrnn: nonlinearity must be 'tanh' or 'relu' for torch.onnx.export(dynamo=False), "
+            f"got {nonlinearity!r}"
         )
     size = w_hh.size(0)
     if w_ih is None:

@@ -122,7 +122,10 @@ def _register(name: str, before: int, flags: int, fold: Callable[..., Any]) -> N
         w_hh, alpha, *series, reset, batch_sizes = args[before:-flags]
         w_hh_dim, alpha_dim, *series_dims, reset_dim, batch_sizes_dim = in_dims[before:-flags]
         if batch_sizes_dim is not None:
-            raise RuntimeError("fusedrnn: vmap over batch_sizes: all samples must be packed alike")
+            raise RuntimeError(
+                "fusedrnn: vmap over batch_sizes is not supported: every sample must have the same "
+                "batch_sizes"
+            )
         if size == 0:
             return _none(rule, info, in_dims, args)
         varies = alpha is not None and alpha.dim() - (alpha_dim is not None) > 1

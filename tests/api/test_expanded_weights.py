@@ -70,5 +70,5 @@ def test_layers_before_the_rnn_get_per_sample_gradients():
 def test_another_batch_size_is_refused():
     ours, _ = pair(I, H, dtype=torch.float64, batch_first=True)
     x = torch.randn(B, T, I, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="gradients of 7 samples, but the batch has 3 rows"):
+    with pytest.raises(RuntimeError, match="batch_size must be 3, the number of rows, got 7"):
         call_for_per_sample_grads(ours, batch_size=7)(x)
