@@ -51,7 +51,7 @@ struct DotProduct {
 // The epilogue of one step, for the rows of a tile and one panel of columns. `in`, `gate`, `out`
 // and a varying alpha are those of Problem, offset to the first row and column of the tile.
 template <class C>
-struct Step {
+struct StepEpilogue {
   int64_t rows, columns;
   const C* tile;
   int64_t tile_row;
@@ -82,7 +82,7 @@ struct StorageKernels {
   void (*load)(const void* from, int64_t n, C* to);
   void (*store)(const C* from, int64_t n, void* to);
   void (*dot)(const DotProduct<C>&);
-  void (*step[kPasses][kNonlinearities])(const Step<C>&);
+  void (*step[kPasses][kNonlinearities])(const StepEpilogue<C>&);
 };
 
 template <class C>

@@ -162,7 +162,7 @@ void dot(const DotProduct<C>& p) {
 enum class Kind { plain, rate, other };
 
 template <Pass pass, Kind kind, class F, class S, class C>
-void step_of_kind(const Step<C>& s) {
+void step_of_kind(const StepEpilogue<C>& s) {
   using V = Vec<C>;
   constexpr bool plain = kind == Kind::plain, rate = kind != Kind::other;
   const bool leaky = !plain && s.leaky, potential = !rate && s.form == Form::potential;
@@ -218,7 +218,7 @@ void step_of_kind(const Step<C>& s) {
 }
 
 template <Pass pass, class F, class S, class C>
-void step(const Step<C>& s) {
+void step(const StepEpilogue<C>& s) {
   if (s.form != Form::rate) return step_of_kind<pass, Kind::other, F, S>(s);
   if (s.leaky || s.in[1] || s.out[1]) return step_of_kind<pass, Kind::rate, F, S>(s);
   step_of_kind<pass, Kind::plain, F, S>(s);

@@ -366,7 +366,7 @@ class Run {
       const auto locate = [&](const Series& series) {
         return series.data ? layout_.at(series, t, b, column) : nullptr;
       };
-      Step<C> step{};
+      StepEpilogue<C> step{};
       step.form = p_.form;
       step.leaky = leaky();
       step.rows = count;

@@ -74,7 +74,7 @@ struct Layer {
   }
 
   const Params& p;
-  const Problem& q;
+  const Problem& problem;
   const int64_t b0;
   const int rows;
   const int64_t j0;
@@ -83,18 +83,18 @@ struct Layer {
 
   __device__ Layer(const Params& params, int64_t b0, int64_t j0)
       : p(params),
-        q(params.problem),
+        problem(params.problem),
         b0(b0),
-        rows(int(min(int64_t(params.rows), q.B - b0))),
+        rows(int(min(int64_t(params.rows), problem.B - b0))),
         j0(j0),
-        units(int(max(int64_t(0), min(int64_t(params.units), q.H - j0)))),
-        leaky(q.alpha.data != nullptr) {}
+        units(int(max(int64_t(0), min(int64_t(params.units), problem.H - j0)))),
+        leaky(problem.alpha.data != nullptr) {}
 
   // ---- the time loop ----
 
   __device__ Step step(int64_t s) const {
-    if (s < 0 || s >= q.T) return {0, 0, 0};
-    const int64_t t = q.descending ? q.T - 1 - s : s;
+    if (s < 0 || s >= problem.T) return {0, 0, 0};
+    const int64_t t = problem.descending ? problem.T - 1 - s : s;
     if (!p.offsets) return {t, 0, rows};
     const int64_t offset = p.offsets[t], active = p.offsets[t + 1] - offset - b0;
     return {t, offset, int(max(int64_t(0), min(int64_t(rows), active)))};
@@ -102,17 +102,17 @@ struct Layer {
   // The first and last step of a row. Packed rows join late in a descending loop and end early in
   // an ascending one.
   __device__ int64_t first_step(int row) const {
-    if (!p.offsets || !q.descending) return 0;
+    if (!p.offsets || !problem.descending) return 0;
     return search([&](int64_t s) { return step(s).active > row; });
   }
   __device__ int64_t last_step(int row) const {
-    if (!p.offsets || q.descending) return q.T - 1;
+    if (!p.offsets || problem.descending) return problem.T - 1;
     return search([&](int64_t s) { return step(s).active <= row; }) - 1;
   }
   // The first step for which `reached` is true, or T. Once true, it must stay true.
   template <class Reached>
   __device__ int64_t search(const Reached& reached) const {
-    int64_t low = 0, high = q.T;
+    int64_t low = 0, high = problem.T;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
       if (reached(middle))
@@ -132,11 +132,11 @@ struct Layer {
     return static_cast<S*>(states.data) + ((b0 + row) * states.row + j);
   }
   __device__ uint32_t reset_of(const Step& step, int row) const {
-    const auto* reset = reinterpret_cast<const uint8_t*>(q.reset);
-    return reset[(p.offsets ? step.offset : step.t * q.B) + b0 + row];
+    const auto* reset = reinterpret_cast<const uint8_t*>(problem.reset);
+    return reset[(p.offsets ? step.offset : step.t * problem.B) + b0 + row];
   }
   __device__ bool keeps(const Step& step, int row) const {
-    return !q.reset || reset_of(step, row) == 0;
+    return !problem.reset || reset_of(step, row) == 0;
   }
 
   // The address of the state from which row `row` starts step `now`; null stands for zeros.
@@ -144,19 +144,20 @@ struct Layer {
     if (row < before.active) {
       // A reset at a step separates it from the step that precedes it in the forward pass. The
       // later of the two is `now` in the forward pass and `before` in the backward pass.
-      return keeps(kForward ? now : before, row) ? at(q.out[0], before, row, 0) : nullptr;
+      return keeps(kForward ? now : before, row) ? at(problem.out[0], before, row, 0) : nullptr;
     }
-    return kForward && q.first.data && keeps(now, row) ? at(q.first, row, 0) : nullptr;
+    return kForward && problem.first.data && keeps(now, row) ? at(problem.first, row, 0) : nullptr;
   }
   // The same after the row's last step. Used in the backward pass, for ∂L/∂h0.
   __device__ const S* state_after_all(int row) const {
     const Step end = step(last_step(row));
-    return keeps(end, row) ? at(q.out[0], end, row, 0) : nullptr;
+    return keeps(end, row) ? at(problem.out[0], end, row, 0) : nullptr;
   }
 
   // The value that a row carries into its first step.
   __device__ C first_carry(int row, int64_t j, const Step& start) const {
-    const States& first = kForward && q.form == Form::potential ? q.first_carry : q.first;
+    const States& first =
+        kForward && problem.form == Form::potential ? problem.first_carry : problem.first;
     if (!first.data || (kForward && !keeps(start, row))) return C(0);
     return widen(*at(first, row, j));
   }
@@ -166,17 +167,19 @@ struct Layer {
   __device__ static C value_of(const void* vector, int64_t j) {
     return vector ? C(widen(static_cast<const S*>(vector)[j])) : C(0);
   }
-  __device__ C bias(int64_t j) const { return value_of(q.b_ih, j) + value_of(q.b_hh, j); }
+  __device__ C bias(int64_t j) const {
+    return value_of(problem.b_ih, j) + value_of(problem.b_hh, j);
+  }
   __device__ C alpha(int64_t j) const {
-    return value_of(q.alpha_varies() ? nullptr : q.alpha.data, j);
+    return value_of(problem.alpha_varies() ? nullptr : problem.alpha.data, j);
   }
 
   // How many steps of t ahead to prefetch into L2 while the data of `step` is loaded. 0 (no
   // prefetch) near the end, and if packed, because then steps are not a constant distance apart.
   __device__ int far_ahead(const Step& step) const {
     if (kFar == 0 || p.offsets) return 0;
-    if (q.descending) return step.t >= kFar ? -kFar : 0;
-    return step.t + kFar < q.T ? kFar : 0;
+    if (problem.descending) return step.t >= kFar ? -kFar : 0;
+    return step.t + kFar < problem.T ? kFar : 0;
   }
 
   // Load and store those of N units of a row that exist.
@@ -209,12 +212,12 @@ struct Layer {
     if (row >= now.active || unit >= units) return in;
 #pragma unroll
     for (int n = 0; n < kInputs; ++n)
-      if (q.in[n].data) in.in[n] = load(q.in[n], now, row, unit, far);
-    if (pass != Pass::activation) in.gate = load(q.gate, now, row, unit, far);
+      if (problem.in[n].data) in.in[n] = load(problem.in[n], now, row, unit, far);
+    if (pass != Pass::activation) in.gate = load(problem.gate, now, row, unit, far);
     // In the forward pass, the reset of the next step applies to the state that this step leaves;
     // in the backward pass, the reset of this step does.
     in.keep = 1;
-    if (q.reset)
+    if (problem.reset)
       in.keep = !kForward ? !reset_of(now, row) : row < after.active ? !reset_of(after, row) : 0;
     return in;
   }
@@ -224,18 +227,18 @@ struct Layer {
                                              int row, const Step& now, bool begins, bool ends,
                                              const C* bias, const C* alpha, C (&carry)[N],
                                              const Publish& publish) const {
-    const Chosen<S> phi(q.nonlinearity);
+    const Chosen<S> phi(problem.nonlinearity);
     constexpr bool rate = form == Form::rate, potential = form == Form::potential;
     constexpr int kLate = kInputs;
-    const bool late = (pass == Pass::activation || !rate) && q.in[kLate].data;
+    const bool late = (pass == Pass::activation || !rate) && problem.in[kLate].data;
     const Numbers in0 = unpack(in.in[0]), in1 = unpack(in.in[1]), gates = unpack(in.gate);
     Numbers more = {}, alphas = {}, out[3], published;
-    if (late) more = unpack(load(q.in[kLate], now, row, unit, 0));
-    if (q.alpha_varies()) alphas = unpack(load(q.alpha, now, row, unit, 0));
+    if (late) more = unpack(load(problem.in[kLate], now, row, unit, 0));
+    if (problem.alpha_varies()) alphas = unpack(load(problem.alpha, now, row, unit, 0));
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const C first = widen(in0.v[n]), second = widen(in1.v[n]);
-      const C leak = q.alpha_varies() ? C(widen(alphas.v[n])) : alpha[n];
+      const C leak = problem.alpha_varies() ? C(widen(alphas.v[n])) : alpha[n];
       C sum = sums[n], state = carry[n], results[3] = {};
       if constexpr (pass == Pass::activation) {
         activation<rate>(phi, potential, sum + first + bias[n],
@@ -243,7 +246,7 @@ struct Layer {
                          results[0], results[1]);
       } else {
         // Without an initial state, a row's first step has no product, even if W_hh is NaN.
-        if (begins && !(kForward && q.first.data)) sum = C(0);
+        if (begins && !(kForward && problem.first.data)) sum = C(0);
         const C third = widen(more.v[n]), slope_of = widen(gates.v[n]);
         if constexpr (pass == Pass::tangent)
           tangent<rate>(phi, potential, sum, first, second, third, slope_of, carry[n], leaky, leak,
@@ -256,14 +259,15 @@ struct Layer {
       for (int i = 0; i < 3; ++i) out[i].v[n] = narrow<S>(results[i]);
       const bool exists = unit + n < units;
       published.v[n] = in.keep && exists ? out[0].v[n] : narrow<S>(0);
-      if (kForward && ends && exists && q.last.data)
-        *at(q.last, row, j0 + unit + n) = narrow<S>(state);
+      if (kForward && ends && exists && problem.last.data)
+        *at(problem.last, row, j0 + unit + n) = narrow<S>(state);
       carry[n] = in.keep ? state : C(0);
     }
     publish(published);
-    store(q.out[0], now, row, unit, out[0]);
-    if (q.out[1].data) store(q.out[1], now, row, unit, out[1]);
-    if (!rate && pass != Pass::activation && q.out[2].data) store(q.out[2], now, row, unit, out[2]);
+    store(problem.out[0], now, row, unit, out[0]);
+    if (problem.out[1].data) store(problem.out[1], now, row, unit, out[1]);
+    if (!rate && pass != Pass::activation && problem.out[2].data)
+      store(problem.out[2], now, row, unit, out[2]);
   }
 
   // Computes a step. Calls `publish` with the values that the next step multiplies, before storing
@@ -274,9 +278,9 @@ struct Layer {
                                           const Step& now, bool begins, bool ends, const C* bias,
                                           const C* alpha, C (&carry)[N],
                                           const Publish& publish) const {
-    if (q.form == Form::rate)
+    if (problem.form == Form::rate)
       compute_as<Form::rate>(in, sums, unit, row, now, begins, ends, bias, alpha, carry, publish);
-    else if (q.form == Form::potential)
+    else if (problem.form == Form::potential)
       compute_as<Form::potential>(in, sums, unit, row, now, begins, ends, bias, alpha, carry,
                                   publish);
     else
@@ -303,14 +307,14 @@ struct Layer {
   // Backward: stores ∂L/∂h0, computed from the product after the last step.
   __device__ __forceinline__ void finish(const C (&sums)[N], int unit, int row,
                                          const C* carried) const {
-    const bool keep = !q.reset || keeps(step(last_step(row)), row);
+    const bool keep = !problem.reset || keeps(step(last_step(row)), row);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (unit + n >= units) continue;
       const C sum = keep ? sums[n] : C(0), carry = keep && leaky ? carried[n] : C(0);
       const int64_t j = j0 + unit + n;
-      *at(q.last, row, j) = narrow<S>(q.form == Form::potential ? sum : sum + carry);
-      if (q.last_carry.data) *at(q.last_carry, row, j) = narrow<S>(carry);
+      *at(problem.last, row, j) = narrow<S>(problem.form == Form::potential ? sum : sum + carry);
+      if (problem.last_carry.data) *at(problem.last_carry, row, j) = narrow<S>(carry);
     }
   }
 

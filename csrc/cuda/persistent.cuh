@@ -19,7 +19,8 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
   static constexpr int N = Product::kPack;
   using Base = Layer<S, pass, N>;
   using C = typename Base::C;
-  using Base::b0, Base::j0, Base::kForward, Base::p, Base::q, Base::rows, Base::step, Base::units;
+  using Base::b0, Base::j0, Base::kForward, Base::p, Base::problem, Base::rows, Base::step,
+      Base::units;
   using typename Base::Inputs, typename Base::Numbers;
   static constexpr int kItems = Product::kItems;  // each of N neighbouring units
   // Load the inputs of a step while the previous one is computed, if registers are left for that.
@@ -43,7 +44,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
     if (p.regime == Regime::cluster && units == 0) return;
     const bool through_l2 = p.regime == Regime::grid;
     // In the backward pass, one more product after the last step gives ∂L/∂h0.
-    const int64_t end = q.T + (!kForward && q.last.data);
+    const int64_t end = problem.T + (!kForward && problem.last.data);
     // Steps are counted from the first one that has rows. In a step without rows no bytes are sent,
     // so nothing would synchronise the blocks of a cluster.
     const int64_t skipped = Base::first_step(0);
@@ -51,7 +52,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
     Inputs next[kItems];
     if constexpr (kAhead) load_inputs(next, 0, now, after);
     for (int64_t s = 0; s < end - skipped; ++s) {
-      const bool finishing = !kForward && s + skipped == q.T, goes_on = s + skipped + 1 < end;
+      const bool finishing = !kForward && s + skipped == problem.T, goes_on = s + skipped + 1 < end;
       const int active = finishing ? rows : now.active;
       const Step second_after = step(s + skipped + 2);
       const S* from = buffer(s);
@@ -60,7 +61,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
         gather(0, active, finishing, before, now);
       } else {
         if (p.regime == Regime::cluster && goes_on) expect(s, active);
-        if (!kForward && q.last.data) {
+        if (!kForward && problem.last.data) {
           // Packed: the product after the last step may read either buffer, so copy the states of
           // rows that have just ended into the other one.
 #pragma unroll 1
@@ -68,7 +69,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
             for (int j = threadIdx.x; j < p.state_k; j += kThreads)
               to[row * p.e_row + j] = from[row * p.e_row + j];
         }
-        if (q.I) load_x(*this, to, after, 0, after.active);
+        if (problem.I) load_x(*this, to, after, 0, after.active);
       }
       for (int first = 0; first < active; first += Product::kRows) {
         const S* states = from + first * p.e_row;
@@ -124,14 +125,14 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
 
   __device__ void hold_weights() {
     Weights w;
-    w.w_hh_unit = kForward ? q.w_hh_row : 1;
-    w.w_hh_k = kForward ? 1 : q.w_hh_row;
-    w.w_hh = static_cast<const S*>(q.w_hh) + j0 * w.w_hh_unit;
-    w.w_ih_unit = q.w_ih_row;
-    w.w_ih = static_cast<const S*>(q.w_ih) + j0 * q.w_ih_row;
+    w.w_hh_unit = kForward ? problem.w_hh_row : 1;
+    w.w_hh_k = kForward ? 1 : problem.w_hh_row;
+    w.w_hh = static_cast<const S*>(problem.w_hh) + j0 * w.w_hh_unit;
+    w.w_ih_unit = problem.w_ih_row;
+    w.w_ih = static_cast<const S*>(problem.w_ih) + j0 * problem.w_ih_row;
     w.units = units;
-    w.H = q.H;
-    w.I = q.I;
+    w.H = problem.H;
+    w.I = problem.I;
     w.state_k = p.state_k;
     product_.hold(w, p.chunks, p.e_row);
   }
@@ -140,7 +141,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
   static __device__ __noinline__ void begin(const Params& p, int64_t b0, int64_t j0,
                                             unsigned char* shared) {
     const Base layer(p, b0, j0);
-    const Problem& q = p.problem;
+    const Problem& problem = p.problem;
     S* const e = reinterpret_cast<S*>(shared + p.e_offset);
     C* const carry = reinterpret_cast<C*>(shared + p.carry_offset);
     C* const vectors = reinterpret_cast<C*>(shared + p.vectors_offset);
@@ -152,18 +153,18 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
     if (p.regime == Regime::grid) return;
     // In a packed descending loop rows join late. Until then, both buffers hold their initial
     // state.
-    if (kForward && q.first.data)
+    if (kForward && problem.first.data)
       for (int row = 0; row < layer.rows; ++row) {
         const bool keep = layer.keeps(layer.step(layer.first_step(row)), row);
 #pragma unroll 1
-        for (int64_t j = threadIdx.x; keep && j < q.H; j += kThreads) {
-          const S first = *layer.at(q.first, row, j);
+        for (int64_t j = threadIdx.x; keep && j < problem.H; j += kThreads) {
+          const S first = *layer.at(problem.first, row, j);
           e[row * p.e_row + j] = first;
           e[p.e_size + row * p.e_row + j] = first;
         }
       }
     const Step first = layer.step(layer.first_step(0));
-    if (q.I) load_x(layer, e, first, 0, first.active);
+    if (problem.I) load_x(layer, e, first, 0, first.active);
     copies_done();
     if (p.regime == Regime::cluster)
       cluster_barrier();
@@ -210,7 +211,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
   // memory. One warp loads the states of one row.
   __device__ __forceinline__ void gather(int first, int active, bool finishing, const Step& before,
                                          const Step& now) {
-    const int count = min(Product::kRows, active - first), H = int(q.H);
+    const int count = min(Product::kRows, active - first), H = int(problem.H);
     S* const e = buffer(first / Product::kRows);
     const int index = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (index < count) {
@@ -229,7 +230,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
           to[j] = from ? load_through_l2(from + j) : narrow<S>(0);
       }
     }
-    if (q.I) load_x(*this, e, now, first, count);
+    if (problem.I) load_x(*this, e, now, first, count);
   }
 
   // Cluster: the mbarriers, one per buffer, that count the bytes that have arrived.
@@ -239,7 +240,7 @@ class TimeLoop : protected Layer<typename Product::Stored, pass, Product::kPack>
 
   // Cluster: sets how many bytes the mbarrier of this block expects from the batch group in step s.
   __device__ __forceinline__ void expect(int64_t s, int active) const {
-    const int size = (int(q.H) + N - 1) / N * int(sizeof(Numbers));
+    const int size = (int(problem.H) + N - 1) / N * int(sizeof(Numbers));
     if (threadIdx.x == 0) expect_bytes(arrivals(p, shared_) + ((s + 1) & 1), active * size);
   }
 

@@ -14,7 +14,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
   using S = typename Product::Stored;
   using Base = TimeLoop<Product, pass>;
   using C = typename Base::C;
-  using Base::b0, Base::j0, Base::kForward, Base::p, Base::q, Base::rows, Base::units;
+  using Base::b0, Base::j0, Base::kForward, Base::p, Base::problem, Base::rows, Base::units;
   using Base::product_, Base::e_, Base::carry_, Base::vectors_, Base::partial_, Base::shared_;
   using typename Base::Numbers, typename Base::Raw;
   static constexpr int N = Product::kPack, kItems = Product::kItems;
@@ -51,7 +51,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
     // that.
     const int zero = kItems < 4 ? *reinterpret_cast<volatile int*>(vectors_ + p.units) : 0;
     const int e_row = p.e_row + zero, chunks = p.chunks + zero;
-    const int nonlinearity = int(q.nonlinearity) + zero;
+    const int nonlinearity = int(problem.nonlinearity) + zero;
     // The place of an item's state in e, and of the 16 bytes that this lane sends; -1 if there is
     // no such item.
     const int sender = sender_of(lane);
@@ -71,8 +71,8 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
     // Pointers to the current step of this thread's first item; the other items lie at fixed
     // distances. A thread without an item points to the first item of the block, so that loads need
     // no branch. For the same reason the pointers stay where they are after the last step.
-    const char *in = track(q.in[0]), *gate = track(q.gate);
-    char* out = track(q.out[0]);
+    const char *in = track(problem.in[0]), *gate = track(problem.gate);
+    char* out = track(problem.out[0]);
     const int64_t in_step = p.in_step + zero, gate_step = p.gate_step + zero;
     const int64_t out_step = p.out_step + zero;
     Raw next_in[kItems] = {}, next_gate[kItems] = {};
@@ -80,22 +80,22 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const bool exists = kCluster && Product::kCopies > 1 ? row_exists(i) : place[i] >= 0;
-        next_in[i] = fetched(in + (exists ? distance(q.in[0], i) : 0), far, in_step);
+        next_in[i] = fetched(in + (exists ? distance(problem.in[0], i) : 0), far, in_step);
         if (!kForward)
-          next_gate[i] = fetched(gate + (exists ? distance(q.gate, i) : 0), far, gate_step);
+          next_gate[i] = fetched(gate + (exists ? distance(problem.gate, i) : 0), far, gate_step);
       }
     };
     if (kBusy) load(false);
 
     // Bytes that arrive in a step.
-    const int bytes = rows * int(q.H) * int(sizeof(S)) + zero;
+    const int bytes = rows * int(problem.H) * int(sizeof(S)) + zero;
     unsigned char* const arrivals = shared_ + (p.arrivals_offset + zero);
     Numbers results[kItems];
     const int half = p.e_size + zero;
     int from = 0;
-    const int end = kForward || !q.last.data ? 0 : -1;  // one more product gives ∂L/∂h0
+    const int end = kForward || !problem.last.data ? 0 : -1;  // one more product gives ∂L/∂h0
     unsigned s = 0;
-    for (int left = int(q.T); left > end; --left, ++s) {
+    for (int left = int(problem.T); left > end; --left, ++s) {
       const bool finishing = !kForward && left == 0;
       S* const to = e_ + (from ^ half);
       uint64_t* const arrived = reinterpret_cast<uint64_t*>(arrivals) + (~s & 1);
@@ -151,7 +151,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
             send_to_all(to + sent[i], sent[i] >= 0, first_peer, results[i], arrived);
           else if (stores)
             *reinterpret_cast<Numbers*>(to + place[i]) = results[i];
-          if (stores) *reinterpret_cast<Numbers*>(out + distance(q.out[0], i)) = results[i];
+          if (stores) *reinterpret_cast<Numbers*>(out + distance(problem.out[0], i)) = results[i];
         }
         out += out_step;
       }
@@ -161,7 +161,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
       if (kCluster)
         wait_for_arrivals(arrived, s >> 1 & 1, {p, int64_t(s), "states of all peers (plain)"});
     }
-    if (kBusy && kForward && q.last.data)
+    if (kBusy && kForward && problem.last.data)
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
         if (place[i] >= 0) store_last(i, results[i].v);
@@ -172,7 +172,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
   __device__ __forceinline__ void store_last(int i, const T (&values)[N]) const {
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      *Base::at(q.last, product_.row(i), j0 + product_.unit(i) + n) =
+      *Base::at(problem.last, product_.row(i), j0 + product_.unit(i) + n) =
           narrow<S>(C(widen(values[n])));
   }
 
@@ -195,7 +195,7 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
 
   // The address of unit (or input) j of the block's row `row` in the first step.
   __device__ char* track(const Series& series, int row, int64_t j) const {
-    const int64_t t = q.descending ? q.T - 1 : 0;
+    const int64_t t = problem.descending ? problem.T - 1 : 0;
     const int64_t place = t * series.step + (b0 + row) * series.row + j;
     return reinterpret_cast<char*>(static_cast<S*>(series.data) + place);
   }
