@@ -100,7 +100,7 @@ def prepared(
     for kind in kinds:
         reason = kind.declines(problem, mode)
         if problem.batch_sizes is not None and not kind.packs:
-            reason = "it takes no packed batches"
+            reason = "it does not support packed batches"
         if reason:
             report.skipped.setdefault(f"{kind.name}, {mode}", reason)
             continue

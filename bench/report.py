@@ -274,7 +274,10 @@ def describe(report: Report) -> list[str]:
             "of a call over T, as for a dense batch of as many rows."
         )
     if any(result.floor for result in report.results):
-        lines.append("floor: an estimate of the least time (bench/floor.py); share: reached of it.")
+        lines.append(
+            "floor: an estimate of the least time (bench/floor.py); share: the floor divided by "
+            "fusedrnn's time."
+        )
     if any(result.cold for result in report.results):
         lines.append("cold: single calls after all cores overwrote their caches.")
     if busy is not None and busy > 0.05:

@@ -27,7 +27,8 @@ int place_of(const std::string& name, const Names& names, const char* what) {
     if (name == names[i]) return int(i);
     all += std::string(i ? ", " : "") + names[i];
   }
-  throw py::value_error(std::string(what) + " must be one of " + all + ", got " + name);
+  throw py::value_error(std::string("fusedrnn: ") + what + " must be one of " + all + ", got " +
+                        name);
 }
 
 fusedrnn::Storage storage_named(const std::string& dtype) {
@@ -41,7 +42,8 @@ py::dict plan_cpu(bool adjoint, const std::string& dtype, int64_t T, int64_t B, 
                   int64_t H, int threads, const std::optional<std::string>& isa) {
   namespace cpu = fusedrnn::cpu;
   const cpu::InstructionSet* set = isa ? cpu::find_instruction_set(*isa) : &cpu::instruction_set();
-  if (!set) throw py::value_error("isa must be in build_info()['isa_compiled'], got " + *isa);
+  if (!set)
+    throw py::value_error("fusedrnn: isa must be in build_info()['isa_compiled'], got " + *isa);
   const fusedrnn::Pass pass = adjoint ? fusedrnn::Pass::adjoint : fusedrnn::Pass::activation;
   const fusedrnn::Storage storage = storage_named(dtype);
   const bool multiplies = adjoint && cpu::multiplies_as_fast(*set, storage, H * (H + I));

@@ -53,11 +53,11 @@ def parser() -> Parser:
         description="Train a small character model, the one of the blog post that this project "
         "began with, and write an HTML page that runs it in the browser: every value of the "
         "forward pass, and the gradient of a prediction through time. The page needs no other "
-        "file. Training takes about a quarter of a minute.",
+        "file. Training takes about 15 seconds.",
     )
     # fmt: off
     show.add_argument("--text", metavar="FILE", default=argparse.SUPPRESS,
-        help="a UTF-8 text file (default: the Python language reference, which CPython carries); "
+        help="a UTF-8 text file (default: the Python language reference, which CPython includes); "
         f"the first {unmask.CHARS:,} characters are used")
     show.add_argument("--checkpoint", metavar="FILE", default=argparse.SUPPRESS,
         help="a model to load instead of training one; the page's examples are from --text")

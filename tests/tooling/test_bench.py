@@ -142,7 +142,7 @@ def test_packed_cold_and_floor_are_reported(tmp_path: Path) -> None:
     for words in ("Packed: ", "floor  share", "nn.RNN cold (×)", "fusedrnn cold (×)"):
         assert words in ran.stdout
     data = json.loads(path.read_text())
-    assert data["skipped"]["RNNCell loop, forward"] == "it takes no packed batches"
+    assert data["skipped"]["RNNCell loop, forward"] == "it does not support packed batches"
     assert len(data["results"]) == 2 * 3  # modes, peers
     for result in data["results"]:
         assert result["check"]["passed"]
