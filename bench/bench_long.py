@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 
 import torch
+from measure import resident
 
 import fusedrnn
 
@@ -42,7 +42,7 @@ def measure(
     torch.set_num_threads(threads)
 
     def peak() -> float:  # MiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return resident("VmHWM") / 2**20
 
     rnn = fusedrnn.RNN(8, hidden, layers, checkpoint_every=every)
     x = torch.randn(T, 1, 8)

@@ -24,6 +24,7 @@ from .torch_state import compiling, equal_sizes
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
 _RATES = ("recurrent_dropout", "zoneout", "weight_drop")
+_OPTIONS = ("checkpoint_every", "truncate", *_RATES)  # that nn.RNN does not have
 
 
 def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
@@ -50,8 +51,11 @@ class Layers(nn.RNNBase):
     weight_drop: float = 0.0
 
     def _set_gradient_options(self, checkpoint_every: int | None, truncate: int | None) -> None:
-        self.checkpoint_every = checks.steps("checkpoint_every", checkpoint_every)
-        self.truncate = checks.steps("truncate", truncate)
+        """Check the options, and set those that are not None."""
+        options = {"checkpoint_every": checkpoint_every, "truncate": truncate}
+        for name, steps in options.items():
+            if checks.steps(name, steps) is not None:
+                setattr(self, name, steps)
 
     def _set_rates(self, **rates: float) -> None:
         """Check the rates of dropout inside the recurrence, and set those that are not 0."""
@@ -78,8 +82,7 @@ class Layers(nn.RNNBase):
                 raise ValueError(f"fusedrnn: {name} must be 0 {where}, got {rate}")
 
     def extra_repr(self) -> str:
-        names = ("checkpoint_every", "truncate", *_RATES)
-        words = [f"{name}={value}" for name in names if (value := getattr(self, name))]
+        words = [f"{name}={value}" for name in _OPTIONS if (value := getattr(self, name))]
         return ", ".join([super().extra_repr(), *words])
 
     @property  # type: ignore[override]
@@ -1086,6 +1089,8 @@ def _change_classes(model: _Module, classes: dict[type[nn.Module], type[nn.Modul
         module.__class__ = cls
         module.__dict__.pop("_flat_weights", None)  # a list in nn.RNN, a property in RNN
         if isinstance(module, nn.RNNBase) and not isinstance(module, RNN):
+            for name in _OPTIONS:
+                module.__dict__.pop(name, None)
             with torch.no_grad():  # otherwise a parametrized weight in the list keeps its graph
                 module._init_flat_weights()
     return model

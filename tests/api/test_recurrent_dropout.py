@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.testing import assert_close
 
 import fusedrnn
+from fusedrnn import functional
 from fusedrnn.dropout import draw_mask
 from fusedrnn.reference import NONLINEARITIES
 
@@ -674,6 +675,7 @@ def test_meta_device(rates):
 
 def test_dtypes_without_a_kernel_run_the_loop():
     module = fusedrnn.RNN(I, H, **RATES["all"], dtype=torch.complex128)
+    functional._warn_slow.cache_clear()  # it warns once
     with pytest.warns(UserWarning, match="a plain loop over time runs instead"):
         assert module(torch.randn(T, B, I, dtype=torch.complex128))[0].is_complex()
 
