@@ -120,7 +120,7 @@ class Blocks:
             run = functools.partial(self._run_again, layers) if again else layers
             output, state, *potential = run(xs[i], state, block_sizes, block_options)
             all_series = [output, *potential]
-            results.append([_each(_nothing, s) for s in all_series] if last_only else all_series)
+            results.append([each(_nothing, s) for s in all_series] if last_only else all_series)
             if rows is not None and not reverse:
                 ended.append(state[..., rows[stop] :, :])
                 state = state[..., : rows[stop], :]
@@ -160,7 +160,8 @@ def _for_rows(option: dict[str, Any], rows: int | None) -> dict[str, Any]:
     return {**option, "reset_to": target[:rows]}
 
 
-def _each(function: Callable[[Tensor], Any], series: Any) -> Any:
+def each(function: Callable[[Any], Any], series: Any) -> Any:
+    """Apply ``function`` to a series, or to that of each layer."""
     return [function(s) for s in series] if isinstance(series, list) else function(series)
 
 

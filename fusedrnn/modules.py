@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, directions, dropout, ops
-from .blocks import Blocks
+from .blocks import Blocks, each
 from .functional import rnn, rnn_cell, rows_of
 from .ragged import Ragged
 from .torch_state import compiling, equal_sizes
@@ -599,12 +599,7 @@ def _batch_of(packed: PackedSequence) -> int | None:
 def _map_series(function: Callable[[Any], Any], results: tuple[Any, ...]) -> tuple[Any, ...]:
     """Apply ``function`` to the series among the results of a layer: all but ``h_n``."""
     output, h_n, *potential = results
-    return _each(function, output), h_n, *(_each(function, series) for series in potential)
-
-
-def _each(function: Callable[[Any], Any], series: Any) -> Any:
-    """Apply ``function`` to a series, or to each one in a list of series."""
-    return [function(s) for s in series] if isinstance(series, list) else function(series)
+    return each(function, output), h_n, *(each(function, series) for series in potential)
 
 
 def _either(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from module_oracle import assert_matches, data_of, expected, pack, state_for
+from module_oracle import (
+    assert_checkpointing_repeats_draws,
+    assert_matches,
+    data_of,
+    expected,
+    pack,
+    state_for,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
@@ -641,14 +648,7 @@ def test_noise_under_vmap_follows_the_randomness_mode():
 
 def test_checkpointing_repeats_the_noise_of_the_default_generator():
     module, x = leaky(alpha=0.3, **NOISY), torch.randn(T, B, I, **WIDE)
-    gradients = []
-    for run in (
-        module,
-        lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False),
-    ):
-        torch.manual_seed(2)
-        gradients.append(torch.autograd.grad(run(x)[0].sum(), module.parameters()))
-    assert_close(*gradients)
+    assert_checkpointing_repeats_draws(module, x)
 
 
 def test_autocast_computes_in_bfloat16():

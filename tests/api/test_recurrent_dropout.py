@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from module_oracle import data_of, pack, state_for
+from module_oracle import assert_checkpointing_repeats_draws, data_of, pack, state_for
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.testing import assert_close
@@ -638,14 +638,7 @@ def test_per_sample_gradients(kind, rates):
 @every_rate
 def test_checkpointing_repeats_the_masks(rates):
     module, x = build("RNN", rates, num_layers=2), torch.randn(T, B, I, **WIDE)
-    gradients = []
-    for run in (
-        module,
-        lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False),
-    ):
-        torch.manual_seed(2)
-        gradients.append(torch.autograd.grad(run(x)[0].sum(), module.parameters()))
-    assert_close(*gradients)
+    assert_checkpointing_repeats_draws(module, x)
 
 
 @pytest.mark.parametrize("kind", ["RNN", "rate", "potential", "inside"])

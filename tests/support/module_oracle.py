@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from fusedrnn import reference
 
@@ -131,3 +132,15 @@ def assert_matches(module: nn.RNNBase, x: Any, results: Any, want: list[list[Ten
     assert_close(states, torch.stack([row[1] for row in want], 1))
     for series, row in zip(by_row(module, x, potential[0]) if potential else [], want):
         assert_close(series, row[2])
+
+
+def assert_checkpointing_repeats_draws(module: nn.Module, x: Tensor) -> None:
+    """Assert that gradients through ``torch.utils.checkpoint`` are those of a call without it."""
+    gradients = []
+    for run in (
+        module,
+        lambda x: checkpoint(module, x, use_reentrant=False),
+    ):
+        torch.manual_seed(2)
+        gradients.append(torch.autograd.grad(run(x)[0].sum(), module.parameters()))
+    assert_close(*gradients)
