@@ -115,16 +115,13 @@ struct CostModel {
 inline Plan make_plan(const PlanInput& in) {
   Plan plan;
   plan.cycles = CostModel::total(in, 1, 1, 0);
-  const auto consider = [&](int64_t batch_groups, int64_t hidden_groups) {
-    const int64_t busy = batch_groups * hidden_groups;
-    for (const int64_t idle : {int64_t(0), in.gemms ? in.threads - busy : 0}) {
-      const double cost = CostModel::total(in, int(batch_groups), int(hidden_groups), int(idle));
-      if (cost < plan.cycles) {
-        plan.cycles = cost;
-        plan.batch_groups = int(batch_groups);
-        plan.hidden_groups = int(hidden_groups);
-        plan.idle = int(idle);
-      }
+  const auto consider = [&](int64_t batch_groups, int64_t hidden_groups, int64_t idle) {
+    const double cost = CostModel::total(in, int(batch_groups), int(hidden_groups), int(idle));
+    if (cost < plan.cycles) {
+      plan.cycles = cost;
+      plan.batch_groups = int(batch_groups);
+      plan.hidden_groups = int(hidden_groups);
+      plan.idle = int(idle);
     }
   };
   const int64_t vectors = (in.H + in.lanes - 1) / in.lanes;
@@ -132,8 +129,11 @@ inline Plan make_plan(const PlanInput& in) {
   for (int64_t batch_groups = std::min<int64_t>(in.threads, in.B); batch_groups > 0;
        batch_groups /= 2)
     for (int64_t hidden_groups = std::min(in.threads / batch_groups, vectors); hidden_groups > 0;
-         hidden_groups /= 2)
-      consider(batch_groups, hidden_groups);
+         hidden_groups /= 2) {
+      consider(batch_groups, hidden_groups, 0);
+      const int64_t idle = in.threads - batch_groups * hidden_groups;
+      if (in.gemms && idle > 0) consider(batch_groups, hidden_groups, idle);
+    }
 
   plan.pack = in.T * in.B > in.rows_to_pack();
 
