@@ -288,7 +288,7 @@ class Run:
         w_ih, w_hh, b_ih, b_hh = problem.weights[:4]
         grad = problem.grad[..., : self.case.shape.H].contiguous()
         u = torch.nn.functional.linear(problem.x, w_ih, b_ih + b_hh)
-        rest = (None, None, "tanh", "rate", False)  # reset, batch_sizes
+        rest = (None, None, "tanh", "rate", False, None)  # reset, batch_sizes
 
         def forward() -> Any:
             return ops.activation(u, *[None] * 5, w_hh, None, None, *rest)

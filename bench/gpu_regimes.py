@@ -52,7 +52,7 @@ def time_regimes(
     problem = Problem.random(
         shape, dtype, cell=False, grad_input=False, threads=1, device=device
     ).to(dtype)
-    rest = (None, None, "tanh", "rate", False)  # reset, batch_sizes
+    rest = (None, None, "tanh", "rate", False, None)  # reset, batch_sizes
 
     def forward() -> Any:
         w_ih, w_hh, b_ih, b_hh = problem.weights
@@ -125,8 +125,9 @@ def profiled(regime: str, emulated: bool) -> None:
     with torch.no_grad():
         for _ in range(2):
             h, *_ = ops.activation(
-                problem.x, w_ih, b_ih, b_hh, None, None, w_hh, *[None] * 4, "tanh", "rate", False
-            )
+                problem.x, w_ih, b_ih, b_hh, None, None, w_hh, *[None] * 4, "tanh", "rate", False,
+                None,
+            )  # fmt: skip
     finite = bool(h.isfinite().all())
     print("profiled", regime, " ".join(f"{name}={size}" for name, size in shape._asdict().items()))
     if not finite:

@@ -168,7 +168,8 @@ Tensor recurrent_product(const Tensor& delta, const Tensor& series, const Option
 using AdjointOp = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
     const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, c10::string_view, c10::string_view, bool, bool, bool);
+    const OptionalTensor&, c10::string_view, c10::string_view, bool, std::optional<double>, bool,
+    bool);
 
 // Whether no derivative of the result can be requested: no grad mode, transform or dual tensor.
 bool is_final(const Tensor& saved, const Tensor& w_hh,
@@ -220,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const OptionalTensor& v0, const Tensor& w_hh, const OptionalTensor& alpha,
     const OptionalTensor& reset, const OptionalTensor& batch_sizes, const Tensor& h,
     const OptionalTensor& saved, c10::string_view nonlinearity_name, c10::string_view form_name,
-    bool reverse, std::array<bool, 9> wanted) {
+    bool reverse, std::optional<double> grad_clip, std::array<bool, 9> wanted) {
   static const auto adjoint =
       c10::Dispatcher::singleton().findSchemaOrThrow("fusedrnn::adjoint", "").typed<AdjointOp>();
   const auto [to_x, to_w_ih, to_b_ih, to_b_hh, to_h0, to_v0, to_w_hh, to_alpha, to_q] = wanted;
@@ -252,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       multiplies(h, w_ih)) {
     cpu::BackwardResults all =
         cpu::backward(g, d, f, g_n, slope_of, x, w_ih, h, h0, w_hh, alpha, reset, batch_sizes,
-                      nonlinearity_name, form_name, reverse,
+                      nonlinearity_name, form_name, reverse, grad_clip,
                       {to_x, to_w_ih, to_b_ih || to_b_hh, to_h0, to_v0, to_w_hh, to_alpha || to_q});
     dx = all.x, dw_ih = all.w_ih, db = all.b, dw_hh = all.w_hh;
     dh0 = all.h0, dv0 = all.v0, a = all.a;
@@ -260,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor delta, y;
     std::tie(delta, dh0, dv0, a, y) =
         adjoint.call(g, d, f, g_n, slope_of, w_hh, alpha, reset, batch_sizes, nonlinearity_name,
-                     form_name, reverse, to_h0 || to_v0, to_alpha || to_q);
+                     form_name, reverse, grad_clip, to_h0 || to_v0, to_alpha || to_q);
     if (to_x) dx = w_ih ? at::matmul(delta, *w_ih) : delta;
     if (to_w_ih) dw_ih = product_of_rows(delta, x);
     if (to_b_ih || to_b_hh) db = rows(delta).sum(0);

@@ -137,6 +137,11 @@ inline void check_alpha(const std::optional<at::Tensor>& alpha) {
   });
 }
 
+inline void check_grad_clip(std::optional<double> grad_clip) {
+  TORCH_CHECK_VALUE(!grad_clip || *grad_clip > 0,
+                    "fusedrnn: grad_clip must be positive or None, got ", *grad_clip);
+}
+
 // Whether the values of a tensor can be read here: false for a fake, wrapped or batched tensor.
 inline bool is_readable(const at::Tensor& tensor) {
   return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView -

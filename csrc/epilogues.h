@@ -207,21 +207,27 @@ FUSEDRNN_INLINE void tangent(F f, bool potential, V acc, V w, V q, V r, V saved,
   state = potential ? s : e;
 }
 
+template <class V>
+FUSEDRNN_INLINE V clipped(V v, V limit) {
+  return select(v > limit, limit, select(v < V(0) - limit, V(0) - limit, v));
+}
+
 // acc is δ' W. The carry is (1 - α) a', which is 0 without a leak; in a row's first step it is the
-// gradient of the row's last state. Both are 0 if the step that ran before is a reset.
+// gradient of the row's last state. Both are 0 if the step that ran before is a reset. If `clips`,
+// what they add to the gradient of the state is clipped to [-limit, limit].
 template <bool rate, class F, class V>
 FUSEDRNN_INLINE void adjoint(F f, bool potential, V acc, V g, V d, V from, V saved, V& carry,
-                             bool leaky, V alpha, V& delta, V& a, V& y) {
-  y = g + (!rate && potential ? acc : carry + acc);
+                             bool leaky, V alpha, bool clips, V limit, V& delta, V& a, V& y) {
   const V slope = f.slope(saved);
-  if constexpr (rate) {
-    a = y;
-    delta = d + (leaky ? alpha * slope : slope) * a;
+  if (!rate && potential) {
+    y = g + acc;
+    a = clips ? from + slope * g + clipped(slope * acc + carry, limit) : from + slope * y + carry;
   } else {
-    a = from + slope * y;
-    if (potential) a = a + carry;
-    delta = d + (leaky ? alpha * a : a);
+    const V received = carry + acc;
+    y = g + (clips ? clipped(received, limit) : received);
+    a = rate ? y : from + slope * y;
   }
+  delta = d + (rate ? (leaky ? alpha * slope : slope) * a : leaky ? alpha * a : a);
   if (leaky) carry = leftover(alpha, a);
 }
 

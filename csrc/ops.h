@@ -178,7 +178,8 @@ struct Ops {
       const OptionalTensor& b_hh, const OptionalTensor& h0, const OptionalTensor& v0,
       const Tensor& w_hh, const OptionalTensor& alpha, const OptionalTensor& q,
       const OptionalTensor& reset, const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
-      c10::string_view form, bool reverse) {
+      c10::string_view form, bool reverse, std::optional<double> grad_clip) {
+    check_grad_clip(grad_clip);
     const Sizes sizes = check_sequence("x", x, batch_sizes);
     TORCH_CHECK(w_hh.dim() == 2, "fusedrnn: w_hh must be [H, H], got ", w_hh.sizes());
     Call call(Pass::activation, x, Engine::dtype(x), sizes, w_hh.size(0), w_hh, alpha, reset,
@@ -227,9 +228,10 @@ struct Ops {
       const OptionalTensor& g, const OptionalTensor& d, const OptionalTensor& f,
       const OptionalTensor& g_n, const Tensor& saved, const Tensor& w_hh,
       const OptionalTensor& alpha, const OptionalTensor& reset, const OptionalTensor& batch_sizes,
-      c10::string_view nonlinearity, c10::string_view form, bool reverse, bool to_h0, bool full) {
+      c10::string_view nonlinearity, c10::string_view form, bool reverse,
+      std::optional<double> grad_clip, bool to_h0, bool full) {
     Call call = adjoint_call(g, d, f, g_n, saved, w_hh, alpha, reset, batch_sizes, nonlinearity,
-                             form, reverse);
+                             form, reverse, grad_clip);
     Problem& p = call.problem;
     const Tensor delta = call.to(p.out[0]), dh0 = call.to(p.last, to_h0);
     const Tensor dv0 = call.to(p.last_carry, to_h0 && p.form == Form::potential);
@@ -245,12 +247,15 @@ struct Ops {
                            const OptionalTensor& f, const OptionalTensor& g_n, const Tensor& saved,
                            const Tensor& w_hh, const OptionalTensor& alpha,
                            const OptionalTensor& reset, const OptionalTensor& batch_sizes,
-                           c10::string_view nonlinearity, c10::string_view form, bool reverse) {
+                           c10::string_view nonlinearity, c10::string_view form, bool reverse,
+                           std::optional<double> grad_clip) {
+    check_grad_clip(grad_clip);
     const Sizes sizes = check_sequence("saved", saved, batch_sizes);
     Call call(Pass::adjoint, saved, Engine::dtype(saved), sizes, saved.size(-1), w_hh, alpha, reset,
               batch_sizes, nonlinearity, form, !reverse);
     take(call, {"g", "d", "f"}, {g, d, f}, saved);
     call.problem.first = call.states("g_n", g_n);
+    if (grad_clip) call.problem.grad_clip = *grad_clip;
     return call;
   }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace fusedrnn {
 
@@ -99,9 +100,12 @@ struct Problem {
   // Each row's state after its last step (potential: v). Adjoint: the gradient of `first`. Optional
   States last;
   States last_carry;  // potential, adjoint: the gradient of `first_carry`. Optional
+  // Adjoint: the limit of the gradient that a state receives from the step after it.
+  double grad_clip = std::numeric_limits<double>::infinity();
 
   // Whether each step and row has an alpha of its own.
   constexpr bool alpha_varies() const { return alpha.data && alpha.row != 0; }
+  constexpr bool clips() const { return grad_clip < std::numeric_limits<double>::infinity(); }
 };
 
 }  // namespace fusedrnn

@@ -12,11 +12,13 @@
 // with a value for each step and row. The state before the first step is h0; with the form
 // potential it is v0, and h0 is φ(v0). r, f, s and y are not used with the form rate; v0 is used
 // only with potential. m, s, a and y are empty unless `full`, ∂h0 and ∂v0 unless `to_h0`.
+// With grad_clip, adjoint clips the gradient that a state receives from the step after it and from
+// g_n; activation only keeps the value for it.
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "activation(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor? b_hh, Tensor? h0, Tensor? v0, "
       "Tensor w_hh, Tensor? alpha, Tensor? q, Tensor? reset, Tensor? batch_sizes, "
-      "str nonlinearity, str form, bool reverse) -> (Tensor, Tensor, Tensor)");
+      "str nonlinearity, str form, bool reverse, float? grad_clip) -> (Tensor, Tensor, Tensor)");
   m.def(
       "tangent(Tensor? w, Tensor? q, Tensor? r, Tensor? s0, Tensor? v0, Tensor saved, "
       "Tensor w_hh, Tensor? alpha, Tensor? reset, Tensor? batch_sizes, str nonlinearity, "
@@ -24,14 +26,15 @@ TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "adjoint(Tensor? g, Tensor? d, Tensor? f, Tensor? g_n, Tensor saved, Tensor w_hh, "
       "Tensor? alpha, Tensor? reset, Tensor? batch_sizes, str nonlinearity, str form, "
-      "bool reverse, bool to_h0, bool full) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool reverse, float? grad_clip, bool to_h0, bool full) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // The parts of the derivatives outside the recurrences (bptt.cpp).
   m.def(
       "bptt(Tensor? g, Tensor? d, Tensor? f, Tensor? g_n, Tensor x, Tensor? w_ih, Tensor? b_ih, "
       "Tensor? b_hh, Tensor? h0, Tensor? v0, Tensor w_hh, Tensor? alpha, Tensor? reset, "
       "Tensor? batch_sizes, Tensor h, Tensor? saved, str nonlinearity, str form, bool reverse, "
-      "bool[9] wanted) "
+      "float? grad_clip, bool[9] wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "previous(Tensor series, Tensor? first, Tensor? reset, Tensor? batch_sizes, bool reverse) "

@@ -6,6 +6,7 @@ reaches them, and the dispatcher's error does not name the argument.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -150,6 +151,17 @@ def steps(name: str, value: Any) -> int | None:
         raise TypeError(f"fusedrnn: {name} must be an int or None, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"fusedrnn: {name} must be at least 1, got {value}")
+    return value
+
+
+def grad_clip(value: Any) -> float | None:
+    """Check the argument ``grad_clip``, and return it."""
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"fusedrnn: grad_clip must be a number or None, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"fusedrnn: grad_clip must be positive or None, got {value}")
     return value
 
 

@@ -83,6 +83,7 @@ def rnn(
     alpha: Tensor | None = None,
     state_input: Tensor | None = None,
     return_potential: bool = False,
+    grad_clip: float | None = None,
 ) -> tuple[Tensor, ...]:
     r"""Run :func:`fusedrnn.rnn` with dropout inside the recurrence.
 
@@ -123,6 +124,11 @@ def rnn(
         w_hh = w_hh * (dropped / (1 - rates.weight_drop))
     mask = None
     if rates.recurrent_dropout:
+        if grad_clip is not None:  # two passes would clip two parts of each gradient
+            raise ValueError(
+                "fusedrnn: grad_clip must be None with recurrent_dropout in training, got "
+                f"{grad_clip}"
+            )
         batch = forms._batch(x, h0, batch_sizes)
         mask = draw_mask((batch, size), rates.recurrent_dropout, w_hh, generator)
 
@@ -152,7 +158,7 @@ def rnn(
 
     run = functools.partial(
         functional.rnn, nonlinearity=nonlinearity, form=form, reverse=reverse,
-        batch_sizes=batch_sizes, reset=reset,
+        batch_sizes=batch_sizes, reset=reset, grad_clip=grad_clip,
     )  # fmt: skip
     if mask is None:
         matrix = w_hh if own is None else w_hh + own

@@ -70,7 +70,7 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def activation(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, w_ih, _, _, _, _, w_hh, alpha, _, _, batch_sizes, _, form, reverse = args
+        x, w_ih, _, _, _, _, w_hh, alpha, _, _, batch_sizes, _, form, reverse, _ = args
         call = _Call(x, H=w_hh.size(0), reverse=reverse, leaky=alpha is not None, args=args)
         if batch_sizes is None:
             call.T, call.B = x.shape[:2]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks, forms, ops, reference
 from .ops import autocast, expanded_weights, fake, onnx, vmap  # noqa: F401  (each registers rules)
-from .ops.autograd import FusedRNN
+from .ops.autograd import ClipGradient, FusedRNN
 from .ragged import Ragged
 from .torch_state import (
     any_autocast,
@@ -64,6 +64,7 @@ class _Options(TypedDict, total=False):
     state_input: Tensor | None
     lengths: Tensor | None
     padding_value: float
+    grad_clip: float | None
 
 
 @overload
@@ -113,6 +114,7 @@ def rnn(
     return_potential: bool = False,
     lengths: Tensor | None = None,
     padding_value: float = 0.0,
+    grad_clip: float | None = None,
 ) -> tuple[Tensor, ...]:
     r"""Run one layer of an RNN in one direction, with one call of the engine.
 
@@ -165,6 +167,11 @@ def rnn(
             step. A tensor on the CPU avoids waiting for the GPU. If all lengths are 0, T may be 0;
             the last state is then ``h0``.
         padding_value: Value of the results in the padding; only with ``lengths``.
+        grad_clip: In backward, each step sends a gradient to the state that it starts from. Every
+            element of it is clipped to [-grad_clip, grad_clip], before the gradient that the
+            output of that step receives from the loss is added. The gradient of ``h0`` is clipped,
+            that of ``reset_to`` is not. None means no clipping. Clipped gradients have no
+            derivatives; tangents of forward mode are not clipped.
 
     Returns:
         ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``; the last state of each row,
@@ -184,15 +191,17 @@ def rnn(
         ValueError: The nonlinearity or the form is unknown, ``alpha`` has a wrong shape or values
             outside its range, ``reset_to`` has a wrong shape or comes without ``reset``,
             ``return_potential`` comes with another form, ``lengths`` has a wrong shape, a value
-            outside [0, T], or comes with ``batch_sizes``, or ``padding_value`` comes without
-            ``lengths``.
-        NotImplementedError: ``lengths`` differs between the samples of ``torch.vmap``.
+            outside [0, T], or comes with ``batch_sizes``, ``padding_value`` comes without
+            ``lengths``, or ``grad_clip`` is not positive.
+        NotImplementedError: ``lengths`` differs between the samples of ``torch.vmap``, or a second
+            derivative is computed with ``grad_clip``.
     """
     if lengths is not None:
         return _padded(
             lengths, padding_value, x, w_ih, w_hh, b_ih, b_hh, h0=h0, nonlinearity=nonlinearity,
             form=form, reverse=reverse, batch_sizes=batch_sizes, reset=reset, reset_to=reset_to,
             alpha=alpha, state_input=state_input, return_potential=return_potential,
+            grad_clip=grad_clip,
         )  # fmt: skip
     if padding_value != 0.0:
         raise checks.no_lengths(padding_value)
@@ -215,7 +224,7 @@ def rnn(
     if device not in _DEVICES or x.dtype not in _DTYPES:
         return _loop(
             x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity, form, reverse, batch_sizes, reset,
-            reset_to, alpha, state_input, return_potential,
+            reset_to, alpha, state_input, return_potential, grad_clip,
         )  # fmt: skip
     # Call the op when tracing, a transform or a function mode is active; otherwise call the kernel
     # directly, which saves one 4 us dispatch.
@@ -228,6 +237,8 @@ def rnn(
         h0 = None if rows is None else x.new_zeros(rows, w_hh.size(0))
     v0 = None
     try:
+        if checks.grad_clip(grad_clip) is not None and h0 is not None:
+            h0 = ClipGradient.apply(h0, grad_clip)  # type: ignore[no-untyped-call]
         if alpha is not None:
             alpha = forms.checked_alpha(alpha, x, w_hh, batch_sizes)
         if form == "inside" and alpha is None and state_input is None:
@@ -239,7 +250,7 @@ def rnn(
             )  # fmt: skip
         h, last, saved = activation(
             x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, state_input, reset, batch_sizes,
-            nonlinearity, form, reverse,
+            nonlinearity, form, reverse, grad_clip,
         )  # fmt: skip
     except (AttributeError, TypeError, RuntimeError):
         # Check types only after an error, so that valid calls do not pay for it.
@@ -248,6 +259,10 @@ def rnn(
             reset_to, alpha, state_input,
         )  # fmt: skip
         raise
+    if grad_clip is not None:
+        # The op would also clip the gradient of its result `last`, which no step sends.
+        series = saved if form == "potential" else h
+        last = ops.following_first(series, None, batch_sizes, not reverse, last.size(0)).clone()
     return (h, last, saved) if return_potential else (h, last)
 
 
@@ -356,6 +371,7 @@ def _loop(
     alpha: Tensor | float | None,
     state_input: Tensor | None,
     return_potential: bool,
+    grad_clip: float | None,
 ) -> tuple[Tensor, ...]:
     """Run :func:`rnn` as a plain loop, for dtypes and devices that have no kernel."""
     checks.check_types(
@@ -375,6 +391,7 @@ def _loop(
         x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, form=form, reverse=reverse,
         batch_sizes=batch_sizes, reset=reset, reset_to=reset_to, alpha=alpha,
         state_input=state_input, return_potential=return_potential,
+        grad_clip=checks.grad_clip(grad_clip),
     )  # fmt: skip
 
 

@@ -274,7 +274,7 @@ class LeakyRNN(_Leaky, Layers):
             number of directions, D, is then 2, otherwise 1.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
-        checkpoint_every, truncate: As in :class:`fusedrnn.RNN`.
+        checkpoint_every, truncate, grad_clip: As in :class:`fusedrnn.RNN`.
         recurrent_dropout, zoneout, weight_drop: As in :class:`fusedrnn.RNN`. In the form
             ``"potential"``, ``recurrent_dropout`` zeroes :math:`\phi(v)` where it enters ``W_hh``,
             and ``zoneout`` keeps v. With a leak, ``recurrent_dropout`` costs a second pass of the
@@ -365,12 +365,13 @@ class LeakyRNN(_Leaky, Layers):
         dtype: torch.dtype | None = None,
         checkpoint_every: int | None = None,
         truncate: int | None = None,
+        grad_clip: float | None = None,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         weight_drop: float = 0.0,
     ) -> None:
         self._set_options(nonlinearity, form, noise, state_noise)
-        self._set_gradient_options(checkpoint_every, truncate)
+        self._set_gradient_options(checkpoint_every, truncate, grad_clip)
         leak = _leak(alpha, tau, dt, hidden_size, learn_alpha)
         super().__init__(
             "RNN_RELU" if nonlinearity == "relu" else "RNN_TANH",  # required by nn.RNNBase; unused
@@ -516,7 +517,7 @@ class LeakyRNN(_Leaky, Layers):
             v0 = h0 if self.form == "potential" else None
             x, y, v = ops.activation(
                 x, w_ih, b_ih, b_hh, self._sent(h0), v0, w_hh, alpha, None, None, None,
-                self.nonlinearity, self.form, False,
+                self.nonlinearity, self.form, False, None,
             )  # fmt: skip
             states.append(x if v0 is None else v)
         if v0 is not None:

@@ -24,7 +24,7 @@ from .torch_state import compiling, equal_sizes
 
 _NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}  # by nn.RNN's attribute ``mode``
 _RATES = ("recurrent_dropout", "zoneout", "weight_drop")
-_OPTIONS = ("checkpoint_every", "truncate", *_RATES)  # that nn.RNN does not have
+_OPTIONS = ("checkpoint_every", "truncate", "grad_clip", *_RATES)  # that nn.RNN does not have
 
 
 def _tensors(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
@@ -46,16 +46,21 @@ class Layers(nn.RNNBase):
     # Class attributes, because modules that torch created, or an earlier version saved, lack them.
     checkpoint_every: int | None = None
     truncate: int | None = None
+    grad_clip: float | None = None
     recurrent_dropout: float = 0.0
     zoneout: float = 0.0
     weight_drop: float = 0.0
 
-    def _set_gradient_options(self, checkpoint_every: int | None, truncate: int | None) -> None:
+    def _set_gradient_options(
+        self, checkpoint_every: int | None, truncate: int | None, grad_clip: float | None
+    ) -> None:
         """Check the options, and set those that are not None."""
         options = {"checkpoint_every": checkpoint_every, "truncate": truncate}
         for name, steps in options.items():
             if checks.steps(name, steps) is not None:
                 setattr(self, name, steps)
+        if checks.grad_clip(grad_clip) is not None:
+            self.grad_clip = grad_clip
 
     def _set_rates(self, **rates: float) -> None:
         """Check the rates of dropout inside the recurrence, and set those that are not 0."""
@@ -356,6 +361,7 @@ class Layers(nn.RNNBase):
         if (
             options is None
             and not blocks
+            and self.grad_clip is None
             and len(names) == 1
             and self.num_layers == 1
             and not self.bidirectional
@@ -404,7 +410,8 @@ class Layers(nn.RNNBase):
         """Run every layer, with each direction divided into ``blocks``; see :meth:`_run_layers`."""
         num_directions = 2 if self.bidirectional else 1
         h0s = [None] * len(weights) if hx is None else hx.unbind(0)
-        on_gpu = num_directions == 2 and x.is_cuda and options is None and not blocks
+        plain = options is None and not blocks and self.grad_clip is None
+        on_gpu = num_directions == 2 and x.is_cuda and plain
         h_n: list[Tensor] = []
         layers: list[Tensor] = []
         potentials: list[Tensor] = []
@@ -465,6 +472,7 @@ class Layers(nn.RNNBase):
             nonlinearity=nonlinearity,
             reverse=reverse,
             batch_sizes=batch_sizes,
+            grad_clip=self.grad_clip,
             **(options[0] if options else {}),
         )
 
@@ -673,6 +681,10 @@ class RNN(Layers):
             (for packed and ragged input in reverse, from the end of the longest row). The gradients
             are those of a loop over chunks of k steps that detaches the state after each chunk; the
             output is the same as without ``truncate``. None means not to truncate.
+        grad_clip: Limit c > 0 of the gradient of the state in every step of backward: every element
+            of the gradient that step t sends to :math:`h_{t-1}` is clipped to [-c, c], before the
+            gradient that ``output`` receives from the loss at step t-1 is added. The gradient of
+            ``hx`` is clipped, too. None means not to clip.
         recurrent_dropout: Probability p, in training, that the output of a unit is zeroed where it
             enters ``W_hh``: with one mask m for each row and unit of a layer and direction,
             :math:`(m \odot h_{t-1}) W_{hh}^T / (1 - p)` replaces :math:`h_{t-1} W_{hh}^T` (Gal and
@@ -749,7 +761,7 @@ class RNN(Layers):
     Raises in a call:
         ValueError: ``input`` is neither 2-D nor 3-D, its dtype is not that of the weights,
             ``recurrent_dropout`` or ``weight_drop`` is on in training with ``checkpoint_every`` or
-            ``truncate``, ``reset_to`` is given without ``reset`` or ``padding_value`` without
+            ``truncate``, or ``recurrent_dropout`` with ``grad_clip``, ``reset_to`` is given without ``reset`` or ``padding_value`` without
             ``lengths``, a length is not in [0, T], or ``lengths`` comes with an input that is not
             padded.
         RuntimeError: ``hx``, ``reset`` or ``reset_to`` does not match ``input``, ``reset`` is not
@@ -757,8 +769,9 @@ class RNN(Layers):
             are on different devices.
         TypeError: ``reset``, ``reset_to`` or ``lengths`` is not a tensor, or is a tensor of a wrong
             kind.
-        NotImplementedError: ``lengths`` differs between the samples of ``torch.vmap``, or packed or
-            ragged input is compiled with ``checkpoint_every`` or ``truncate``.
+        NotImplementedError: ``lengths`` differs between the samples of ``torch.vmap``, packed or
+            ragged input is compiled with ``checkpoint_every`` or ``truncate``, or a second
+            derivative is computed with ``grad_clip``.
 
     Differences from ``nn.RNN``:
         - ``isinstance(module, nn.RNN)`` is false; ``isinstance(module, nn.RNNBase)`` is true. Apply
@@ -808,6 +821,7 @@ class RNN(Layers):
         *,
         checkpoint_every: int | None = None,
         truncate: int | None = None,
+        grad_clip: float | None = None,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         weight_drop: float = 0.0,
@@ -820,7 +834,7 @@ class RNN(Layers):
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
         self.nonlinearity = nonlinearity  # before super(): read by reset_parameters of subclasses
-        self._set_gradient_options(checkpoint_every, truncate)
+        self._set_gradient_options(checkpoint_every, truncate, grad_clip)
         super().__init__(
             "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU",
             input_size,
@@ -920,7 +934,7 @@ class RNN(Layers):
             w_ih, w_hh, b_ih, b_hh, *_ = (*_tensors(self, names), None, None)
             x, y, _ = ops.activation(
                 x, w_ih, b_ih, b_hh, h0, None, w_hh, None, None, None, None, nonlinearity, "rate",
-                False,
+                False, None,
             )  # fmt: skip
             states.append(x)
         return y, x if len(states) == 1 else torch.cat(states)
@@ -1051,8 +1065,8 @@ def restore(model: _Module) -> _Module:
         ``model``.
 
     Raises:
-        ValueError: A module has dropout inside the recurrence or truncates gradients, which
-            ``nn.RNN`` cannot do. ``model`` is then left unchanged. (``checkpoint_every`` is
+        ValueError: A module has dropout inside the recurrence, or truncates or clips gradients,
+            which ``nn.RNN`` cannot do. ``model`` is then left unchanged. (``checkpoint_every`` is
             dropped, because it changes no result.)
 
     Example::
@@ -1064,11 +1078,11 @@ def restore(model: _Module) -> _Module:
             ours = parametrize.type_before_parametrizations(module) is RNN
             if ours and isinstance(module, RNN):
                 module._check_no_rates("to restore a module", _RATES)
-                if module.truncate is not None:
-                    raise ValueError(
-                        "fusedrnn: truncate must be None to restore a module, got "
-                        f"{module.truncate}"
-                    )
+                for name in ("truncate", "grad_clip"):
+                    if (value := getattr(module, name)) is not None:
+                        raise ValueError(
+                            f"fusedrnn: {name} must be None to restore a module, got {value}"
+                        )
     return _change_classes(model, _TORCHS)
 
 

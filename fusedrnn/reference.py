@@ -42,6 +42,7 @@ def recurrence(
     alpha: Tensor | float | None = None,
     state_input: Tensor | None = None,
     return_potential: bool = False,
+    grad_clip: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Run one of three forms of the recurrence, whose step t starts from the state ``k``:
 
@@ -67,6 +68,8 @@ def recurrence(
         state_input: In the shape of ``u``; added to the right-hand side, in the form "inside"
             before phi.
         return_potential: Return v, too; only with the form "potential".
+        grad_clip: Clip the gradient of ``k`` to [-grad_clip, grad_clip], elementwise; but not that
+            of ``reset_to``.
 
     Returns:
         ``h`` of every step, in the shape of ``u``; the last state of each row, ``[B, H]``; with
@@ -97,6 +100,9 @@ def recurrence(
     states: list[Tensor] = [h0] * len(sizes)
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         k, leak = state[: sizes[t]], leaks[t]
+        if grad_clip is not None and k.requires_grad:
+            k = k.clone()  # whose gradient comes from this step alone
+            k.register_hook(lambda gradient: gradient.clamp(-grad_clip, grad_clip))
         if resets is not None:  # not by a product, because 0 * nan is nan
             k = torch.where(resets[t], starts[t], k)
         s = drive[t] + (phi(k) if form == "potential" else k) @ w_hh.T

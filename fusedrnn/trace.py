@@ -289,7 +289,7 @@ def _data(value: Any) -> Any:
 def _recorded(call: Any, gradients: Sequence[Tensor], layer: int) -> LayerTrace:
     """Build the trace of one call of the op from the gradients of its results h and last."""
     args, results = call
-    *tensors, nonlinearity, form, reverse = args
+    *tensors, nonlinearity, form, reverse, _ = args
     detached: Any = (t if t is None else t.detach() for t in tensors)
     x, w_ih, b_ih, b_hh, h0, _, w_hh, alpha, _, _, batch_sizes = detached
     h, _, saved = (result.detach() for result in results)
@@ -319,7 +319,7 @@ def _recorded(call: Any, gradients: Sequence[Tensor], layer: int) -> LayerTrace:
     g, g_n = gradients
     delta, _, _, a, y = ops.adjoint(
         g, None, None, g_n, source, w_hh, alpha, None, batch_sizes, nonlinearity, form, reverse,
-        False, True,
+        None, False, True,
     )  # fmt: skip
     grad_h = a if form == "rate" else y
     return replace(
@@ -364,8 +364,9 @@ def trace(
         TypeError: ``rnn`` is not an RNN or a cell of this package, ``loss`` is not callable or does
             not return a tensor, or ``output_grad`` is not a tensor.
         ValueError: Both ``loss`` and ``output_grad`` are given, the loss is not a scalar or does
-            not depend on the output, one of them is given and ``rnn`` has ``checkpoint_every`` or
-            ``truncate``, or ``rnn`` has ``recurrent_dropout`` or ``zoneout`` and is in training.
+            not depend on the output, one of them is given and ``rnn`` has ``checkpoint_every``,
+            ``truncate`` or ``grad_clip``, or ``rnn`` has ``recurrent_dropout`` or ``zoneout`` and
+            is in training.
         RuntimeError: ``output_grad`` does not match the output, or the engine has no kernel for
             the dtype or the device.
 
@@ -391,10 +392,10 @@ def trace(
             f"fusedrnn: loss must be a function of the output, got {type(loss).__name__}"
         )
     wanted = loss is not None or output_grad is not None
-    for name in ("checkpoint_every", "truncate"):
-        steps = getattr(rnn, name, None)
-        if wanted and steps is not None:
-            raise ValueError(f"fusedrnn: {name} must be None to trace gradients, got {steps}")
+    for name in ("checkpoint_every", "truncate", "grad_clip"):
+        value = getattr(rnn, name, None)
+        if wanted and value is not None:
+            raise ValueError(f"fusedrnn: {name} must be None to trace gradients, got {value}")
     recorder = _Recorder()
     with torch.inference_mode(False), torch.set_grad_enabled(wanted):
         with recorder:
@@ -408,7 +409,7 @@ def trace(
         directions = 2 if getattr(rnn, "bidirectional", False) else 1
         # On CUDA, the reverse direction is called first if the two run concurrently.
         numbered = sorted(
-            enumerate(recorder.calls), key=lambda pair: (pair[0] // directions, pair[1][0][-1])
+            enumerate(recorder.calls), key=lambda pair: (pair[0] // directions, pair[1][0][-2])
         )
         calls = [call for _, call in numbered]
         value: float | None = None

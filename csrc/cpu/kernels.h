@@ -68,6 +68,8 @@ struct StepEpilogue {
   int64_t in_row[3];
   const void* gate;
   int64_t gate_row;
+  bool clips;   // adjoint
+  C grad_clip;  // if it clips
   void* out[3];
   int64_t out_row[3];
 };

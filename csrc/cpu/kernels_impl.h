@@ -156,16 +156,17 @@ void dot(const DotProduct<C>& p) {
 
 // ---- the step ----
 
-// `plain` means the form rate without a leak, a second input or a second output. It is compiled
-// separately, because it is the most common kind, and the branches of the others would make it 10 %
-// slower.
+// `plain` means the form rate without a leak, a second input, a second output or clipping. It is
+// compiled separately, because it is the most common kind, and the branches of the others would
+// make it 10 % slower.
 enum class Kind { plain, rate, other };
 
 template <Pass pass, Kind kind, class F, class S, class C>
 void step_of_kind(const StepEpilogue<C>& s) {
   using V = Vec<C>;
   constexpr bool plain = kind == Kind::plain, rate = kind != Kind::other;
-  const bool leaky = !plain && s.leaky, potential = !rate && s.form == Form::potential;
+  const bool leaky = !plain && s.leaky, clips = !plain && s.clips;
+  const bool potential = !rate && s.form == Form::potential;
   const int64_t columns = s.columns;
   const auto row_of = [](auto* p, int64_t offset) {
     using Stored =
@@ -206,7 +207,7 @@ void step_of_kind(const StepEpilogue<C>& s) {
                         carry, first, second, third);
         else
           adjoint<rate>(F{}, potential, acc, drive, extra, more, slope_of, carry, leaky, alpha,
-                        first, second, third);
+                        clips, V(s.grad_clip), first, second, third);
       }
       if (carry_out) store<C>(carry_out + j, carry);
       store<C>(next + j, first);
@@ -220,7 +221,7 @@ void step_of_kind(const StepEpilogue<C>& s) {
 template <Pass pass, class F, class S, class C>
 void step(const StepEpilogue<C>& s) {
   if (s.form != Form::rate) return step_of_kind<pass, Kind::other, F, S>(s);
-  if (s.leaky || s.in[1] || s.out[1]) return step_of_kind<pass, Kind::rate, F, S>(s);
+  if (s.leaky || s.clips || s.in[1] || s.out[1]) return step_of_kind<pass, Kind::rate, F, S>(s);
   step_of_kind<pass, Kind::plain, F, S>(s);
 }
 

@@ -30,9 +30,9 @@ BackwardResults backward(const OptionalTensor& g, const OptionalTensor& d, const
                          const Tensor& w_hh, const OptionalTensor& alpha,
                          const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                          c10::string_view nonlinearity, c10::string_view form, bool reverse,
-                         const WantedGradients& wanted) {
+                         std::optional<double> grad_clip, const WantedGradients& wanted) {
   Call call = Ops<Engine>::adjoint_call(g, d, f, g_n, slope_of, w_hh, alpha, reset, batch_sizes,
-                                        nonlinearity, form, reverse);
+                                        nonlinearity, form, reverse, grad_clip);
   Problem& p = call.problem;
   Gradients gradients;
   if (w_ih) {

@@ -22,6 +22,6 @@ BackwardResults backward(const OptionalTensor& g, const OptionalTensor& d, const
                          const Tensor& w_hh, const OptionalTensor& alpha,
                          const OptionalTensor& reset, const OptionalTensor& batch_sizes,
                          c10::string_view nonlinearity, c10::string_view form, bool reverse,
-                         const WantedGradients& wanted);
+                         std::optional<double> grad_clip, const WantedGradients& wanted);
 
 }  // namespace fusedrnn::cpu

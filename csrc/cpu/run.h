@@ -396,6 +396,8 @@ class Run {
       }
       step.gate = locate(p_.gate);
       step.gate_row = p_.gate.row;
+      step.clips = p_.clips();
+      step.grad_clip = C(p_.grad_clip);
       r_.stored_.step[int(p_.pass)][int(p_.nonlinearity)](step);
     }
 

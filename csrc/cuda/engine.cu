@@ -190,8 +190,9 @@ Params parameters(const Problem& problem, const Plan& plan, const Workspace& wor
                                &alpha, &problem.out[0], &problem.out[1], &problem.out[2]})
     p.packs = p.packs && (!series->data || fits(*series, problem.H, size, 2 * size));
   const bool constant = problem.form == Form::rate && problem.pass != Pass::tangent && !p.offsets &&
-                        !problem.reset && !problem.alpha.data && problem.I == 0 &&
-                        problem.in[0].data && !problem.in[1].data && !problem.out[1].data;
+                        !problem.reset && !problem.alpha.data && !problem.clips() &&
+                        problem.I == 0 && problem.in[0].data && !problem.in[1].data &&
+                        !problem.out[1].data;
   // States are sent to peers 16 bytes at a time.
   const bool sends = plan.regime == Regime::cluster && problem.H * size % 16 == 0 &&
                      plan.units * size % 16 == 0 && p.receivers == p.blocks;

@@ -79,7 +79,7 @@ struct Layer {
   const int rows;
   const int64_t j0;
   const int units;
-  const bool leaky;
+  const bool leaky, clips;
 
   __device__ Layer(const Params& params, int64_t b0, int64_t j0)
       : p(params),
@@ -88,7 +88,8 @@ struct Layer {
         rows(int(min(int64_t(params.rows), problem.B - b0))),
         j0(j0),
         units(int(max(int64_t(0), min(int64_t(params.units), problem.H - j0)))),
-        leaky(problem.alpha.data != nullptr) {}
+        leaky(problem.alpha.data != nullptr),
+        clips(problem.clips()) {}
 
   // ---- the time loop ----
 
@@ -253,7 +254,7 @@ struct Layer {
                         state, results[0], results[1], results[2]);
         else
           adjoint<rate>(phi, potential, sum, first, second, third, slope_of, state, leaky, leak,
-                        results[0], results[1], results[2]);
+                        clips, C(problem.grad_clip), results[0], results[1], results[2]);
       }
 #pragma unroll
       for (int i = 0; i < 3; ++i) out[i].v[n] = narrow<S>(results[i]);

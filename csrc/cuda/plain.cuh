@@ -143,7 +143,8 @@ class PlainTimeLoop : TimeLoop<Product, pass> {
                                  none, false, none, state, result, other);
               else
                 adjoint<true>(phi, false, sum[i][n], C(widen(ins.v[n])), none, none,
-                              C(widen(gates.v[n])), none, false, none, result, state, other);
+                              C(widen(gates.v[n])), none, false, none, false, none, result, state,
+                              other);
               results[i].v[n] = narrow<S>(result);
             }
           });

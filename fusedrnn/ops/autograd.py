@@ -202,7 +202,7 @@ class FusedRNN(_Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, nonlinearity, form, reverse = inputs
+        *tensors, nonlinearity, form, reverse, grad_clip = inputs
         h, _, saved = output
         if saved.dim() == 1:  # empty
             saved = None
@@ -210,7 +210,7 @@ class FusedRNN(_Op):
         if form == "rate" or tensors[7] is None:
             tensors[2] = tensors[3] = None
         _save(ctx, (*tensors, h, saved))
-        ctx.options = nonlinearity, form, reverse
+        ctx.options, ctx.grad_clip = (nonlinearity, form, reverse), grad_clip
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -227,12 +227,12 @@ class FusedRNN(_Op):
             else:
                 f = g_saved
         if g is None and g_n is None and d is None and f is None:
-            return (None,) * 14
+            return (None,) * 15
         gradients = ops.bptt(
-            g, d, f, g_n, *inputs, reset, batch_sizes, h, saved, *ctx.options,
+            g, d, f, g_n, *inputs, reset, batch_sizes, h, saved, *ctx.options, ctx.grad_clip,
             ctx.needs_input_grad[:9],
         )  # type: ignore[call-arg]  # fmt: skip
-        return *gradients, *(None,) * 5
+        return *gradients, *(None,) * 6
 
     @_jvp
     def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
@@ -350,7 +350,7 @@ class FusedRNNTangent(_Linear):
             return (None,) * 14
         to_w, to_q, to_r, to_s0, to_v0, *to_coefficients = ctx.needs_input_grad[:8]
         delta, ds0, dv0, a, y = ops.adjoint(
-            g, d, f, g_n, *coefficients, *ctx.options, to_s0 or to_v0, True
+            g, d, f, g_n, *coefficients, *ctx.options, None, to_s0 or to_v0, True
         )
         gradients = _Linear.coefficient_gradients(
             ctx, to_coefficients, (delta, a, y), (e, m, s), (s0, v0)
@@ -380,6 +380,14 @@ class FusedRNNTangent(_Linear):
         return ops.tangent(w, q, r, s0_t, v0_t, *coefficients, *ctx.options, True)
 
 
+def _check_not_clipped(ctx: Any) -> None:
+    if ctx.grad_clip is not None:
+        raise NotImplementedError(
+            "fusedrnn: grad_clip must be None for second derivatives, because clipped gradients "
+            f"are not those of a function; got {ctx.grad_clip}"
+        )
+
+
 class FusedRNNAdjoint(_Linear):
     op = ops.adjoint
 
@@ -389,8 +397,9 @@ class FusedRNNAdjoint(_Linear):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, _, _, *coefficients, nonlinearity, form, reverse, to_h0, _ = inputs
+        _, _, _, _, *coefficients, nonlinearity, form, reverse, grad_clip, to_h0, _ = inputs
         delta, dh0, _, a, y = output
+        ctx.grad_clip = grad_clip
         _save(ctx, (*coefficients, delta, a, y))
         ctx.options, ctx.to_h0 = (nonlinearity, form, reverse), to_h0
         ctx.batch = dh0.size(0)
@@ -405,6 +414,7 @@ class FusedRNNAdjoint(_Linear):
         q: Tensor | None,
         r: Tensor | None,
     ) -> Gradients:
+        _check_not_clipped(ctx)
         *coefficients, delta, a, y = ctx.saved_tensors
         _, form, _ = ctx.options
         if not ctx.to_h0:
@@ -422,11 +432,12 @@ class FusedRNNAdjoint(_Linear):
         )
         return (
             e if to_g else None, m if to_d else None, s if to_f else None,
-            last if to_g_n else None, *gradients, *(None,) * 7,
+            last if to_g_n else None, *gradients, *(None,) * 8,
         )  # fmt: skip
 
     @_jvp
     def jvp(ctx: Any, primals: Any, *tangents: Any) -> Any:
+        _check_not_clipped(ctx)
         *coefficients, delta, a, y = primals
         saved, _, alpha, *layout = coefficients
         g, d, f, g_n, saved_t, w_hh_t, alpha_t, *_ = tangents
@@ -447,7 +458,7 @@ class FusedRNNAdjoint(_Linear):
         if r_t is not None:
             f = _add(f, r_t * y)
         delta_t, dh0_t, dv0_t, a_t, y_t = ops.adjoint(
-            g, d, f, g_n, *coefficients, *ctx.options, ctx.to_h0, True
+            g, d, f, g_n, *coefficients, *ctx.options, None, ctx.to_h0, True
         )
         if ctx.to_h0:
             if product is not None:
@@ -455,6 +466,28 @@ class FusedRNNAdjoint(_Linear):
             if carry is not None:
                 dv0_t = dv0_t + ops.following_first(carry, *layout, ctx.batch)
         return delta_t, dh0_t, dv0_t, a_t, y_t
+
+
+class ClipGradient(torch.autograd.Function):
+    """The identity, whose gradient is clipped elementwise to ``[-limit, limit]``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(state: Tensor, limit: float) -> Tensor:
+        return state.view_as(state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 for _name, _function in (

@@ -32,7 +32,7 @@ class PerSampleActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Any, op: Any, *args: Any) -> Any:  # type: ignore[override]
         h, h_n, saved = op(*map(_plain, args))
-        *_, form, _ = args
+        *_, form, _, _ = args
         if form != "rate":
             raise NotImplementedError(
                 f"fusedrnn: form must be 'rate' with call_for_per_sample_grads, got {form!r}; use "
@@ -67,10 +67,10 @@ class PerSampleActivation(torch.autograd.Function):
         def product(other: Tensor) -> Tensor:
             return torch.einsum("tbh,tbi->bhi", by_sample(delta), by_sample(other))
 
-        before = ops.previous(h, h0, reset, batch_sizes, options[-1])
+        before = ops.previous(h, h0, reset, batch_sizes, options[2])
         set_grad_sample_if_exists(w_ih, lambda _: product(x))
         set_grad_sample_if_exists(w_hh, lambda _: product(before))
         for bias in (b_ih, b_hh):
             set_grad_sample_if_exists(bias, lambda _: by_sample(delta).sum(0))
         dx = delta if w_ih is None else delta @ _plain(w_ih)
-        return (None, None, dx, None, None, None, dh0 if to_h0 else None, *(None,) * 9)
+        return (None, None, dx, None, None, None, dh0 if to_h0 else None, *(None,) * 10)

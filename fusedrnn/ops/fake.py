@@ -43,8 +43,9 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, *others: Tensor | None
 
 @torch.library.register_fake("fusedrnn::activation")
 def _(  # type: ignore[no-untyped-def]
-    x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, q, reset, batch_sizes, nonlinearity, form, reverse
-):
+    x, w_ih, b_ih, b_hh, h0, v0, w_hh, alpha, q, reset, batch_sizes, nonlinearity, form, reverse,
+    grad_clip,
+):  # fmt: skip
     if exporting_onnx():  # the exporter would only report an unknown op
         onnx.check(alpha, q, reset, batch_sizes, nonlinearity, form)
         raise NotImplementedError(
@@ -81,8 +82,9 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("fusedrnn::adjoint")
 def _(  # type: ignore[no-untyped-def]
-    g, d, f, g_n, saved, w_hh, alpha, reset, batch_sizes, nonlinearity, form, reverse, to_h0, full
-):
+    g, d, f, g_n, saved, w_hh, alpha, reset, batch_sizes, nonlinearity, form, reverse, grad_clip,
+    to_h0, full,
+):  # fmt: skip
     _check_devices(saved, batch_sizes, g, d, f, g_n, w_hh, alpha, reset)
     states = (_batch(g_n, saved, batch_sizes), saved.size(-1)) if to_h0 else (0,)
     a, y = full, full and form != "rate"

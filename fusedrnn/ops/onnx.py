@@ -58,6 +58,7 @@ def activation(
     nonlinearity: str,
     form: str,
     reverse: bool,
+    grad_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Emit an ONNX node in place of the op of the same name, while tracing; compute nothing."""
     check(alpha, q, reset, batch_sizes, nonlinearity, form)
@@ -107,6 +108,7 @@ def traced_activation(
     nonlinearity: str,
     form: str,
     reverse: bool,
+    grad_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run torch's own RNN op, which the old TorchScript exporter supports, in place of ours."""
     check(alpha, q, reset, batch_sizes, nonlinearity, form)

@@ -143,6 +143,6 @@ def _register(name: str, before: int, flags: int, fold: Callable[..., Any]) -> N
     torch.library.register_vmap(op.name(), rule)
 
 
-_register("activation", 6, 3, _fold_input)
+_register("activation", 6, 4, _fold_input)
 _register("tangent", 6, 4, _fold_each)
-_register("adjoint", 5, 5, _fold_each)
+_register("adjoint", 5, 6, _fold_each)

@@ -193,7 +193,7 @@ def test_cause_of_a_type_error_is_not_shown():
 
 def arguments_of(op: str, batch_sizes: Tensor) -> tuple[Any, ...]:
     series, states, w_hh = torch.randn(6, 7), torch.randn(3, 7), torch.randn(7, 7)
-    layout = (None, batch_sizes, "tanh", "rate", False)
+    layout = (None, batch_sizes, "tanh", "rate", False, None)
     if op == "activation":
         x, w_ih = torch.randn(6, 4), torch.randn(7, 4)
         return (x, w_ih, None, None, states, None, w_hh, None, None, *layout)
@@ -250,7 +250,7 @@ def bptt(**changes: Any) -> Any:
         "h0": torch.randn(3, 7), "v0": None, "w_hh": torch.randn(7, 7),
         "alpha": torch.full((7,), 0.5), "reset": None, "batch_sizes": None, "h": series.clone(),
         "saved": series.clone(), "nonlinearity": "tanh", "form": "rate", "reverse": False,
-        "wanted": fuzz_ops.ALL_WANTED,
+        "grad_clip": None, "wanted": fuzz_ops.ALL_WANTED,
     }  # fmt: skip
     return OPS.bptt(*{**arguments, **changes}.values())
 

@@ -57,7 +57,7 @@ def test_the_op_itself_casts(dtype):
     case = Case(T=T, B=B, I=I, H=H, reset=True, alpha=True, dtype=torch.float32)
     found = case.arguments(requires_grad=True)
     names = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha", "q")
-    layout = (case.flags()["reset"], None, "tanh", "rate", False)
+    layout = (case.flags()["reset"], None, "tanh", "rate", False, None)
     with torch.autocast("cpu", dtype):
         h, h_n, saved = torch.ops.fusedrnn.activation(*(found.get(name) for name in names), *layout)
     assert h.dtype == h_n.dtype == saved.dtype == dtype
@@ -177,7 +177,7 @@ def test_the_rule_for_cuda_is_the_same():
     with FakeTensorMode():
         for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
             x, w = torch.empty(T, B, H, device=device), torch.empty(H, H, device=device)
-            layout = (None, None, None, None, "tanh", "rate", False)
+            layout = (None, None, None, None, "tanh", "rate", False, None)
             h, h_n, _ = torch.ops.fusedrnn.activation(x, *[None] * 5, w, *layout)
             assert (h.dtype, h_n.dtype, h.device.type) == (dtype, dtype, device)
     x, reset, wide = torch.randn(2), torch.ones(2).bool(), torch.randn(2).double()

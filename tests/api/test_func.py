@@ -144,12 +144,12 @@ def test_each_op_by_itself_has_a_tangent(op):
     layout = (flags["reset"], None, "sigmoid", "rate", False)
     if op == "activation":
         names = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha", "q")
-        given, last = [arguments.get(name) for name in names], ()
+        given, last = [arguments.get(name) for name in names], (None,)
     else:
         states = [arguments["h0"]] if op == "adjoint" else [arguments["h0"], None]
         given = [series, series.cos(), None, *states, series.sigmoid()]
         given += [arguments["w_hh"], arguments["alpha"]]
-        last = (True, True) if op == "adjoint" else (True,)
+        last = (None, True, True) if op == "adjoint" else (True,)
 
     def f(*given: Any) -> Any:
         return getattr(torch.ops.fusedrnn, op)(*given, *layout, *last)

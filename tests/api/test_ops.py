@@ -22,8 +22,12 @@ CASES = [
     Case(state_input=True, reset=True),
     Case(form="potential", alpha=True),
     Case(form="potential", lengths=(4, 2, 1), nonlinearity="elu", reset=True),
+    Case(grad_clip=0.1, reset=True, alpha=True),
     Case(form="inside", alpha=True, alpha_varies=True, reverse=True),
 ]
+
+WITHOUT_GRADIENTS = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL_CHECKS = (*WITHOUT_GRADIENTS, "test_aot_dispatch_dynamic")
 
 
 def series(case: Case) -> torch.Tensor:
@@ -34,23 +38,27 @@ def op_arguments(op: str, case: Case) -> tuple:
     found, flags = case.arguments(requires_grad=True), case.flags()
     alpha, h0, reset, sizes = found.get("alpha"), found.get("h0"), flags["reset"], case.batch_sizes
     layout = (reset, sizes, case.nonlinearity, case.form, case.reverse)
+    clipped = (*layout, case.grad_clip)
     v0 = torch.randn_like(h0).requires_grad_() if h0 is not None and "pot" in case.form else None
     if op == "activation":
         names = ("x", "w_ih", "b_ih", "b_hh", "h0")
         given = (*(found.get(name) for name in names), v0, found["w_hh"], alpha)
-        return (*given, found.get("state_input"), *layout)
+        return (*given, found.get("state_input"), *clipped)
     driven = tuple(series(case).requires_grad_() for _ in range(3))
     driven = (*driven[:2], None if case.form == "rate" else driven[2])
     saved = series(case).tanh().requires_grad_()
     if op == "adjoint":
-        return (*driven, h0, saved, found["w_hh"], alpha, *layout, True, True)
+        return (*driven, h0, saved, found["w_hh"], alpha, *clipped, True, True)
     return (*driven, h0, v0, saved, found["w_hh"], alpha, *layout, True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("op", ["activation", "tangent", "adjoint"])
 def test_opcheck(op, case):
-    torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, op_arguments(op, case))
+    differentiable = op != "adjoint" or case.grad_clip is None
+    tests = ALL_CHECKS if differentiable else WITHOUT_GRADIENTS
+    arguments = op_arguments(op, case)
+    torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("op", ["tangent", "adjoint"])
@@ -60,7 +68,7 @@ def test_opcheck_without_optional_arguments(op, full):
     saved, w_hh = series(case), case.arguments()["w_hh"]
     states = (None,) if op == "adjoint" else (None, None)
     layout = (None, None, "tanh", "rate", False)
-    last = (False, full) if op == "adjoint" else (full,)
+    last = (None, False, full) if op == "adjoint" else (full,)
     arguments = (series(case), None, None, *states, saved, w_hh, None, *layout, *last)
     torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, arguments)
 
@@ -69,12 +77,13 @@ def test_opcheck_without_optional_arguments(op, full):
 @pytest.mark.parametrize("op", ["activation", "tangent", "adjoint"])
 def test_opcheck_of_views(op, dtype):
     """No check of gradients: in low precision, torch's rounding errors are as large as ours."""
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = op_arguments(op, Case(dtype=dtype, reset=True))
     strange = tuple(
         a.mT.contiguous().mT if torch.is_tensor(a) and a.dim() > 1 else a for a in arguments
     )
-    torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, strange, test_utils=tests)
+    torch.library.opcheck(
+        getattr(torch.ops.fusedrnn, op).default, strange, test_utils=WITHOUT_GRADIENTS
+    )
 
 
 def composite_arguments(op: str, case: Case) -> tuple:
@@ -97,7 +106,8 @@ def composite_arguments(op: str, case: Case) -> tuple:
     names = ("x", "w_ih", "b_ih", "b_hh", "h0", "v0", "w_hh", "alpha")
     given = (one, None, None, h0, *(found.get(name) for name in names), reset, sizes)
     wanted = [found.get(name) is not None for name in (*names, "state_input")]
-    return (*given, h, h if saves else None, case.nonlinearity, case.form, case.reverse, wanted)
+    options = (case.nonlinearity, case.form, case.reverse, case.grad_clip)
+    return (*given, h, h if saves else None, *options, wanted)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)

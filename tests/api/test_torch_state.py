@@ -42,7 +42,7 @@ def results():
 
     def op(batch_sizes=None):
         args = x, w_ih, b_ih, b_hh, None, None, w_hh, None, None, None, batch_sizes
-        return torch.ops.fusedrnn.activation(*args, "tanh", "rate", False)[0]
+        return torch.ops.fusedrnn.activation(*args, "tanh", "rate", False, None)[0]
 
     def training():
         rnn(x)[0].sum().backward()

@@ -25,7 +25,7 @@ calls = {
     "compiled": lambda: compiled(series(8)),
     "backward": lambda: torch.ops.fusedrnn.bptt(
         series(256), None, None, None, series(8), w_ih, b_ih, b_hh, None, None, w_hh, None, None,
-        None, series(256), None, "tanh", "rate", False,
+        None, series(256), None, "tanh", "rate", False, None,
         [False, True, True, True, False, False, True, False, False],
     ),
 }

@@ -28,6 +28,7 @@ class Case:
     form: str = "rate"
     reset_to: bool = False  # with reset=True
     state_input: bool = False
+    grad_clip: float | None = None
     bias: bool = True
     h0: bool = True
     dtype: torch.dtype = torch.float64
@@ -94,6 +95,7 @@ class Case:
             "reverse": self.reverse,
             "batch_sizes": self.batch_sizes,
             "reset": reset.to(torch.get_default_device()) if self.reset else None,
+            "grad_clip": self.grad_clip,
         }
 
     def with_(self, **changes: object) -> Case:

@@ -84,6 +84,8 @@ class Call:
                 value = "rate"
             elif name_of == "batch":
                 value = B
+            elif name_of == "grad_clip":
+                value = self.random.choice((None, 0.1))
             elif name_of == "wanted":
                 value = [self.random.random() < 0.7 for _ in range(9)]
             else:  # reverse, full, to_h0
@@ -134,6 +136,8 @@ class Call:
             self.arguments[name] = self.random.choice(("", "cosh", "tanh\0", "é" * 99, None, 3))
         elif name == "form":
             self.arguments[name] = self.random.choice(("", "rates", "rate\0", "é" * 99, None, 3))
+        elif name == "grad_clip":
+            self.arguments[name] = self.random.choice((0, -1.0, float("nan"), "1", [1.0]))
         elif name == "batch":
             self.arguments[name] = self.random.choice((value + 1, value - 1, 0, -1, HUGE, -HUGE))
         elif name == "wanted":
