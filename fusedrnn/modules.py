@@ -761,9 +761,9 @@ class RNN(Layers):
     Raises in a call:
         ValueError: ``input`` is neither 2-D nor 3-D, its dtype is not that of the weights,
             ``recurrent_dropout`` or ``weight_drop`` is on in training with ``checkpoint_every`` or
-            ``truncate``, or ``recurrent_dropout`` with ``grad_clip``, ``reset_to`` is given without ``reset`` or ``padding_value`` without
-            ``lengths``, a length is not in [0, T], or ``lengths`` comes with an input that is not
-            padded.
+            ``truncate``, or ``recurrent_dropout`` with ``grad_clip``, ``reset_to`` is given without
+            ``reset`` or ``padding_value`` without ``lengths``, a length is not in [0, T], or
+            ``lengths`` comes with an input that is not padded.
         RuntimeError: ``hx``, ``reset`` or ``reset_to`` does not match ``input``, ``reset`` is not
             bool, ``input`` does not have ``input_size`` features, there is no time step, or tensors
             are on different devices.
