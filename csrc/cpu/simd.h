@@ -22,6 +22,19 @@ struct IntegerOf<double> {
   using type = int64_t;
 };
 
+// Lane i of the result is lane from[i] of a and b concatenated.
+template <class V, class From>
+FUSEDRNN_FORCE_INLINE V shuffle(V a, V b, From from) {
+#ifdef __clang__
+  V result;
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  for (int i = 0; i < lanes; ++i) result[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 template <class T>
 struct Vec {
   static constexpr int lanes = FUSEDRNN_VECTOR_BYTES / sizeof(T);
@@ -74,11 +87,14 @@ struct Vec {
 
   // Each round adds the upper half of the sums to the lower half, so its additions are independent.
   FUSEDRNN_FORCE_INLINE T sum() const {
-    T part[lanes];
-    *reinterpret_cast<Unaligned*>(part) = raw;
-    for (int half = lanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    return part[0];
+    Raw total = raw;
+#pragma GCC unroll 4
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      Mask upper{};
+      for (int i = 0; i < half; ++i) upper[i] = i + half;
+      total = total + shuffle(total, total, upper);
+    }
+    return total[0];
   }
 };
 
@@ -158,6 +174,16 @@ FUSEDRNN_FORCE_INLINE Vec<C> load(const S* p, int64_t n) {
     return typename V::Raw(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
   if constexpr (sizeof(S) == 8)
     return typename V::Raw(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(S) == sizeof(C)) {
+    typename V::Mask lane;
+    for (int i = 0; i < V::lanes; ++i) lane[i] = i;
+    const __m256i loaded = __m256i(lane < typename V::Integer(n));
+    if constexpr (sizeof(S) == 4)
+      return typename V::Raw(_mm256_maskload_ps(p, loaded));
+    else
+      return typename V::Raw(_mm256_maskload_pd(p, loaded));
+  }
 #endif
   S some[V::lanes] = {};
   for (int64_t i = 0; i < n; ++i) some[i] = p[i];
@@ -177,19 +203,6 @@ FUSEDRNN_FORCE_INLINE void store(S* p, Vec<C> v, int64_t n) {
   S some[V::lanes];
   store<C>(static_cast<S*>(some), v);
   for (int64_t i = 0; i < n; ++i) p[i] = some[i];
-}
-
-// Lane i of the result is lane from[i] of a and b concatenated.
-template <class V, class From>
-FUSEDRNN_FORCE_INLINE V shuffle(V a, V b, From from) {
-#ifdef __clang__
-  V result;
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  for (int i = 0; i < lanes; ++i) result[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
-  return result;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
 }
 
 // Transposes a square matrix held as rows. In each round, every square block of twice `size` swaps
