@@ -126,11 +126,12 @@ inline void check_only_of_potential(const char* name, const std::optional<at::Te
 // wait for that device.
 inline void check_alpha(const std::optional<at::Tensor>& alpha) {
   if (!alpha || !alpha->is_cpu()) return;
-  const at::Tensor all = alpha->reshape(-1);
+  const at::Tensor all = alpha->dim() <= 1 ? *alpha : alpha->reshape(-1);
+  const int64_t stride = all.dim() == 1 ? all.stride(0) : 1;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, all.scalar_type(), "alpha", [&] {
     const scalar_t* values = all.const_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < all.size(0); ++i) {
-      const auto value = double(values[i * all.stride(0)]);
+    for (int64_t i = 0; i < all.numel(); ++i) {
+      const auto value = double(values[i * stride]);
       TORCH_CHECK_VALUE(value >= 0 && value <= 1, "fusedrnn: alpha must be in [0, 1], got ",
                         std::setprecision(std::numeric_limits<scalar_t>::max_digits10), value);
     }

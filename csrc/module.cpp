@@ -223,7 +223,7 @@ PYBIND11_MODULE(_C, m) {
   for (int i = 0; i < fusedrnn::kNonlinearities; ++i)
     if (fusedrnn::saves_z(fusedrnn::Nonlinearity(i))) saving_z.add(fusedrnn::kNonlinearityNames[i]);
   m.attr("saving_z") = py::frozenset(saving_z);
-  m.def("allow_gemms", &fusedrnn::cpu::allow_gemms, py::arg("allowed"));
+  m.def("allow_shortcuts", &fusedrnn::cpu::allow_shortcuts, py::arg("allowed"));
   m.def("cpu_threads", &fusedrnn::cpu::num_threads);
   m.def("use_cores", &fusedrnn::cpu::use_cores, py::arg("cores"));
   m.def("cores_in_quota", &fusedrnn::cpu::cores_in_quota, py::arg("root"));

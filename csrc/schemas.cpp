@@ -29,6 +29,13 @@ TORCH_LIBRARY(fusedrnn, m) {
       "bool reverse, float? grad_clip, bool to_h0, bool full) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // One time step of a stack of layers: x [B, I], h0, v0 [L, B, H] -> output [B, H], state [L, B,
+  // H]; or all without B. `weights` holds w_ih, w_hh and, with biases, b_ih and b_hh of each layer;
+  // then, with a leak, alpha of each layer ([H] or []). Composite: see step.cpp.
+  m.def(
+      "step(Tensor x, Tensor h0, Tensor[] weights, str nonlinearity, str form=\"rate\", "
+      "Tensor? v0=None) -> (Tensor, Tensor)");
+
   // The parts of the derivatives outside the recurrences (bptt.cpp).
   m.def(
       "bptt(Tensor? g, Tensor? d, Tensor? f, Tensor? g_n, Tensor x, Tensor? w_ih, Tensor? b_ih, "

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, dropout, ops
+from . import checks, dropout
 from .forms import FORMS
 from .functional import rnn
 from .modules import Layers, _tensors
 from .reference import NONLINEARITIES
+from .torch_state import step
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -163,7 +164,9 @@ class _Leaky(nn.Module):
         """Return alpha of one layer and direction."""
         if self.learn_alpha:
             return torch.sigmoid(getattr(self, self._logit_names[index]))
-        return self.alpha
+        if "alpha" in self._buffers:  # finding a buffer with getattr costs 0.8 us
+            return self._buffers["alpha"]
+        return self.alpha  # replaced by a plain tensor
 
     def _rnn(
         self,
@@ -505,24 +508,17 @@ class LeakyRNN(_Leaky, Layers):
         return NONLINEARITIES[self.nonlinearity](states) if self.form == "potential" else states
 
     def _draws(self) -> bool:
-        return super()._draws() or (self.training and (self.noise > 0 or self.state_noise > 0))
+        return self.training and (super()._draws() or self.noise > 0 or self.state_noise > 0)
 
     def _step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        x, states = x.unsqueeze(0), []
-        for i, (names, h0) in enumerate(zip(self._all_weights, state.unbind(0), strict=True)):
-            w_ih, w_hh, b_ih, b_hh, *_ = (*_tensors(self, names), None, None)
-            alpha = self._alpha_of(i)
-            if alpha is not None:
-                alpha = alpha.expand(self.hidden_size)
-            v0 = h0 if self.form == "potential" else None
-            x, y, v = ops.activation(
-                x, w_ih, b_ih, b_hh, self._sent(h0), v0, w_hh, alpha, None, None, None,
-                self.nonlinearity, self.form, False, None,
-            )  # fmt: skip
-            states.append(x if v0 is None else v)
-        if v0 is not None:
-            y = x.squeeze(0)
-        return y, states[0] if len(states) == 1 else torch.cat(states)
+        weights = self._weights_of_step()
+        if self.learn_alpha:
+            weights += tuple(map(torch.sigmoid, _tensors(self, self._logit_names)))
+        elif (alpha := self._alpha_of(0)) is not None:
+            weights += (alpha,) * self.num_layers
+        if self.form != "potential":
+            return step(x, state, weights, self.nonlinearity, self.form)
+        return step(x, self._sent(state), weights, self.nonlinearity, self.form, state)
 
     def _alpha_series(
         self, input: Tensor | PackedSequence, alpha: Tensor | PackedSequence

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "run.h"
+#include "step.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -37,7 +38,7 @@ const InstructionSet* const kBestFirst[] = {
     &kBaseline};
 
 std::atomic<const InstructionSet*> in_use{nullptr};
-std::atomic<bool> gemms_allowed{true};
+std::atomic<bool> shortcuts_are_allowed{true};
 std::atomic<std::exception_ptr (*)()> interruption_in_use{nullptr};
 
 }  // namespace
@@ -62,10 +63,12 @@ bool use_instruction_set(const std::string& name) {
   return true;
 }
 
-void allow_gemms(bool allowed) { gemms_allowed = allowed; }
+void allow_shortcuts(bool allowed) { shortcuts_are_allowed = allowed; }
+
+bool shortcuts_allowed() { return shortcuts_are_allowed; }
 
 bool multiplies_as_fast(const InstructionSet& set, Storage storage, int64_t weights) {
-  if (!gemms_allowed) return false;
+  if (!shortcuts_allowed()) return false;
   if (storage == Storage::bf16 || storage == Storage::f16) return true;
   // Measured with AVX2: the engine takes up to 15 % less time below this size, and 4 to 10 % more
   // above it.
@@ -83,5 +86,24 @@ std::exception_ptr interruption() {
 void run(const Problem& p, int threads) { run(p, nullptr, threads); }
 
 void run(const Problem& p, const Gradients& gradients, int threads) { run(p, &gradients, threads); }
+
+bool step_takes_one_thread(Storage storage, int64_t B, int64_t I, int64_t H, int threads) {
+  const auto planned = [&](const auto& kernels) {
+    const Plan plan = make_plan({kernels, Pass::activation, storage, 1, B, I, H, threads, 0});
+    return plan.threads() == 1 && !plan.pack;
+  };
+  const InstructionSet& set = instruction_set();
+  return storage == Storage::f64 ? planned(*set.f64) : planned(*set.f32);
+}
+
+void step(const Problem& p, int64_t alphas) {
+  const InstructionSet& set = instruction_set();
+  switch (p.storage) {
+    case Storage::f32: return run_step(p, alphas, *set.f32, *set.stored_f32);
+    case Storage::f64: return run_step(p, alphas, *set.f64, *set.stored_f64);
+    case Storage::bf16: return run_step(p, alphas, *set.f32, *set.stored_bf16);
+    case Storage::f16: return run_step(p, alphas, *set.f32, *set.stored_f16);
+  }
+}
 
 }  // namespace fusedrnn::cpu

@@ -44,9 +44,10 @@ struct Gradients {
 // x86 is MKL, which reaches the full rate of AVX2, but only half the rate of AVX-512 on AMD.
 bool multiplies_as_fast(const InstructionSet& set, Storage storage, int64_t weights);
 
-// Allows or forbids BPTT as one call of this engine. Tests forbid it if another engine replaces the
-// adjoint op.
-void allow_gemms(bool allowed);
+// Allows or forbids calls of this engine that bypass the ops activation and adjoint: BPTT as one
+// call, and single steps. Tests forbid them if another engine replaces these ops.
+void allow_shortcuts(bool allowed);
+bool shortcuts_allowed();
 
 // Sets a function that a long call runs about every 10 ms, on the thread that made the call. If it
 // returns an exception, the call ends early and throws it.
@@ -61,5 +62,15 @@ void run(const Problem& problem, int threads);
 
 // The same for an adjoint, which also computes the gradients that follow from it.
 void run(const Problem& problem, const Gradients& gradients, int threads);
+
+// Whether a single time step of `activation` takes least time on one thread, without packed
+// weights.
+bool step_takes_one_thread(Storage storage, int64_t B, int64_t I, int64_t H, int threads);
+
+// Runs a single time step of `activation` in that way, with less overhead than `run`. T must be 1,
+// I at least 1, and `first` and `last` given, with the form potential also `first_carry`. alpha is
+// one [H], or one number for all units if `alphas` is 1. There is no `in`, no reset and no second
+// output. out[0] may be x if their rows are equal.
+void step(const Problem& problem, int64_t alphas);
 
 }  // namespace fusedrnn::cpu

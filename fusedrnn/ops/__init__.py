@@ -40,6 +40,7 @@ except ImportError as error:  # built for another Python, or the build did not f
 activation: Any = torch.ops.fusedrnn.activation.default
 tangent: Any = torch.ops.fusedrnn.tangent.default
 adjoint: Any = torch.ops.fusedrnn.adjoint.default
+step: Any = torch.ops.fusedrnn.step.default
 bptt: Any = torch.ops.fusedrnn.bptt.default
 previous: Any = torch.ops.fusedrnn.previous.default
 following: Any = torch.ops.fusedrnn.following.default

@@ -8,7 +8,7 @@ from cases import Case
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
-from fusedrnn import _C
+from fusedrnn import _C, ops
 
 CASES = [
     Case(),
@@ -118,13 +118,77 @@ def test_opcheck_of_composites(op, case):
     torch.library.opcheck(getattr(torch.ops.fusedrnn, op).default, composite_arguments(op, case))
 
 
+def step_arguments(
+    form: str, layers: int, bias: bool, leak: int | None, batch: int | None
+) -> tuple:
+    def tensor(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, dtype=torch.float64).mul(0.3).requires_grad_()
+
+    rows, size = () if batch is None else (batch,), 7
+    weights = []
+    for inputs in (4, size, size)[:layers]:
+        weights += [tensor(size, inputs), tensor(size, size)]
+        weights += [tensor(size), tensor(size)] if bias else []
+    if leak is not None:
+        sizes = (size,) * leak
+        weights += [
+            torch.rand(sizes, dtype=torch.float64, requires_grad=True) for _ in range(layers)
+        ]
+    v0 = tensor(layers, *rows, size) if form == "potential" else None
+    return tensor(*rows, 4), tensor(layers, *rows, size), weights, "tanh", form, v0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("rate", 1, True, None, 3),
+        ("rate", 3, False, 0, 1),
+        ("potential", 2, True, 1, 2),
+        ("inside", 1, False, 1, None),
+    ],
+    ids=str,
+)
+def test_opcheck_of_step(case):
+    torch.library.opcheck(ops.step, step_arguments(*case))
+
+
+STEP_ERRORS = {
+    "x must be [B, I] or [I], got [1, 1, 4]": ("x", torch.zeros(1, 1, 4)),
+    "h0 must be [L, B, H], got [3, 7]": ("h0", torch.zeros(3, 7)),
+    "v0 must be [L, B, H], got [7]": ("v0", torch.zeros(7)),
+    "v0 must be None unless the form is potential": ("v0", torch.zeros(1, 3, 7)),
+    "weights must be 2 to 5 tensors for each of the 0 layers of h0, got 4": (
+        "h0", torch.zeros(0, 3, 7)),
+    "weights must be 2 to 5 tensors for each of the 1 layers of h0, got 1": (
+        "weights", [torch.zeros(7, 4)]),
+    "for each of the 2 layers of h0, got 5": ("weights", [torch.zeros(7, 4)] * 5, 2),
+    "w_ih must have sizes [7, 4], got [7, 5]": (
+        "weights", [torch.zeros(7, size, dtype=torch.float64) for size in (5, 7)]),
+    "h0 must have sizes [3, 7], got [2, 7]": ("h0", torch.zeros(1, 2, 7, dtype=torch.float64)),
+    "h0 must be Double, got Float": ("h0", torch.zeros(1, 3, 7)),
+    "Unknown nonlinearity 'cosh'": ("nonlinearity", "cosh"),
+    "Unknown form 'rates'": ("form", "rates"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STEP_ERRORS)
+def test_bad_arguments_of_step_are_named(text):
+    name, value, *layers = STEP_ERRORS[text]
+    names = ("x", "h0", "weights", "nonlinearity", "form", "v0")
+    arguments = dict(zip(names, step_arguments("rate", *(layers or [1]), True, None, 3)))
+    arguments[name] = value
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)) as error:
+        ops.step(*arguments.values())
+    assert text in str(error.value)
+
+
 def test_every_op_is_checked():
     names = {
         name.split("::")[1]
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("fusedrnn::")
     }
-    checked = {"activation", "tangent", "adjoint", "bptt", "previous", "following"}
+    checked = {"activation", "tangent", "adjoint", "step", "bptt", "previous", "following"}
     assert names == checked | {"following_first", "recurrent_product"}
 
 

@@ -165,11 +165,11 @@ class Emulated(emulator.Library):
         overrides = (place, tile, split, fuse_input)
         self.c.fusedrnn_use_regime(*(-1 if value is None else int(value) for value in overrides))
         self.c.fusedrnn_install()
-        _C.allow_gemms(False)  # backward must call the adjoint op
+        _C.allow_shortcuts(False)  # backward and steps must call the ops
 
     def uninstall(self) -> None:
         self.c.fusedrnn_uninstall()
-        _C.allow_gemms(True)
+        _C.allow_shortcuts(True)
 
     def runs(self) -> dict[str, int]:
         """Return how often each regime has run so far."""

@@ -22,6 +22,7 @@ OPS = (
     "activation",
     "tangent",
     "adjoint",
+    "step",
     "bptt",
     "previous",
     "following",
@@ -64,6 +65,9 @@ class Call:
             "b_hh": (H,), "h0": states, "s0": states, "g_n": states, "first": states,
             **dict.fromkeys(("w", "q", "g", "d", "h", "saved", "series", "delta"), series),
         }  # fmt: skip
+        if self.op == "step":
+            layers, states = self.random.choice((1, 2, 3)), states[self.random.randrange(2) :]
+            shapes |= {"x": (*states[:-1], I), "h0": (layers, *states)}
         self.schema = getattr(torch.ops.fusedrnn, self.op).default._schema.arguments
         self.arguments: dict[str, Any] = {}
         for name_of in (argument.name for argument in self.schema):
@@ -72,6 +76,16 @@ class Call:
                 value = None
             elif name_of in shapes:
                 value = self.tensor(*shapes[name_of])
+            elif name_of == "weights":
+                biases = [(H,), (H,)] * (self.random.random() < 0.7)
+                value = [
+                    self.tensor(*size)
+                    for layer in range(layers)
+                    for size in ((H, H if layer else I), (H, H), *biases)
+                ]
+                sizes_of_alpha = self.random.choice(((), (H,)))
+                alphas = (self.tensor(*sizes_of_alpha) for _ in range(layers * leaky))
+                value += [alpha.abs().clamp(0, 1) for alpha in alphas]
             elif name_of == "alpha":
                 value = self.tensor(H).abs().clamp(0, 1) if leaky else None
             elif name_of == "reset":
@@ -90,7 +104,7 @@ class Call:
                 value = [self.random.random() < 0.7 for _ in range(9)]
             else:  # reverse, full, to_h0
                 value = self.random.random() < 0.5
-            if name_of in OPTIONAL and self.random.random() < 0.3:
+            if name_of in OPTIONAL and self.op != "step" and self.random.random() < 0.3:
                 value = None
             self.arguments[name_of] = value
         if driven and "w_ih" in self.arguments:
@@ -111,6 +125,8 @@ class Call:
 
     def __str__(self) -> str:
         def word(value: Any) -> str:
+            if isinstance(value, list):
+                return f"[{', '.join(map(word, value))}]"
             if not isinstance(value, Tensor):
                 return repr(value)
             if value.dtype == torch.int64 and value.numel() < 20 and value.is_cpu:
@@ -132,6 +148,16 @@ class Call:
         elif isinstance(value, Tensor):
             ways = [getattr(self, way) for way in dir(self) if way.startswith("with_")]
             self.arguments[name] = self.random.choice(ways)(value)
+        elif name == "weights":
+            place = self.random.randrange(len(value))
+            ways = [getattr(self, way) for way in dir(self) if way.startswith("with_")]
+            wrong = self.random.choice(ways)(value[place])
+            others = [[], [wrong], [wrong, value[place]]]
+            self.arguments[name] = [
+                *value[:place],
+                *self.random.choice(others),
+                *value[place + 1 :],
+            ]
         elif name == "nonlinearity":
             self.arguments[name] = self.random.choice(("", "cosh", "tanh\0", "é" * 99, None, 3))
         elif name == "form":
@@ -235,6 +261,8 @@ class Call:
             return ((a["batch"], a["series"].size(-1)),)
         if self.op == "recurrent_product":
             return ((a["delta"].size(-1), a["series"].size(-1)),)
+        if self.op == "step":
+            return (*a["x"].shape[:-1], a["h0"].size(-1)), tuple(a["h0"].shape)
         series = a.get("h", a.get("saved", a.get("x")))
         size = a["w_hh"].size(0)
         sizes = a["batch_sizes"]
@@ -254,7 +282,8 @@ class Call:
 
     def plain(self) -> list[Tensor]:
         """Return the tensor arguments, or an empty list if one is not a dense CPU tensor."""
-        tensors = [t for t in self.arguments.values() if isinstance(t, Tensor)]
+        values = [*self.arguments.values(), *self.arguments.get("weights", ())]
+        tensors = [t for t in values if isinstance(t, Tensor)]
         plain = all(t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors)
         return tensors if plain else []
 
@@ -266,7 +295,9 @@ class Call:
             self.spoil(name)
         op: Callable[..., Any] = getattr(torch.ops.fusedrnn, self.op)
         try:
-            results = op(*self.arguments.values())
+            # With gradients, a step does not call the engine directly.
+            with torch.set_grad_enabled(self.op != "step" or self.random.random() < 0.3):
+                results = op(*self.arguments.values())
             results = (results,) if isinstance(results, Tensor) else results
             if any(t is not None and t.requires_grad for t in results):
                 total = sum(t.sum() for t in results if t is not None and t.requires_grad)
