@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Time the recipes of docs/recipes.md against the loops that they replace. See bench/README.md.
 
+With --stream, time single steps of a stream instead.
+
 The results of every call are first checked against its loop in float64; a call that is wrong is not
 timed. Loop and call then take turns in one process, A B A B ..., and a speed-up is the median of
 the per-round ratios, so that other load on the machine affects both alike.
@@ -28,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "examples")]
 
 from recipes import RECIPES, Recipe, is_float  # noqa: E402
+
+import fusedrnn  # noqa: E402
 
 I = 8
 DTYPE = torch.float32
@@ -155,16 +159,78 @@ def means(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def describe(setting: dict[str, Any]) -> list[str]:
+def stream(hidden: int, layers: int, seconds: float) -> dict[str, float]:
+    """Return the us of one step of B = 1, I = 1 by each way to step through a stream."""
+    torch.manual_seed(0)
+    rnn = fusedrnn.RNN(1, hidden, layers)
+    base = torch.nn.RNN(1, hidden, layers)
+    base.load_state_dict(rnn.state_dict())
+    cells = [torch.nn.RNNCell(1 if i == 0 else hidden, hidden) for i in range(layers)]
+    for i, cell in enumerate(cells):
+        weights = zip(cell.parameters(), (getattr(rnn, name) for name in rnn._all_weights[i]))
+        for parameter, weight in weights:
+            parameter.data = weight.data
+    leaky = fusedrnn.LeakyRNN(1, hidden, layers, alpha=0.2)
+    potential = fusedrnn.LeakyRNN(1, hidden, layers, alpha=0.2, form="potential")
+    for module in (rnn, leaky, potential, base, *cells):
+        module.eval()
+
+    def step_cells(x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        new = []
+        for cell, state in zip(cells, states):
+            x = cell(x, state)
+            new.append(x)
+        return x, new
+
+    with torch.inference_mode():
+        x, state = torch.randn(1, 1), torch.randn(layers, 1, hidden).tanh()
+        sequence, states = x.unsqueeze(0), state.unbind(0)
+        want = base(sequence, state)[0][0]
+        for y in (rnn.step(x, state)[0], step_cells(x, states)[0]):
+            torch.testing.assert_close(y, want)
+        times = take_turns(
+            {
+                "RNN.step": lambda: rnn.step(x, state),
+                "LeakyRNN.step": lambda: leaky.step(x, state),
+                "potential": lambda: potential.step(x, state),
+                "nn.RNN": lambda: base(sequence, state),
+                "nn.RNNCell": lambda: step_cells(x, states),
+            },
+            seconds,
+            timer_for(torch.device("cpu")),
+        )
+    return {name: 1e6 * statistics.median(rounds) for name, rounds in times.items()}
+
+
+def stream_table(tiny: bool, seconds: float, markdown: bool) -> str:
+    rows, names = [], []
+    for layers in (1, 3):
+        for hidden in (8,) if tiny else (8, 16, 32, 64):
+            times = stream(hidden, layers, seconds)
+            names = list(times)
+            rows.append([str(layers), str(hidden), *(f"{us:.1f}" for us in times.values())])
+    return layout(["layers", "H", *names], rows, markdown)
+
+
+LOOPS = (
+    "×: times as fast as the loop, median of per-round ratios; µs/step: of the call. Both include "
+    "the input product; forward is under no_grad; backward has the gradients of all weights."
+)
+STREAM = (
+    "µs of one step with B = 1, under inference_mode: RNN.step and LeakyRNN.step of this package "
+    '(potential: the form "potential"), a call of nn.RNN with one step, and a call of nn.RNNCell '
+    "for each layer."
+)
+
+
+def describe(setting: dict[str, Any], features: int, explanation: str) -> list[str]:
     busy = setting["cores_busy_with_other_processes"]
     lines = [
         f"{setting['cpu']}, {setting['cores']} cores, torch uses {setting['instruction_set']}",
         f"{setting['os']}; " + ", ".join(f"{k} {v}" for k, v in setting["versions"].items()),
-        f"{setting['threads']} threads each, {setting['dtype']}, I = {I}",
+        f"{setting['threads']} threads each, {setting['dtype']}, I = {features}",
         f"{setting['date']}, commit {setting['commit']}: {setting['command']}",
-        "One process, in turns. ×: times as fast as the loop, median of per-round ratios; µs/step: "
-        "of the call. Both include the input product; forward is under no_grad; backward has the "
-        "gradients of all weights.",
+        f"One process, in turns. {explanation}",
     ]
     if busy is not None and busy > 0.05:
         lines.append(f"NOT ALONE: other processes kept {busy:g} cores busy meanwhile")
@@ -177,6 +243,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--recipes", nargs="+", metavar="NAME", help="only these (default: all)")
+    add("--stream", action="store_true", help="time single steps of a stream instead")
     add("--tiny", action="store_true", help="tiny sizes and times, to try the program")
     add(
         "--threads",
@@ -206,6 +273,12 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     setting = environment(options.threads, str(DTYPE).removeprefix("torch."), options.seconds)
     neighbours = Neighbours() if Path("/proc/stat").exists() else None
+    if options.stream:
+        table_of_steps = stream_table(options.tiny, options.seconds, options.markdown)
+        if neighbours is not None:
+            setting["cores_busy_with_other_processes"] = neighbours.cores()
+        print("\n".join([*describe(setting, 1, STREAM), "", table_of_steps]))
+        return 0
     results: list[Result] = []
     for recipe in options.recipes:
         start = time.perf_counter()
@@ -222,7 +295,15 @@ def main() -> int:
         for r in wrong
     ]
     print(
-        "\n".join([*describe(setting), "", table(results, options.markdown), "", *means(results)])
+        "\n".join(
+            [
+                *describe(setting, I, LOOPS),
+                "",
+                table(results, options.markdown),
+                "",
+                *means(results),
+            ]
+        )
     )
     print("\n".join(lines), end="\n" if lines else "")
     if options.json:

@@ -241,6 +241,17 @@ def test_unknown_recipes_are_named() -> None:
     assert "error: unknown recipes ['GRU']" in ran.stderr
 
 
+def test_single_steps_of_a_stream_are_timed() -> None:
+    ran = run("--stream", "--tiny", "--threads", "1", program="bench_loops.py")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    *_, head, one, three = (line.split() for line in ran.stdout.splitlines())
+    assert head[:3] == ["layers", "H", "RNN.step"]
+    for layers, row in (("1", one), ("3", three)):
+        assert row[:2] == [layers, "8"]
+        assert len(row) == len(head)
+        assert all(float(time) > 0 for time in row[2:])
+
+
 # ---- bench_software.py
 
 
