@@ -33,8 +33,8 @@ TORCH_LIBRARY(fusedrnn, m) {
   // H]; or all without B. `weights` holds w_ih, w_hh and, with biases, b_ih and b_hh of each layer;
   // then, with a leak, alpha of each layer ([H] or []). Composite: see step.cpp.
   m.def(
-      "step(Tensor x, Tensor h0, Tensor[] weights, str nonlinearity, str form=\"rate\", "
-      "Tensor? v0=None) -> (Tensor, Tensor)");
+      "step(Tensor x, Tensor h0, Tensor[] weights, str nonlinearity=\"tanh\", "
+      "str form=\"rate\", Tensor? v0=None) -> (Tensor, Tensor)");
 
   // The parts of the derivatives outside the recurrences (bptt.cpp).
   m.def(
