@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks, directions, dropout, ops
-from .blocks import Blocks, each
+from .blocks import Blocks, each, is_long
 from .functional import rnn, rnn_cell, rows_of
 from .ragged import Ragged
 from .torch_state import compiling, equal_sizes, step
@@ -371,6 +371,7 @@ class Layers(nn.RNNBase):
         """
         names = self._all_weights
         blocks: Any = self.checkpoint_every or self.truncate
+        blocks = blocks or (last_only and is_long(x, batch_sizes))
         if (
             options is None
             and not blocks
@@ -397,23 +398,24 @@ class Layers(nn.RNNBase):
                 f"got {len(weights)}"
             )
         if blocks:
-            draws = self.zoneout > 0 or self._draws()
-            blocks = Blocks(self.checkpoint_every, self.truncate, last_only, draws)
+            draws = self._draws() or (self.training and self.zoneout > 0)
+            inputs = [x, hx, weights, options]
+            blocks = Blocks(self.checkpoint_every, self.truncate, last_only, draws, inputs)
         if blocks and self.training:  # their masks last for the whole sequence
             self._check_no_rates(
                 "in training with checkpoint_every or truncate",
                 ("recurrent_dropout", "weight_drop"),
             )
-        run = functools.partial(self._run_stack, weights, nonlinearity, all_layers)
+        run = functools.partial(self._run_stack, nonlinearity, all_layers)
         if blocks and not self.bidirectional:
-            return blocks.run(run, x, hx, batch_sizes, options, last_only=last_only)
-        return run(x, hx, batch_sizes, options, blocks)
+            return blocks.run(run, weights, x, hx, batch_sizes, options, last_only=last_only)
+        return run(weights, x, hx, batch_sizes, options, blocks)
 
     def _run_stack(
         self,
-        weights: list[list[Tensor]],
         nonlinearity: str,
         all_layers: bool,
+        weights: list[list[Tensor]],
         x: Tensor,
         hx: Tensor | None,
         batch_sizes: Tensor | None,
@@ -442,17 +444,15 @@ class Layers(nn.RNNBase):
             else:
                 for direction in range(num_directions):
                     place = i + direction
-                    which: Any = (weights[place], nonlinearity, direction == 1)
-                    arguments: Any = (x, h0s[place], batch_sizes, options and [options[place]])
+                    reverse = direction == 1
+                    run = functools.partial(self._run_direction, nonlinearity, reverse)
+                    one: Any = options and [options[place]]
+                    arguments: Any = (weights[place], x, h0s[place], batch_sizes, one)
                     if blocks:
-                        results = blocks.run(
-                            functools.partial(self._run_direction, *which),
-                            *arguments,
-                            reverse=direction == 1,
-                            last_only=blocks.last_only and layer == self.num_layers - 1,
-                        )
+                        last_only = blocks.last_only and layer == self.num_layers - 1
+                        results = blocks.run(run, *arguments, reverse=reverse, last_only=last_only)
                     else:
-                        results = self._run_direction(*which, *arguments)
+                        results = run(*arguments)
                     outputs.append(results[0])
                     h_n.append(results[1])
                     if len(results) == 3:
@@ -469,9 +469,9 @@ class Layers(nn.RNNBase):
 
     def _run_direction(
         self,
-        weights: list[Tensor],
         nonlinearity: str,
         reverse: bool,
+        weights: list[Tensor],
         x: Tensor,
         h0: Tensor | None,
         batch_sizes: Tensor | None,
@@ -688,7 +688,8 @@ class RNN(Layers):
             This takes the memory of about T/k + k states, plus what the caller keeps. It pays off
             with ``last_only``, or with several layers in one direction, because the outputs of
             layers are then not kept either. With ``bidirectional``, the outputs between layers are
-            kept. None means to keep all states.
+            kept. A backward pass that is differentiated again keeps all states. None means to keep
+            all states.
         truncate: Truncated backpropagation through time: no gradient passes from step k, 2k, ...
             to the step before it. Steps are counted from 0 in the order in which the direction runs
             (for packed and ragged input in reverse, from the end of the longest row). The gradients
@@ -733,7 +734,8 @@ class RNN(Layers):
         last_only: In place of ``output``, return only the last step of each row, ``[B, D*H]``,
             unbatched ``[D*H]``: the layer's part of ``h_n``, with both directions side by side. The
             last step of the reverse direction is the first one in time, so each direction has read
-            the whole row.
+            the whole row. If no gradient is needed, the whole output of the last layer is never
+            stored.
 
     Outputs:
         output: Every state of the last layer, in the shape of the input but with D*H features. A
@@ -744,11 +746,13 @@ class RNN(Layers):
     With ``checkpoint_every`` or ``truncate``, the layers run in blocks of k steps (with both, the
     borders of both apply). Each block costs a few hundred microseconds of overhead, so k should be
     at least a few hundred. Under the conditions of :meth:`step`, the output is bitwise that without
-    blocks; otherwise it agrees up to rounding. Random numbers are drawn block by block, and
-    backward draws the same ones again, also from a ``generator``. Do not switch between ``train()``
-    and ``eval()`` between forward and backward. ``torch.compile`` unrolls the blocks, and compiles
-    again for another T. ``torch.func`` and ``torch.export`` keep all states, whatever
-    ``checkpoint_every`` is. To export a module with ``truncate`` for any T, export it under
+    blocks; otherwise it agrees up to rounding. Both hold for ``last_only`` as well: 4096 steps or
+    more run in blocks of 2048 if no gradient is needed and no random number is drawn. Random
+    numbers are drawn block by block, and backward draws the same ones again, also from a
+    ``generator``. Do not switch between ``train()`` and ``eval()`` between forward and backward.
+    ``torch.compile`` unrolls the blocks, and compiles again for another T. ``torch.func``, forward
+    mode, ``torch.jit.trace`` and ``torch.export`` keep all states, whatever ``checkpoint_every``
+    is. To export a module with ``truncate`` for any T, export it under
     ``torch.no_grad()``.
 
     Each layer k has the parameters ``weight_ih_l{k}`` ``[H, I]`` (above the first layer

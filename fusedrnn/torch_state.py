@@ -93,6 +93,11 @@ _FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", None)
 # Whether a tensor differs between the samples of a vmap. If gone: such lengths raise torch's error.
 mapped: Callable[[Tensor], bool] = _private("_C._functorch.is_batchedtensor", lambda _: False)
 
+# Whether a gradient is one of is_grads_batched=True. If gone: torch's error for blocks.
+batched_gradient: Callable[[Tensor], bool] = _private(
+    "_C._functorch.is_legacy_batchedtensor", lambda _: False
+)
+
 
 def equal_sizes(a: int, b: int) -> bool:
     """Return whether two sizes are equal; False if, when compiling, that depends on data."""
@@ -106,6 +111,11 @@ def equal_sizes(a: int, b: int) -> bool:
 def transformed() -> bool:
     """Return whether a transform of torch.func is active, at any level."""
     return _innermost_transform() is not None
+
+
+def jit_tracing() -> bool:
+    """Return whether torch.jit.trace is tracing."""
+    return _tracing_state() is not None
 
 
 def must_dispatch(weight: Tensor) -> bool:
@@ -187,6 +197,23 @@ with_tangents: Callable[[bool], AbstractContextManager[None]] = _needed(
 
 # Split a dual tensor into primal and tangent. If gone: the public function, which calls it.
 unpack_dual = _private("_VF._unpack_dual", forward_ad.unpack_dual)
+
+# Run backward. If gone: the public function, which imports sympy to compare sizes: 1 s, once.
+_run_backward = _private("autograd.graph._engine_run_backward", None)
+
+
+def gradients_of(outputs: Any, inputs: Any, grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the inputs, as ``torch.autograd.grad`` does.
+
+    They can be differentiated again if gradients are enabled.
+    """
+    graph = torch.is_grad_enabled()
+    if _run_backward is None:
+        return torch.autograd.grad(
+            outputs, inputs, grad_outputs, create_graph=graph, allow_unused=True
+        )
+    return _run_backward(outputs, grad_outputs, graph, graph, inputs, True, accumulate_grad=False)
+
 
 # ---- ops ----
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -13,11 +12,14 @@ import pytest
 import torch
 from module_oracle import data_of, pack, state_for
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
+from fusedrnn import blocks
 
 T, B, I, H = 9, 3, 4, 6
 LENGTHS = [4, 9, 1]
@@ -117,14 +119,14 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_every_block_but_the_last_runs_again_in_backward():
+def test_every_block_runs_again_in_backward_from_the_last_to_the_first():
     module = fusedrnn.RNN(I, H, 2, checkpoint_every=4)
     with Calls() as forward:
         _, h_n = module(torch.randn(T, B, I), last_only=True)
     with Calls() as backward:
         h_n.sum().backward()
     assert forward.steps == [4, 4, 4, 4, 1, 1]  # two layers in each block
-    assert backward.steps == [4, 4, 4, 4]
+    assert backward.steps == [1, 1, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("steps", [4, 3])
@@ -143,12 +145,23 @@ def peak():  # not ru_maxrss, which starts at that of the parent process
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024
 x = torch.randn(200_000, 1, 1)
-rnn = fusedrnn.RNN(1, 64, 2, checkpoint_every=500)
-def grow(steps):
+rnn = fusedrnn.RNN(1, 64, 2, dropout=0.5)
+def grow(steps, gradients=True):
     before = peak()
-    rnn(x[:steps], last_only=True)[0].sum().backward()
+    with torch.set_grad_enabled(gradients):
+        y = rnn(x[:steps], last_only=True)[0].sum()
+    if gradients:
+        y.backward()
     return peak() - before
+grow(5000)
+rnn.eval()
+grow(5000, False)
+print(grow(len(x), False))
+rnn.train()
+rnn.checkpoint_every = 500
 grow(2000)
+print(grow(len(x)))
+rnn.dropout = 0
 print(grow(len(x)))
 rnn.checkpoint_every = None
 print(grow(len(x)))
@@ -156,12 +169,10 @@ print(grow(len(x)))
 
 
 def test_memory_grows_by_the_kept_states_and_one_block():
-    # Without this threshold, glibc 2.36 does not reuse the memory of a block for the next one.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEMORY]
-    words = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-    with_option, without = map(float, words.split())
-    assert with_option < 20  # MiB
+    words = subprocess.run(command, capture_output=True, check=True).stdout
+    inference, dropout, gradients, without = map(float, words.split())
+    assert max(inference, dropout, gradients) < 8  # MiB
     assert without > 95  # two layers of 49 MiB
 
 
@@ -181,6 +192,107 @@ def test_derivatives_of_second_order(engine):
     assert_close(got, want)
     assert torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (x, *weights), fast_mode=True)
+
+
+def test_second_derivatives_if_the_input_depends_on_a_weight():
+    module = build("RNN", checkpoint_every=2)
+    v = torch.randn(5, 2, H, **WIDE)
+
+    def derivative() -> Any:
+        weight = module.weight_hh_l0
+        x = v @ weight[:, :I]
+        (first,) = torch.autograd.grad(module(x)[0].sin().sum(), weight, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), weight)
+
+    got = derivative()
+    module.checkpoint_every = None
+    assert_close(got, derivative())
+
+
+def test_batches_of_gradients_and_tangents_of_gradients():
+    module = build("RNN", checkpoint_every=2)
+    x = torch.randn(5, 2, I, **WIDE, requires_grad=True)
+    tangent = torch.randn(5, 2, H, **WIDE)
+
+    def derivatives() -> Any:
+        y = module(x)[0]
+        identity = torch.eye(y.numel(), **WIDE).view(-1, *y.shape)
+        (rows,) = torch.autograd.grad(y, x, identity, is_grads_batched=True, retain_graph=True)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.ones_like(y), tangent)
+            (g,) = torch.autograd.grad(y, x, dual)
+            return rows, *forward_ad.unpack_dual(g)
+
+    got = derivatives()
+    module.checkpoint_every = None
+    assert_close(got, derivatives())
+
+
+def test_tangents_pass_through_a_checkpointed_layer():
+    module = build("RNN", checkpoint_every=2)
+    x, v = torch.randn(2, 5, 2, I, **WIDE)
+
+    def tangent() -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(module(forward_ad.make_dual(x, v))[0])
+
+    got = tangent()
+    module.checkpoint_every = None
+    assert_close(tuple(got), tuple(tangent()))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_under_saved_tensor_hooks_and_in_a_checkpoint(frozen):
+    module = build("RNN", num_layers=2, checkpoint_every=2).requires_grad_(not frozen)
+    x = torch.randn(5, 2, I, **WIDE, requires_grad=True)
+    inputs = [t for t in (x, *module.parameters()) if t.requires_grad]
+
+    def gradients(run: Any) -> Any:
+        return torch.autograd.grad(run(module, x)[0].sin().sum(), inputs)
+
+    got = gradients(lambda module, x: checkpoint(module, x, use_reentrant=False))
+    with torch.autograd.graph.save_on_cpu():
+        saved = module(x)[0].sin().sum()
+    module.checkpoint_every = None
+    want = gradients(lambda module, x: module(x))
+    assert_close(got, want)
+    assert_close(torch.autograd.grad(saved, inputs), want)
+
+
+def test_a_weight_that_was_modified_before_backward_raises():
+    module = build("RNN", checkpoint_every=2)
+    loss = module(torch.randn(5, 2, I, **WIDE))[0].sum()
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_runs_blocks_under_the_autocast_of_forward(dtype):
+    module = fusedrnn.LeakyRNN(I, H, 2, alpha=0.3, checkpoint_every=4)
+    x, parameters = torch.randn(T, B, I), list(module.parameters())
+    enabled = dtype is torch.bfloat16
+
+    def gradients(other: bool) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            output, h_n = module(x)
+        assert output.dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16, other):
+            return torch.autograd.grad(output.sum() + h_n.sum(), parameters)
+
+    assert_close(gradients(False), gradients(True), rtol=0, atol=0)
+
+
+def test_blocks_before_the_last_truncation_do_not_run_again():
+    module = fusedrnn.RNN(I, H, checkpoint_every=2, truncate=4)
+    x = torch.randn(T, B, I, requires_grad=True)
+    _, h_n = module(x, last_only=True)
+    with Calls() as backward:
+        h_n.sum().backward()
+    assert backward.steps == [1]
+    assert (x.grad[:8] == 0).all()
+    assert (x.grad[8] != 0).all()
 
 
 def test_weights_that_were_swapped_for_the_forward_are_used_in_backward():
@@ -345,11 +457,13 @@ BOTH = pytest.mark.parametrize("option", [{"checkpoint_every": 4}, {"truncate": 
 @BOTH
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_to_one_graph(option, backend):
-    module = build("RNN", num_layers=2, **option)
+    dropout = 0.5 if backend == "aot_eager" else 0.0  # inductor draws other numbers than eager
+    module = build("RNN", num_layers=2, dropout=dropout, **option)
     x = torch.randn(T, B, I, **WIDE)
     parameters = list(module.parameters())
 
     def gradients(run: Any) -> Any:
+        torch.manual_seed(1)
         output, h_n = run(x)
         loss = output.sin().sum() + h_n.sum()
         return output, torch.autograd.grad(loss, parameters)
@@ -396,6 +510,47 @@ def test_without_gradients_only_last_only_runs_in_blocks():
     with torch.no_grad(), Calls() as calls:
         module(torch.randn(T, B, I), last_only=True)
     assert calls.steps == [4, 4, 1]  # so the whole output is never stored
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@every_layout
+@every_module
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_last_state_alone_is_computed_in_blocks(
+    kind, layout, ragged, dtype, engine, monkeypatch
+):
+    cls, usual = MODULES[kind]
+    module = cls(I, H, dtype=dtype, **usual, **LAYOUTS[layout])
+    steps = 157
+    x = torch.randn(*((B, steps) if module.batch_first else (steps, B)), I, dtype=dtype)
+    options = {"lengths": torch.tensor([40, 157, 110])} if ragged else {}
+    want = module(x, last_only=True, **options)
+    monkeypatch.setattr(blocks, "_STEPS", 50)
+    with torch.inference_mode():
+        got = module(x, last_only=True, **options)
+    exact = {"rtol": 0, "atol": 0} if engine.kind == "cpu" and kind != "potential" else {}
+    assert_close(got, want, **exact)
+
+
+def test_only_a_long_call_that_needs_no_gradient_and_no_series_runs_in_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_STEPS", 4)
+
+    def steps(module: Any, length: int = T, last_only: bool = True) -> list[int]:
+        with Calls() as calls:
+            module(torch.randn(length, B, I), last_only=last_only)
+        return calls.steps
+
+    frozen = fusedrnn.RNN(I, H).requires_grad_(False)
+    assert steps(frozen) == [4, 5]  # a short block would round differently
+    assert steps(frozen, 7) == [7]
+    assert steps(frozen, last_only=False) == [T]
+    noisy = fusedrnn.LeakyRNN(I, H, noise=0.1)
+    assert steps(noisy) == [T]
+    with torch.no_grad():
+        assert steps(noisy) == [T]  # in blocks, layers would draw in another order
+        assert steps(noisy.eval()) == [4, 5]
+        assert steps(fusedrnn.RNN(I, H, weight_drop=0.5)) == [T]
+        assert steps(fusedrnn.RNN(I, H, 2, bidirectional=True)) == [4, 5] * 4
 
 
 @BOTH

@@ -48,6 +48,11 @@ def results():
         rnn(x)[0].sum().backward()
         return [w.grad for w in rnn.parameters()]
 
+    def blocks():
+        checkpoints = fusedrnn.RNN(3, 4, checkpoint_every=2)
+        output, h_n = checkpoints(x)
+        return torch.autograd.grad(output.sum() + h_n.sum(), list(checkpoints.parameters()))
+
     @torch.no_grad()
     def inference():
         return *rnn(x), fusedrnn.rnn(x, *weights, alpha=torch.full((4,), 0.5))[0]
@@ -87,7 +92,7 @@ def results():
         return [w.grad_sample for w in model.parameters()]
 
     found = {}
-    for program in (training, inference, loop, transforms, autocast, tracing, compiling,
+    for program in (training, blocks, inference, loop, transforms, autocast, tracing, compiling,
                     per_sample_gradients, fakes):
         try:
             found[program.__name__] = [result.tolist() for result in program()]
@@ -148,7 +153,7 @@ EXPANDED_WEIGHTS = "nn.utils._expanded_weights"
 IMPL = f"{EXPANDED_WEIGHTS}.expanded_weights_impl"
 UTILS = f"{EXPANDED_WEIGHTS}.expanded_weights_utils"
 CALLS = (
-    *("training", "inference", "transforms", "autocast", "tracing", "compiling", "fakes"),
+    *("training", "blocks", "inference", "transforms", "autocast", "tracing", "compiling", "fakes"),
     "per_sample_gradients",
 )
 NO_CALL = (CALLS, "fusedrnn: every call needs torch.{}, which torch ")

@@ -294,8 +294,8 @@ def test_long_sequences_are_measured_in_every_case() -> None:
     ran = run("--steps", "50", "--cases", "3", program="bench_long.py")
     assert ran.returncode == 0, ran.stderr
     rows = [line.split() for line in ran.stdout.splitlines()[-3:]]
-    assert [row[:5] for row in rows] == [
-        ["50", "1", "True", "None", "False"],
-        ["50", "1", "True", "1000", "False"],
-        ["50", "1", "True", "1000", "True"],
+    assert [row[:6] for row in rows] == [
+        ["50", "1", "1", "True", "None", "True"],
+        ["50", "1", "1", "True", "1000", "True"],
+        ["50", "1", "3", "True", "None", "True"],
     ]
