@@ -155,7 +155,7 @@ class _Call:
             self.counts = [sum(sizes[a:b]) for a, b in times]
             self.batch_sizes = [batch_sizes[a:b] for a, b in times]
         self.series = [
-            [name for name, value in option.items() if _is_series(name, value, x)]
+            [name for name, value in option.items() if is_series(name, value, x)]
             for option in options or []
         ]
         self.draws = blocks.draws
@@ -359,7 +359,7 @@ def _gradients(results: Any, gradients: Iterable[Tensor | None], inputs: list[Te
     return gradients_of(outputs, tuple(inputs), given)
 
 
-def _is_series(name: str, value: Any, x: Tensor) -> bool:
+def is_series(name: str, value: Any, x: Tensor) -> bool:
     """Return whether an option of :func:`fusedrnn.rnn` has a value for each step."""
     if name == "reset_to" and value is not None:
         return value.dim() == x.dim() and value.shape[:-1] == x.shape[:-1]

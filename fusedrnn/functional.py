@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, forms, ops, reference
+from .blocks import Blocks, is_series
 from .ops import autocast, expanded_weights, fake, onnx, vmap  # noqa: F401  (each registers rules)
 from .ops.autograd import ClipGradient, FusedRNN
 from .ragged import Ragged
@@ -65,6 +66,7 @@ class _Options(TypedDict, total=False):
     lengths: Tensor | None
     padding_value: float
     grad_clip: float | None
+    truncate: int | None
 
 
 @overload
@@ -115,6 +117,7 @@ def rnn(
     lengths: Tensor | None = None,
     padding_value: float = 0.0,
     grad_clip: float | None = None,
+    truncate: int | None = None,
 ) -> tuple[Tensor, ...]:
     r"""Run one layer of an RNN in one direction, with one call of the engine.
 
@@ -172,6 +175,8 @@ def rnn(
             output of that step receives from the loss is added. The gradient of ``h0`` is clipped,
             that of ``reset_to`` is not. None means no clipping. Clipped gradients have no
             derivatives; tangents of forward mode are not clipped.
+        truncate: Truncated backpropagation through time: no gradient passes from step k, 2k, ... to
+            the step before it, as in :class:`fusedrnn.RNN`. None means not to truncate.
 
     Returns:
         ``h`` of every step, ``[T, B, H]`` or packed ``[N, H]``; the last state of each row,
@@ -201,10 +206,16 @@ def rnn(
             lengths, padding_value, x, w_ih, w_hh, b_ih, b_hh, h0=h0, nonlinearity=nonlinearity,
             form=form, reverse=reverse, batch_sizes=batch_sizes, reset=reset, reset_to=reset_to,
             alpha=alpha, state_input=state_input, return_potential=return_potential,
-            grad_clip=grad_clip,
+            grad_clip=grad_clip, truncate=truncate,
         )  # fmt: skip
     if padding_value != 0.0:
         raise checks.no_lengths(padding_value)
+    if checks.steps("truncate", truncate) is not None:
+        return _truncated(
+            truncate, x, [w_ih, w_hh, b_ih, b_hh], h0, batch_sizes, reverse,
+            nonlinearity=nonlinearity, form=form, reset=reset, reset_to=reset_to, alpha=alpha,
+            state_input=state_input, return_potential=return_potential, grad_clip=grad_clip,
+        )  # fmt: skip
     try:
         device = x.device.type
     except AttributeError:  # not a tensor: a list or a NumPy array
@@ -353,6 +364,40 @@ def _padded(
     )
     h, *potential = (ragged.unpack(packed._replace(data=t)) for t in (h, *potential))
     return (h, before.to(last.dtype).index_copy(0, ragged.order, last), *potential)
+
+
+def _truncated(
+    truncate: int | None,
+    x: Tensor,
+    weights: list[Any],
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Run :func:`rnn` in blocks of ``truncate`` steps."""
+
+    def run(weights: Any, x: Any, h0: Any, batch_sizes: Any, options: Any) -> tuple[Tensor, ...]:
+        one: Any = rnn
+        return one(x, *weights, h0, batch_sizes=batch_sizes, reverse=reverse, **options[0])
+
+    w_ih, w_hh, b_ih, b_hh = weights
+    alpha = options["alpha"]
+    checks.check_types(
+        x, w_ih, w_hh, b_ih, b_hh, h0, options["nonlinearity"], options["form"], reverse, batch_sizes,
+        options["reset"], options["reset_to"], alpha, options["state_input"],
+    )  # fmt: skip
+    if isinstance(alpha, Tensor) and alpha.shape != w_hh.shape[:1] and alpha.shape == x.shape[:1]:
+        options["alpha"] = alpha.unsqueeze(-1)  # packed [N]
+    blocks = Blocks(None, truncate, False, False, [x, weights, h0, options])
+    arguments = (weights, x, h0, batch_sizes, [options])
+    fits = batch_sizes is None or (batch_sizes.dim() == 1 and batch_sizes.sum() == x.size(0))
+    for name, value in options.items():
+        if value is not None and is_series(name, value, x):
+            fits = fits and value.shape[: x.dim() - 1] == x.shape[:-1]
+    if not (blocks and fits):  # if a size is wrong, the engine raises its error
+        return run(*arguments)
+    return blocks.run(run, *arguments, reverse=reverse, last_only=False)
 
 
 def _loop(

@@ -106,6 +106,14 @@ def test_recomputed_states_change_no_result_and_no_gradient(kind, layout, x, cal
         assert_close(with_gradients(module, x, options), want)
 
 
+def test_recomputed_states_have_the_same_clipped_gradients():
+    module = build("learned leak", num_layers=2, grad_clip=0.01)
+    x, options = arguments(module, "packed")
+    want = with_gradients(module, x, options)
+    module.checkpoint_every = 2
+    assert_close(with_gradients(module, x, options), want)
+
+
 class Calls(TorchDispatchMode):
     """Records the number of steps of each forward recurrence."""
 
@@ -447,6 +455,99 @@ def test_tangents_are_truncated_like_gradients():
     _, tangent = torch.func.jvp(lambda x: module(x)[0], (x,), (v,))
     _, vjp = torch.func.vjp(lambda x: module(x)[0], x)
     assert_close((tangent * g).sum(), (vjp(g)[0] * v).sum())
+
+
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "leak of each step": {"alpha": torch.linspace(0.1, 1, T * B, **WIDE).view(T, B)},
+    "targets of each step": {
+        "alpha": 0.3, "reset": torch.arange(T * B).view(T, B) % 5 == 3,
+        "reset_to": torch.linspace(-1, 1, T * B * H, **WIDE).view(T, B, H),
+        "state_input": torch.linspace(1, -1, T * B * H, **WIDE).view(T, B, H),
+    },
+    "targets of rows": {
+        "reset": torch.arange(T * B).view(T, B) % 5 == 3,
+        "reset_to": torch.linspace(-1, 1, B * H, **WIDE).view(B, H),
+    },
+    "potential": {"form": "potential", "alpha": 0.3, "return_potential": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["padded", "reverse", "lengths"])
+@pytest.mark.parametrize("options", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.slow_emulated
+def test_functions_truncate_like_a_loop_over_chunks(options, layout, engine):
+    x, state = torch.randn(T, B, I, **WIDE), torch.randn(B, H, **WIDE)
+    weights = [torch.randn(*s, **WIDE) / 2 for s in ((H, I), (H, H), (H,), (H,))]
+    inputs = [t.requires_grad_() for t in (x, *weights, state)]
+    options = {n: v.to(x.device) if isinstance(v, Tensor) else v for n, v in options.items()}
+    lengths = torch.tensor([T] * B if layout == "padded" else LENGTHS)
+    reverse = layout == "reverse"
+    if layout != "lengths":
+        got = fusedrnn.rnn(*inputs, reverse=reverse, truncate=4, **options)
+        lengths = torch.tensor([T] * B)
+    else:
+        got = fusedrnn.rnn(*inputs, lengths=lengths, truncate=4, **options)
+    series, lasts = [], []
+    for b, length in enumerate(lengths.tolist()):
+        steps = list(range(length))[::-1] if reverse else list(range(length))
+        h, outputs = inputs[-1][b : b + 1], []
+        for i, t in enumerate(steps):
+            step = {
+                name: value
+                if not isinstance(value, Tensor)
+                else value[t : t + 1, b : b + 1]
+                if value.shape[:2] == (T, B)
+                else value[b : b + 1]
+                for name, value in options.items()
+            }
+            h = h.detach() if i > 0 and i % 4 == 0 else h
+            y, h, *v = fusedrnn.rnn(x[t : t + 1, b : b + 1], *weights, h, **step)
+            outputs.append(torch.cat([y, *v], -1))
+        outputs = outputs[::-1] if reverse else outputs
+        series.append(torch.cat(outputs)[:, 0])
+        lasts.append(h)
+    want = [nn.utils.rnn.pad_sequence(series), torch.cat(lasts)]
+    got = [torch.cat([got[0], *got[2:]], -1), got[1]]
+    assert_close(got, want)
+
+    def gradients(results: list[Tensor]) -> Any:
+        return torch.autograd.grad(sum(r.sin().sum() for r in results), inputs)
+
+    assert_close(gradients(got), gradients(want))
+
+
+def test_functions_truncate_packed_series_with_a_leak_of_each_row():
+    x = pack(torch.randn(T, B, H, **WIDE), LENGTHS, True)
+    w_hh = torch.randn(H, H, **WIDE, requires_grad=True)
+    alpha = torch.rand(len(x.data), **WIDE)
+
+    def gradient(data: Tensor, h0: Any, w_hh: Tensor, **options: Any) -> Any:
+        h, last = fusedrnn.recurrence(data, h0, w_hh, batch_sizes=x.batch_sizes, **options)
+        return h, last, *torch.autograd.grad(h.sin().sum() + last.sum(), w_hh)
+
+    got = gradient(x.data, None, w_hh, alpha=alpha, truncate=3)
+    want = gradient(x.data, None, w_hh, alpha=alpha.unsqueeze(-1), truncate=3)
+    assert_close(got, want)
+    assert_close(got[0], gradient(x.data, None, w_hh, alpha=alpha)[0])
+    assert not torch.equal(got[2], gradient(x.data, None, w_hh, alpha=alpha)[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncate": 0}, "truncate must be at least 1, got 0"),
+        ({"truncate": 2.0}, "truncate must be an int or None, got float"),
+        ({"truncate": 4, "reset": torch.zeros(T + 1, B, dtype=torch.bool)}, "reset must"),
+        ({"truncate": 4, "state_input": torch.zeros(T + 1, B, H)}, "must"),
+        ({"truncate": 4, "reset": [True]}, "reset must be a tensor, got list"),
+        ({"truncate": 4, "batch_sizes": torch.tensor([2, 1])}, "must"),
+    ],
+)
+def test_functions_check_arguments_with_truncate(options, message):
+    w_hh = torch.randn(H, H, requires_grad=True)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=f"fusedrnn: .*{message}"):
+        fusedrnn.recurrence(torch.randn(T, B, H), None, w_hh, **options)
 
 
 # ---- both
