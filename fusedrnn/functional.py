@@ -384,8 +384,8 @@ def _truncated(
     w_ih, w_hh, b_ih, b_hh = weights
     alpha = options["alpha"]
     checks.check_types(
-        x, w_ih, w_hh, b_ih, b_hh, h0, options["nonlinearity"], options["form"], reverse, batch_sizes,
-        options["reset"], options["reset_to"], alpha, options["state_input"],
+        x, w_ih, w_hh, b_ih, b_hh, h0, options["nonlinearity"], options["form"], reverse,
+        batch_sizes, options["reset"], options["reset_to"], alpha, options["state_input"],
     )  # fmt: skip
     if isinstance(alpha, Tensor) and alpha.shape != w_hh.shape[:1] and alpha.shape == x.shape[:1]:
         options["alpha"] = alpha.unsqueeze(-1)  # packed [N]

@@ -424,7 +424,7 @@ class FusedRNNAdjoint(_Linear):
         if form != "potential":
             v0 = None  # the gradient of the empty dv0
         if w is None and s0 is None and v0 is None and q is None and r is None:
-            return (None,) * 14
+            return (None,) * 15
         to_g, to_d, to_f, to_g_n, *to_coefficients = ctx.needs_input_grad[:7]
         e, last, m, s = ops.tangent(w, q, r, s0, v0, *coefficients, *ctx.options, True)
         gradients = _Linear.coefficient_gradients(

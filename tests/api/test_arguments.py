@@ -198,7 +198,7 @@ def arguments_of(op: str, batch_sizes: Tensor) -> tuple[Any, ...]:
         x, w_ih = torch.randn(6, 4), torch.randn(7, 4)
         return (x, w_ih, None, None, states, None, w_hh, None, None, *layout)
     if op == "tangent":
-        return (series, None, None, states, None, series, w_hh, None, *layout, True)
+        return (series, None, None, states, None, series, w_hh, None, *layout[:-1], True)
     return (series, None, None, states, series, w_hh, None, *layout, True, True)
 
 
