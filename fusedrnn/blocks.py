@@ -354,8 +354,12 @@ class _Recomputed(torch.autograd.Function):
 
 def _gradients(results: Any, gradients: Iterable[Tensor | None], inputs: list[Tensor]) -> Any:
     """Return the gradients of the inputs, given those of the results."""
-    pairs = zip(_leaves(results), gradients)
-    outputs, given = zip(*((r, g) for r, g in pairs if g is not None and r.requires_grad))
+    pairs = [
+        (r, g) for r, g in zip(_leaves(results), gradients) if g is not None and r.requires_grad
+    ]
+    if not pairs:  # the state is truncated, and nothing else requires a gradient
+        return [None] * len(inputs)
+    outputs, given = zip(*pairs)
     return gradients_of(outputs, tuple(inputs), given)
 
 

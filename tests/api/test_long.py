@@ -303,6 +303,21 @@ def test_blocks_before_the_last_truncation_do_not_run_again():
     assert (x.grad[8] != 0).all()
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_only_the_state_requires_a_gradient(create_graph):
+    module = build("RNN", checkpoint_every=2, truncate=4).requires_grad_(False)
+    x, hx = torch.randn(T, B, I, **WIDE), torch.randn(1, B, H, **WIDE, requires_grad=True)
+
+    def gradient() -> Any:
+        output, h_n = module(x, hx)
+        loss = output.sin().sum() + h_n.sum()
+        return torch.autograd.grad(loss, hx, create_graph=create_graph)
+
+    got = gradient()
+    module.checkpoint_every = None
+    assert_close(got, gradient())
+
+
 def test_weights_that_were_swapped_for_the_forward_are_used_in_backward():
     module = build("RNN", checkpoint_every=4)
     x = torch.randn(T, B, I, **WIDE)
