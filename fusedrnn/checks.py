@@ -6,7 +6,6 @@ reaches them, and the dispatcher's error does not name the argument.
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -158,7 +157,7 @@ def grad_clip(value: Any) -> float | None:
     """Check the argument ``grad_clip``, and return it."""
     if value is None:
         return None
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, (int, float)):
         raise TypeError(f"fusedrnn: grad_clip must be a number or None, got {type(value).__name__}")
     if not value > 0:
         raise ValueError(f"fusedrnn: grad_clip must be positive or None, got {value}")

@@ -393,9 +393,9 @@ def trace(
         )
     wanted = loss is not None or output_grad is not None
     for name in ("checkpoint_every", "truncate", "grad_clip"):
-        value = getattr(rnn, name, None)
-        if wanted and value is not None:
-            raise ValueError(f"fusedrnn: {name} must be None to trace gradients, got {value}")
+        option = getattr(rnn, name, None)
+        if wanted and option is not None:
+            raise ValueError(f"fusedrnn: {name} must be None to trace gradients, got {option}")
     recorder = _Recorder()
     with torch.inference_mode(False), torch.set_grad_enabled(wanted):
         with recorder:

@@ -306,7 +306,7 @@ def test_signature():
     names = (
         "input_size hidden_size num_layers nonlinearity form alpha tau dt learn_alpha noise "
         "state_noise bias batch_first dropout bidirectional device dtype checkpoint_every truncate "
-        "recurrent_dropout zoneout weight_drop"
+        "grad_clip recurrent_dropout zoneout weight_drop"
     )
     assert list(inspect.signature(fusedrnn.LeakyRNN).parameters) == names.split()
     names = (

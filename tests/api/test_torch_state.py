@@ -51,7 +51,8 @@ def results():
     def blocks():
         checkpoints = fusedrnn.RNN(3, 4, checkpoint_every=2)
         output, h_n = checkpoints(x)
-        return torch.autograd.grad(output.sum() + h_n.sum(), list(checkpoints.parameters()))
+        gradients = torch.autograd.grad(output.sum() + h_n.sum(), list(checkpoints.parameters()))
+        return [g.round(decimals=3) for g in gradients]  # their sums may have another order
 
     @torch.no_grad()
     def inference():

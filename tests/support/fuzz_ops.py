@@ -299,7 +299,9 @@ class Call:
             with torch.set_grad_enabled(self.op != "step" or self.random.random() < 0.3):
                 results = op(*self.arguments.values())
             results = (results,) if isinstance(results, Tensor) else results
-            if any(t is not None and t.requires_grad for t in results):
+            # Clipped gradients cannot be differentiated.
+            clipped = self.op != "activation" and self.arguments.get("grad_clip") is not None
+            if not clipped and any(t is not None and t.requires_grad for t in results):
                 total = sum(t.sum() for t in results if t is not None and t.requires_grad)
                 total.backward()
         except Exception as error:
