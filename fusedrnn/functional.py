@@ -210,7 +210,7 @@ def rnn(
         )  # fmt: skip
     if padding_value != 0.0:
         raise checks.no_lengths(padding_value)
-    if checks.steps("truncate", truncate) is not None:
+    if truncate is not None:
         return _truncated(
             truncate, x, [w_ih, w_hh, b_ih, b_hh], h0, batch_sizes, reverse,
             nonlinearity=nonlinearity, form=form, reset=reset, reset_to=reset_to, alpha=alpha,
@@ -248,8 +248,10 @@ def rnn(
         h0 = None if rows is None else x.new_zeros(rows, w_hh.size(0))
     v0 = None
     try:
-        if checks.grad_clip(grad_clip) is not None and h0 is not None:
-            h0 = ClipGradient.apply(h0, grad_clip)  # type: ignore[no-untyped-call]
+        if grad_clip is not None:
+            checks.grad_clip(grad_clip)
+            if h0 is not None:
+                h0 = ClipGradient.apply(h0, grad_clip)  # type: ignore[no-untyped-call]
         if alpha is not None:
             alpha = forms.checked_alpha(alpha, x, w_hh, batch_sizes)
         if form == "inside" and alpha is None and state_input is None:
@@ -367,7 +369,7 @@ def _padded(
 
 
 def _truncated(
-    truncate: int | None,
+    truncate: int,
     x: Tensor,
     weights: list[Any],
     h0: Tensor | None,
@@ -376,6 +378,7 @@ def _truncated(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Run :func:`rnn` in blocks of ``truncate`` steps."""
+    checks.steps("truncate", truncate)
 
     def run(weights: Any, x: Any, h0: Any, batch_sizes: Any, options: Any) -> tuple[Tensor, ...]:
         one: Any = rnn

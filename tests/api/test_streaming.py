@@ -265,16 +265,19 @@ def test_a_step_reads_the_weights_that_the_module_has_now(kind):
     check()
 
 
+class Step(torch.nn.Module):
+    """A module whose forward is one step of an RNN."""
+
+    def __init__(self, rnn: Any) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rnn.step(x, state)
+
+
 @every_module
 def test_functional_call_of_a_step(kind):
-    class Step(torch.nn.Module):
-        def __init__(self, rnn: Any) -> None:
-            super().__init__()
-            self.rnn = rnn
-
-        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-            return self.rnn.step(x, state)
-
     module, other = build(kind, num_layers=2), build(kind, num_layers=2)
     weights = {f"rnn.{k}": v for k, v in other.state_dict().items()}
     x, state = torch.randn(B, I, **WIDE), module.init_state(B)
@@ -353,14 +356,6 @@ def test_compiles_into_one_graph(kind, mode):
 
 @every_module
 def test_exports(kind):
-    class Step(torch.nn.Module):
-        def __init__(self, rnn: Any) -> None:
-            super().__init__()
-            self.rnn = rnn
-
-        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-            return self.rnn.step(x, state)
-
     module, x = build(kind, num_layers=2), torch.randn(B, I, **WIDE)
     state = module.init_state(B)
     with torch.no_grad():
